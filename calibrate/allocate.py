@@ -1,0 +1,178 @@
+"""Bit allocators: how many bits each RoPE block of each KV head gets.
+
+All return widths ``[layers, heads, blocks]`` uint8 (bits per channel of the block) that spend
+``floor(blocks * bits)`` block-bits in every head, so all heads of a layer take the same code bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.codebook import MAX_BITS, MIN_BITS, distortion
+from ..kernels.codec import NO_SEARCH, SCALE_SEARCH
+from ..kernels.layout import FIELDS, PLANES
+from .moments import Moments
+
+TEMPLATE_UNITS = 8  # a template divides the head in eighths
+TEMPLATE_WIDTHS = 4  # and uses at most four different widths
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """A rule for widths, and the codec that belongs to it.
+
+    norms: "one" scale per key, or one per width "group".
+    balance: scale each block so that query and key have equal energy (the logit does not change).
+    """
+
+    name: str
+    widths: Callable[[Moments, float], torch.Tensor]
+    norms: str
+    balance: bool
+    scale_rule: str
+    scale_search: tuple[float, ...]
+
+
+def block_budget(blocks: int, bits: float) -> int:
+    """``floor(blocks * bits)``, the block-bits of one head."""
+    return int(blocks * bits + 1e-9)
+
+
+def _uniform(moments: Moments, bits: float) -> torch.Tensor:
+    blocks = moments.k.shape[-1]
+    low, wide = divmod(block_budget(blocks, bits), blocks)
+    widths = torch.full(moments.k.shape, low, dtype=torch.uint8)
+    widths[..., :wide] += 1  # fractional budgets: which blocks does not matter, all are rotated together
+    return widths
+
+
+def _greedy(score: torch.Tensor, budget: int, rate: list[float]) -> torch.Tensor:
+    """Give out one block-bit at a time to ``argmax score * (rate[b] - rate[b + 1])``, lowest index on ties.
+
+    score ``[heads, blocks]``; rate[b] is the distortion at b bits, ``inf`` gain excluded by width limits.
+    """
+    heads, blocks = score.shape
+    gain_of = torch.tensor([rate[b] - rate[b + 1] for b in range(MAX_BITS)] + [-torch.inf], dtype=torch.float64)
+    widths = torch.full((heads, blocks), MIN_BITS, dtype=torch.int64)
+    score = score.double()
+    rows = torch.arange(heads)
+    for _ in range(budget - MIN_BITS * blocks):
+        gain = torch.where(widths < MAX_BITS, score * gain_of[widths].clamp(min=0), -torch.inf)
+        best = gain.max(-1, keepdim=True).values
+        first = (gain == best).to(torch.uint8).argmax(-1)  # argmax of a 0/1 row: its lowest index
+        widths[rows, first] += 1
+    return widths.to(torch.uint8)
+
+
+def _per_head(moments: Moments, bits: float, score: torch.Tensor, rate: list[float]) -> torch.Tensor:
+    layers, heads, blocks = score.shape
+    return _greedy(score.flatten(0, 1), block_budget(blocks, bits), rate).view(layers, heads, blocks)
+
+
+def _paper(moments: Moments, bits: float) -> torch.Tensor:
+    """The paper's rule: score ``(E|q|^2 + E|k|^2) / 2``, greedy on ``score * 4^-b``."""
+    # 4^-b - 4^-(b+1) = 3/4 * 4^-b: the same argmax. float32 scores, as the reference has.
+    rate = [4.0**-b for b in range(MAX_BITS + 1)]
+    return _per_head(moments, bits, ((moments.q + moments.k) / 2).float(), rate)
+
+
+def _product(moments: Moments, bits: float) -> torch.Tensor:
+    """Score ``E|q|^2 * E|k|^2``, the variance a block's error has in the logit, with the measured D(b)."""
+    rate = [distortion(b) for b in range(MAX_BITS + 1)]
+    return _per_head(moments, bits, moments.q * moments.k, rate)
+
+
+def _plane_sizes(units: tuple[int, ...]) -> list[int]:
+    return [sum(name in FIELDS[w] for w in units) for name, _ in PLANES]
+
+
+def template_candidates(budget: int, units: int = TEMPLATE_UNITS) -> list[tuple[int, ...]]:
+    """Non-increasing widths of ``units`` equal parts that spend ``budget``.
+
+    Only those whose planes are powers of two of a part: a plane is then read as power-of-two
+    slices, which is what a tensor-core dot takes without padding.
+    """
+    out: list[tuple[int, ...]] = []
+
+    def extend(prefix: tuple[int, ...], left: int) -> None:
+        room = units - len(prefix)
+        if room == 0:
+            if left == 0 and all(n & (n - 1) == 0 for n in _plane_sizes(prefix)):
+                out.append(prefix)
+            return
+        top = min(prefix[-1] if prefix else MAX_BITS, left - MIN_BITS * (room - 1))
+        for width in range(top, MIN_BITS - 1, -1):
+            if width * room < left or len(set(prefix + (width,))) > TEMPLATE_WIDTHS:
+                break
+            extend(prefix + (width,), left - width)
+
+    extend((), budget)
+    return out
+
+
+def template_error(ranked: torch.Tensor, widths: list[int]) -> torch.Tensor:
+    """Expected logit error variance of ranked blocks ``[..., blocks]`` (sqrt of the product score, falling).
+
+    A group's rotation spreads its key energy and its error evenly over its channels, so with
+    balanced q and k the variance is ``D(b) * (sum of roots)^2 / channels`` for each group.
+    """
+    total = torch.zeros_like(ranked[..., 0])
+    start = 0
+    for stop in range(1, len(widths) + 1):
+        if stop == len(widths) or widths[stop] != widths[start]:
+            roots = ranked[..., start:stop].sum(-1)
+            total = total + distortion(widths[start]) * roots * roots / (2 * (stop - start))
+            start = stop
+    return total
+
+
+def _spread_rest(widths: list[int], rest: int, ranked: torch.Tensor, base: torch.Tensor) -> list[int]:
+    """Give ``rest`` more blocks one bit each, at the head of the group where that helps most."""
+    for _ in range(rest):
+        starts = [i for i, w in enumerate(widths) if (i == 0 or widths[i - 1] > w) and w < MAX_BITS]
+        trials = [widths[:i] + [widths[i] + 1] + widths[i + 1 :] for i in starts]
+        widths = min(trials, key=lambda t: float((template_error(ranked, t) / base).mean()))
+    return widths
+
+
+def template_widths(moments: Moments, bits: float) -> list[int]:
+    """The multiset of block widths that fits the model best under the budget, widest first.
+
+    Judged by the mean over all heads of the expected error relative to uniform widths. One
+    template for all layers: one kernel binary.
+    """
+    blocks = moments.k.shape[-1]
+    budget = block_budget(blocks, bits)
+    ranked = (moments.q * moments.k).sqrt().sort(-1, descending=True).values
+    floor_width = max(budget // blocks, MIN_BITS)
+    base = template_error(ranked, [floor_width] * blocks).clamp(min=1e-300)
+    unit = blocks // TEMPLATE_UNITS
+    if unit == 0 or blocks % TEMPLATE_UNITS:  # 80 channels have 40 blocks, fine; odd sizes fall here
+        return _spread_rest([MIN_BITS] * blocks, budget - MIN_BITS * blocks, ranked, base)
+    units = budget // unit
+    best = min(
+        ([w for w in candidate for _ in range(unit)] for candidate in template_candidates(units)),
+        key=lambda widths: float((template_error(ranked, widths) / base).mean()),
+    )
+    return _spread_rest(best, budget - units * unit, ranked, base)
+
+
+def _template(moments: Moments, bits: float) -> torch.Tensor:
+    """Blocks ranked by the product score, poured into the fixed widths of the budget."""
+    widths = torch.tensor(template_widths(moments, bits), dtype=torch.uint8)
+    order = (moments.q * moments.k).argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(order, dtype=torch.uint8).scatter(-1, order, widths.expand(order.shape))
+
+
+ALLOCATORS = {
+    a.name: a
+    for a in (
+        Allocator("uniform", _uniform, norms="one", balance=False, scale_rule="norm", scale_search=NO_SEARCH),
+        Allocator("paper", _paper, norms="group", balance=False, scale_rule="norm", scale_search=NO_SEARCH),
+        Allocator("product", _product, norms="group", balance=True, scale_rule="lsq", scale_search=SCALE_SEARCH),
+        Allocator("template", _template, norms="one", balance=True, scale_rule="lsq", scale_search=SCALE_SEARCH),
+    )
+}

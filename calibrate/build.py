@@ -1,0 +1,127 @@
+"""From moments to a table: order, balance, gains and rotations for the widths an allocator chose."""
+
+from __future__ import annotations
+
+import torch
+
+from ..kernels.codebook import codebook_table
+from .allocate import ALLOCATORS, block_budget
+from .moments import Moments
+from .rope import RopeBlocks
+from .table import AllocationTable, TableHeader
+
+ROTATION_SEED = 0x6774
+
+
+def haar_rotation(n: int, seed: int = ROTATION_SEED) -> torch.Tensor:
+    """A seeded Haar-distributed orthogonal matrix ``[n, n]`` float64 (QR of a Gaussian, signs fixed)."""
+    generator = torch.Generator().manual_seed(seed * 1000 + n)
+    q, r = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    return q * torch.sign(torch.diagonal(r))
+
+
+def check_budget(name: str, bits: float, blocks: int) -> None:
+    """ValueError unless 1 <= bits <= 8 and it is a number."""
+    if not (isinstance(bits, (int, float)) and 1 <= bits <= 8):  # NaN fails every comparison
+        raise ValueError(f"{name} = {bits}: an average between 1 and 8 bits is supported, e.g. 2, 2.5, 3 or 4")
+    assert block_budget(blocks, bits) >= blocks
+
+
+def build_table(
+    moments: Moments,
+    rope: list[RopeBlocks],
+    *,
+    k_bits: float,
+    v_bits: float,
+    allocator: str = "template",
+    v_head_dim: int | None = None,
+    model_id: str = "",
+    config_hash: str = "",
+    weights_hash: str = "",
+    text_hash: str = "",
+    seed: int = ROTATION_SEED,
+) -> AllocationTable:
+    """Allocate bits and build the table. ``rope`` has one entry per layer.
+
+    Raises ValueError for an unknown allocator or a budget outside 1..8 bits.
+    """
+    if allocator not in ALLOCATORS:
+        raise ValueError(f"allocator = {allocator}: choose one of {', '.join(ALLOCATORS)}")
+    rule = ALLOCATORS[allocator]
+    layers, heads, blocks = moments.k.shape
+    head_dim = 2 * blocks
+    v_head_dim = v_head_dim or head_dim
+    check_budget("k_bits", k_bits, blocks)
+    check_budget("v_bits", v_bits, v_head_dim // 2)
+
+    # A dead block (zero energy on either side) must not make gains or balance zero or infinite.
+    tiny = 1e-12
+    q = moments.q.clamp(min=tiny * float(moments.q.max().clamp(min=tiny)))
+    k = moments.k.clamp(min=tiny * float(moments.k.max().clamp(min=tiny)))
+    safe = Moments(q, k, moments.v, moments.tokens)
+
+    widths = rule.widths(safe, k_bits)
+    score = q * k
+    # Widest first; within a width by falling product score. Uniform keeps the model's own order.
+    by_score = score.argsort(dim=-1, descending=True, stable=True)
+    rank = widths.gather(-1, by_score).long().argsort(dim=-1, descending=True, stable=True)
+    order = by_score.gather(-1, rank)
+    if allocator == "uniform":
+        order = torch.arange(blocks).expand_as(order).contiguous()
+    balance = (q / k) ** 0.25 if rule.balance else torch.ones_like(q)
+
+    # Energy per channel in stored order, key and query, after balancing.
+    k_channel = (k * balance**2 / 2).gather(-1, order).repeat_interleave(2, -1)
+    q_channel = (q / balance**2 / 2).gather(-1, order).repeat_interleave(2, -1)
+    stored = widths.gather(-1, order).repeat_interleave(2, -1)
+    gain = torch.ones_like(k_channel)
+    weight = torch.ones_like(k_channel)
+    norm_index = torch.zeros_like(stored)
+    group = torch.zeros_like(stored)
+    sizes: set[int] = set()
+    for layer in range(layers):
+        for head in range(heads):
+            row = stored[layer, head]
+            starts = [0, *(torch.nonzero(row[1:] != row[:-1])[:, 0] + 1).tolist(), head_dim]
+            if allocator == "uniform":
+                starts = [0, head_dim]  # one rotation over the head, also when a fraction splits the widths
+            for g, (a, b) in enumerate(zip(starts, starts[1:], strict=False)):
+                gain[layer, head, a:b] = k_channel[layer, head, a:b].mean().sqrt()
+                weight[layer, head, a:b] = q_channel[layer, head, a:b].mean() * gain[layer, head, a:b] ** 2
+                norm_index[layer, head, a:b] = g if rule.norms == "group" else 0
+                group[layer, head, a:b] = g
+                sizes.add(b - a)
+    weight = weight / weight.mean(-1, keepdim=True)
+
+    v_gain = (moments.v / v_head_dim).clamp(min=1e-30).sqrt()
+    tensors = {
+        "widths": widths,
+        "order": order.to(torch.int16),
+        "norm_index": norm_index,
+        "group": group,
+        "balance": balance.float(),
+        "k_gain": gain.float(),
+        "k_weight": weight.float(),
+        "v_gain": v_gain.float(),
+        "codebooks": codebook_table(),
+        "v_rotation": haar_rotation(v_head_dim, seed + 1).float(),
+        **{f"rotation.{n}": haar_rotation(n, seed).float() for n in sorted(sizes)},
+    }
+    header = TableHeader(
+        model_id=model_id,
+        config_hash=config_hash,
+        weights_hash=weights_hash,
+        text_hash=text_hash,
+        tokens=moments.tokens,
+        k_bits=float(k_bits),
+        v_bits=float(v_bits),
+        allocator=allocator,
+        scale_rule=rule.scale_rule,
+        scale_search=rule.scale_search,
+        layers=layers,
+        kv_heads=heads,
+        head_dim=head_dim,
+        v_head_dim=v_head_dim,
+        rope=tuple((r.rotary_dim, r.neox) for r in rope),
+    )
+    return AllocationTable(header, tensors).sealed()

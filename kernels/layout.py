@@ -1,0 +1,244 @@
+"""The byte layout of a packed row: one definition for reference, Triton and docs.
+
+A *row* is what one token stores in one layer:
+
+    | K codes, head 0 .. H-1 | V codes, head 0 .. H-1 | scales, head 0 .. H-1 | pad |
+
+Scales are float16, ``k_norms`` of K then one of V for each head. The row is
+padded to 8 bytes. Nothing in it depends on the position, the request or the
+page, so a row can be moved, copied and shared through the radix cache as it is.
+
+A code of b bits is cut into *fields* of 4, 2 and 1 bits, most significant
+first (3 = 2 + 1, 6 = 4 + 2, 8 = 4 + 4), and equal fields of all channels lie
+together in a *plane*. In a plane of W bytes, element e sits in byte ``e % W``
+at bit ``(e // W) * width``: one shift and one mask of W consecutive bytes give
+W consecutive channels, which is what a tensor-core dot wants. What does not
+fill whole bytes of a plane goes bit after bit into the tail, so the codes of a
+head take exactly ``ceil(sum(bits) / 8)`` bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+from .codebook import check_bits
+
+NORM_BYTES = 2  # float16
+ROW_ALIGN = 8  # bytes; keeps 8-byte loads aligned and K3V3 at head_dim 128 within 104 B per head
+
+#: Planes in storage order: (name, field width). "hi" holds the top nibble of every
+#: code of 4 bits and more, "lo" the low nibble of 8-bit codes.
+PLANES = (("hi", 4), ("lo", 4), ("two", 2), ("one", 1))
+
+#: bits -> {plane: position of the field in the code}
+FIELDS: dict[int, dict[str, int]] = {
+    0: {},
+    1: {"one": 0},
+    2: {"two": 0},
+    3: {"two": 1, "one": 0},
+    4: {"hi": 0},
+    5: {"hi": 1, "one": 0},
+    6: {"hi": 2, "two": 0},
+    7: {"hi": 3, "two": 1, "one": 0},
+    8: {"hi": 4, "lo": 0},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive channels whose field in one plane has the same position in the code."""
+
+    start: int  # first channel
+    stop: int
+    position: int  # bit position of the field in the code
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One plane of a head's code bytes."""
+
+    name: str
+    width: int  # bits per element: 4, 2 or 1
+    offset: int  # first byte, within the head's codes
+    num_bytes: int  # W
+    num_elements: int  # all elements, those in the tail included
+    tail_bit: int  # where this plane's leftover elements start in the tail, in bits
+    runs: tuple[Run, ...]
+
+    @property
+    def slots(self) -> int:
+        """Elements per byte."""
+        return 8 // self.width
+
+    @property
+    def num_planar(self) -> int:
+        """Elements in whole bytes; the rest lies in the tail."""
+        return self.num_bytes * self.slots
+
+    def place(self, element: int) -> tuple[int, int]:
+        """(byte within the plane, bit shift) of a planar element."""
+        return element % self.num_bytes, element // self.num_bytes * self.width
+
+
+@dataclass(frozen=True)
+class CodeLayout:
+    """How the codes of one head are laid out.
+
+    widths: bits of every channel in stored order, non-increasing (0 = not stored).
+    norm_index: which of the head's scales each channel uses; ``()`` means one scale for all.
+    """
+
+    widths: tuple[int, ...]
+    norm_index: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.widths:
+            raise ValueError("widths is empty")
+        for bits in set(self.widths) - {0}:
+            check_bits(bits)
+        if any(a < b for a, b in zip(self.widths, self.widths[1:], strict=False)):
+            raise ValueError(f"widths {self.widths} must not increase: channels are stored widest first")
+        if not self.norm_index:
+            object.__setattr__(self, "norm_index", (0,) * len(self.widths))
+        if len(self.norm_index) != len(self.widths):
+            raise ValueError(f"{len(self.norm_index)} norm indices for {len(self.widths)} channels")
+
+    @property
+    def dim(self) -> int:
+        return len(self.widths)
+
+    @property
+    def num_norms(self) -> int:
+        return max(self.norm_index) + 1
+
+    @property
+    def code_bits(self) -> int:
+        return sum(self.widths)
+
+    @property
+    def code_bytes(self) -> int:
+        return (self.code_bits + 7) // 8
+
+    @cached_property
+    def groups(self) -> tuple[tuple[int, int, int], ...]:
+        """Equal-width channel ranges as (start, stop, bits), widest first."""
+        out, start = [], 0
+        for c in range(1, self.dim + 1):
+            if c == self.dim or self.widths[c] != self.widths[start]:
+                out.append((start, c, self.widths[start]))
+                start = c
+        return tuple(out)
+
+    @cached_property
+    def planes(self) -> tuple[Plane, ...]:
+        """The planes that hold something, in storage order."""
+        out, offset, tail_bit = [], 0, 0
+        for name, width in PLANES:
+            runs = tuple(Run(a, b, FIELDS[bits][name]) for a, b, bits in self.groups if name in FIELDS[bits])
+            elements = sum(run.stop - run.start for run in runs)
+            if not elements:
+                continue
+            num_bytes = elements * width // 8
+            out.append(Plane(name, width, offset, num_bytes, elements, tail_bit, runs))
+            offset += num_bytes
+            tail_bit += elements * width - num_bytes * 8
+        return tuple(out)
+
+    @cached_property
+    def tail_offset(self) -> int:
+        return sum(plane.num_bytes for plane in self.planes)
+
+    @cached_property
+    def field_table(self) -> dict[str, list[tuple[int, int, int]]]:
+        """Per plane, for every channel (byte within the head's codes, shift, position in the code).
+
+        The byte is -1 where the channel has no field in that plane. No field straddles two
+        bytes: a plane's leftover is a whole number of its elements and the tail starts with
+        the 2-bit ones.
+        """
+        table = {name: [(-1, 0, 0)] * self.dim for name, _ in PLANES}
+        for plane in self.planes:
+            element = 0
+            for run in plane.runs:
+                for channel in range(run.start, run.stop):
+                    if element < plane.num_planar:
+                        byte, shift = plane.place(element)
+                        byte += plane.offset
+                    else:
+                        bit = plane.tail_bit + (element - plane.num_planar) * plane.width
+                        byte, shift = self.tail_offset + bit // 8, bit % 8
+                    table[plane.name][channel] = (byte, shift, run.position)
+                    element += 1
+        return table
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """The packed row of one layer for all KV heads held by this rank.
+
+    k: one CodeLayout per KV head. v: one for all heads. k_code_bytes and k_norms are
+    the maxima over *all* heads of the layer, so that the row does not depend on how
+    heads are spread over tensor-parallel ranks.
+    """
+
+    k: tuple[CodeLayout, ...]
+    v: CodeLayout
+    k_code_bytes: int
+    k_norms: int
+
+    @classmethod
+    def of(cls, k: tuple[CodeLayout, ...], v: CodeLayout) -> RowLayout:
+        return cls(k, v, max(h.code_bytes for h in k), max(h.num_norms for h in k))
+
+    @property
+    def heads(self) -> int:
+        return len(self.k)
+
+    @property
+    def v_code_bytes(self) -> int:
+        return self.v.code_bytes
+
+    @property
+    def norms(self) -> int:
+        """Scales per head: those of K, then one of V."""
+        return self.k_norms + 1
+
+    @property
+    def v_offset(self) -> int:
+        return self.heads * self.k_code_bytes
+
+    @property
+    def norm_offset(self) -> int:
+        """First scale; even, so that float16 loads are aligned."""
+        end = self.v_offset + self.heads * self.v_code_bytes
+        return end + end % NORM_BYTES
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes per token and KV head, scales included, row padding not."""
+        return self.k_code_bytes + self.v_code_bytes + self.norms * NORM_BYTES
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes per token in this layer, padding included: what the pool allocates."""
+        end = self.norm_offset + self.heads * self.norms * NORM_BYTES
+        return -(-end // ROW_ALIGN) * ROW_ALIGN
+
+    @property
+    def uniform_heads(self) -> bool:
+        """True when all heads share one K code layout (``uniform`` and ``template``)."""
+        return all(h == self.k[0] for h in self.k)
+
+
+@cache
+def uniform_layout(dim: int, bits: float) -> CodeLayout:
+    """``dim`` channels at an average of ``bits``, one scale.
+
+    A fractional budget gives the first channels one bit more than the rest; the total is
+    ``2 * floor(dim / 2 * bits)``, the budget of whole RoPE blocks.
+    """
+    blocks = dim // 2
+    total = int(blocks * bits + 1e-9)
+    low, wide = divmod(total, blocks)
+    return CodeLayout((low + 1,) * (2 * wide) + (low,) * (dim - 2 * wide))

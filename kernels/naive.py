@@ -1,0 +1,295 @@
+"""Naive PyTorch twins of every kernel. Slow and plain: what they compute is the definition.
+
+Shapes: T tokens, H KV heads, Hq = G * H query heads, D head_dim, Dv v_head_dim.
+Query head j belongs to KV head ``j // G``. Source: TurboQuant-MSE as used by Block-GTQ
+(arXiv 2606.24033), with one transform per head and scales per norm group.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .codebook import boundaries
+from .codec import NO_SEARCH, LayerCodec
+from .layout import NORM_BYTES, CodeLayout
+from .pack import pack, unpack
+
+_FP16_MAX = 65504.0
+
+
+def _nearest(
+    unit: torch.Tensor, layout: CodeLayout, member: torch.Tensor, levels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (uint8) and codewords of ``unit [..., D]`` in the channels of ``member [D]``; zero elsewhere."""
+    codes = torch.zeros(unit.shape, dtype=torch.uint8, device=unit.device)
+    value = torch.zeros_like(unit)
+    for start, stop, bits in layout.groups:
+        if bits:
+            book = levels[bits, : 1 << bits]
+            code = torch.bucketize(unit[..., start:stop].contiguous(), boundaries(book))
+            codes[..., start:stop] = code.to(torch.uint8)
+            value[..., start:stop] = book[code]
+    return codes * member, value * member
+
+
+def _scale(rule: str, yy: torch.Tensor, yc: torch.Tensor, cc: torch.Tensor) -> torch.Tensor:
+    """The corrected scale from weighted sums of y*y, y*c and c*c; see codec.SCALE_RULES."""
+    if rule == "lsq":
+        return yc / cc
+    if rule == "norm":
+        return (yy / cc).sqrt()
+    return yy / yc
+
+
+def quantize(
+    y: torch.Tensor,
+    layout: CodeLayout,
+    levels: torch.Tensor,
+    scale_rule: str = "lsq",
+    scale_search: tuple[float, ...] = NO_SEARCH,
+    weight: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nearest codes and corrected scales of transformed vectors.
+
+    y ``[..., D]`` float32; levels ``[9, 256]``; weight broadcastable to y, or None (ones).
+    Returns codes ``[..., D]`` uint8 and scales ``[..., num_norms]`` float16, with
+    ``y ~ scale[norm_index] * level[code]``. A zero vector gives scale zero.
+
+    Sums are in float64: the packed bytes must not depend on the batch a token came in with.
+    """
+    y = y.float()
+    yd = y.double()
+    weight = torch.ones_like(y) if weight is None else weight
+    index = torch.tensor(layout.norm_index, device=y.device)
+    stored = torch.tensor(layout.widths, device=y.device) > 0
+    codes = torch.zeros(y.shape, dtype=torch.uint8, device=y.device)
+    scales = []
+    for n in range(layout.num_norms):
+        member = (index == n) & stored
+        w = (weight * member).double()
+        rms = ((yd * yd * member).sum(-1) / member.sum().clamp(min=1)).sqrt().float()
+        live = rms > 0
+        safe = torch.where(live, rms, 1.0)
+        yy = (w * yd * yd).sum(-1)
+        best = None
+        for factor in scale_search:
+            trial, value = _nearest(y / (safe * factor)[..., None], layout, member, levels)
+            cd = value.double()
+            yc, cc = (w * yd * cd).sum(-1), (w * cd * cd).sum(-1)
+            scale = _scale(scale_rule, yy, yc, cc)
+            error = yy - 2 * scale * yc + scale * scale * cc
+            if best is None:
+                best = error, scale, trial
+            else:
+                better = error < best[0]
+                best = (
+                    torch.where(better, error, best[0]),
+                    torch.where(better, scale, best[1]),
+                    torch.where(better[..., None], trial, best[2]),
+                )
+        codes |= best[2]
+        scales.append(torch.where(live, best[1], 0.0))
+    return codes, torch.stack(scales, -1).clamp(-_FP16_MAX, _FP16_MAX).to(torch.float16)
+
+
+def dequantize(codes: torch.Tensor, scales: torch.Tensor, layout: CodeLayout, levels: torch.Tensor) -> torch.Tensor:
+    """Codes ``[..., D]`` and scales ``[..., num_norms]`` back to transformed vectors ``[..., D]`` float32."""
+    value = torch.zeros(codes.shape, dtype=torch.float32, device=codes.device)
+    for start, stop, bits in layout.groups:
+        if bits:
+            value[..., start:stop] = levels[bits][codes[..., start:stop].int()]
+    if layout.num_norms == 1:
+        return value * scales[..., :1].float()
+    index = torch.tensor(layout.norm_index, device=codes.device)
+    return value * scales.float()[..., index]
+
+
+def _transform(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """``[T, H, D]`` by per-head ``[H, D', D]`` in float64: independent of T to the last float32 bit."""
+    return torch.einsum("thd,hed->the", x.double(), matrix.double()).float()
+
+
+def encode(codec: LayerCodec, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Post-RoPE keys ``[T, H, D]`` and values ``[T, H, Dv]`` to packed rows ``[T, row_bytes]`` uint8."""
+    row = codec.layout
+    out = torch.zeros(k.shape[0], row.row_bytes, dtype=torch.uint8, device=k.device)
+    k_codes = out[:, : row.v_offset].view(-1, row.heads, row.k_code_bytes)
+    v_end = row.v_offset + row.heads * row.v_code_bytes
+    v_codes = out[:, row.v_offset : v_end].view(-1, row.heads, row.v_code_bytes)
+    norms = torch.zeros(k.shape[0], row.heads, row.norms, dtype=torch.float16, device=k.device)
+
+    y = _transform(k, codec.k_in)
+    if row.uniform_heads and row.k[0].num_norms == 1:
+        heads = [(slice(None), row.k[0])]
+    else:
+        heads = [(slice(h, h + 1), layout) for h, layout in enumerate(row.k)]
+    for h, layout in heads:
+        codes, scales = quantize(y[:, h], layout, codec.levels, codec.scale_rule, codec.scale_search, codec.k_weight[h])
+        k_codes[:, h, : layout.code_bytes] = pack(layout, codes)
+        norms[:, h, : layout.num_norms] = scales
+
+    y = _transform(v, codec.v_in)
+    codes, scales = quantize(y, row.v, codec.levels, codec.scale_rule, codec.scale_search)
+    v_codes[:] = pack(row.v, codes)
+    norms[:, :, row.k_norms :] = scales
+    end = row.norm_offset + row.heads * row.norms * NORM_BYTES
+    out[:, row.norm_offset : end] = norms.flatten(1).view(torch.uint8)
+    return out
+
+
+def _norms(codec: LayerCodec, rows: torch.Tensor) -> torch.Tensor:
+    """Scales ``[T, H, norms]`` float16 of packed rows."""
+    row = codec.layout
+    end = row.norm_offset + row.heads * row.norms * NORM_BYTES
+    data = rows[:, row.norm_offset : end].contiguous().view(torch.float16)
+    return data.view(-1, row.heads, row.norms)
+
+
+def decode_transformed(codec: LayerCodec, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows ``[T, row_bytes]`` to K ``[T, H, D]`` and V ``[T, H, Dv]`` in stored channels, float32.
+
+    This is what attention reads: the query comes to the codes, not the codes to the query.
+    """
+    row = codec.layout
+    norms = _norms(codec, rows)
+    k_bytes = rows[:, : row.v_offset].view(-1, row.heads, row.k_code_bytes)
+    v_end = row.v_offset + row.heads * row.v_code_bytes
+    v_bytes = rows[:, row.v_offset : v_end].view(-1, row.heads, row.v_code_bytes)
+    if row.uniform_heads:
+        layout = row.k[0]
+        k = dequantize(unpack(layout, k_bytes), norms[..., : layout.num_norms], layout, codec.levels)
+    else:
+        k = torch.stack(
+            [
+                dequantize(unpack(layout, k_bytes[:, h]), norms[:, h, : layout.num_norms], layout, codec.levels)
+                for h, layout in enumerate(row.k)
+            ],
+            dim=1,
+        )
+    v = dequantize(unpack(row.v, v_bytes), norms[..., row.k_norms :], row.v, codec.levels)
+    return k, v
+
+
+def decode(codec: LayerCodec, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows ``[T, row_bytes]`` to approximate keys ``[T, H, D]`` and values ``[T, H, Dv]``, float32."""
+    k, v = decode_transformed(codec, rows)
+    # q_in is the inverse transpose of k_in, so its transpose undoes k_in.
+    return torch.einsum("the,hed->thd", k, codec.q_in), torch.einsum("the,hde->thd", v, codec.v_out)
+
+
+def round_trip(codec: LayerCodec, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values as they will be read back."""
+    return decode(codec, encode(codec, k, v))
+
+
+def merge_states(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact merge of two partial attentions over disjoint keys. out ``[..., Dv]``, lse ``[...]`` (natural log)."""
+    top = torch.maximum(lse_a, lse_b)
+    safe = torch.where(top == -torch.inf, 0.0, top)
+    a, b = torch.exp(lse_a - safe), torch.exp(lse_b - safe)
+    total = a + b
+    out = (out_a * a[..., None] + out_b * b[..., None]) / torch.where(total > 0, total, 1.0)[..., None]
+    return out, safe + torch.log(total)
+
+
+def _softmax_attend(logits: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits ``[H, G, M, N]`` (-inf = masked), v ``[N, H, Dv]`` to out ``[M, H, G, Dv]`` and lse ``[M, H, G]``."""
+    lse = torch.logsumexp(logits, -1)
+    prob = torch.exp(logits - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
+    return torch.einsum("hgmn,nhd->mhgd", prob, v), lse.permute(2, 0, 1)
+
+
+def prefix_attention(
+    codec: LayerCodec,
+    q: torch.Tensor,
+    rows: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    sm_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every query of a request against all its packed rows (no causal mask: the prefix lies before the queries).
+
+    q ``[T, Hq, D]``; rows ``[slots, row_bytes]`` uint8; qo_indptr, kv_indptr ``[B + 1]``;
+    kv_indices ``[kv_indptr[-1]]`` slots. Returns out ``[T, Hq, Dv]`` float32 and
+    lse ``[T, Hq]`` float32 (natural log; -inf and zeros for an empty prefix).
+    Decode attention is the case of one query per request.
+    """
+    heads = codec.layout.heads
+    group = q.shape[1] // heads
+    out = torch.zeros(q.shape[0], q.shape[1], codec.v_head_dim, dtype=torch.float32, device=q.device)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
+    qo, kv = qo_indptr.tolist(), kv_indptr.tolist()
+    for b in range(len(qo) - 1):
+        if qo[b] == qo[b + 1] or kv[b] == kv[b + 1]:
+            continue
+        slots = kv_indices[kv[b] : kv[b + 1]].long()
+        k, v = decode_transformed(codec, rows.index_select(0, slots))
+        qb = q[qo[b] : qo[b + 1]].float().unflatten(1, (heads, group))
+        q_in = torch.einsum("mhgd,hed->mhge", qb, codec.q_in)
+        logits = torch.einsum("mhge,nhe->hgmn", q_in, k) * sm_scale
+        o, l = _softmax_attend(logits, v)
+        o = torch.einsum("mhge,hde->mhgd", o, codec.v_out)
+        out[qo[b] : qo[b + 1]] = o.flatten(1, 2)
+        lse[qo[b] : qo[b + 1]] = l.flatten(1, 2)
+    return out, lse
+
+
+def decode_attention(
+    codec: LayerCodec,
+    q: torch.Tensor,
+    rows: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    sm_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One query ``[B, Hq, D]`` per request against its packed rows; see :func:`prefix_attention`."""
+    qo_indptr = torch.arange(q.shape[0] + 1, device=q.device)
+    return prefix_attention(codec, q, rows, qo_indptr, kv_indptr, kv_indices, sm_scale)
+
+
+def chunk_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, qo_indptr: torch.Tensor, sm_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of each request's new tokens to themselves, dense.
+
+    q ``[T, Hq, D]``, k ``[T, H, D]``, v ``[T, H, Dv]``, qo_indptr ``[B + 1]``.
+    Returns out ``[T, Hq, Dv]`` and lse ``[T, Hq]`` as :func:`prefix_attention` does.
+    """
+    heads = k.shape[1]
+    group = q.shape[1] // heads
+    out = torch.zeros(q.shape[0], q.shape[1], v.shape[-1], dtype=torch.float32, device=q.device)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
+    qo = qo_indptr.tolist()
+    for a, b in zip(qo, qo[1:], strict=False):
+        if a == b:
+            continue
+        qb = q[a:b].float().unflatten(1, (heads, group))
+        logits = torch.einsum("mhgd,nhd->hgmn", qb, k[a:b].float()) * sm_scale
+        future = torch.ones(b - a, b - a, dtype=torch.bool, device=q.device).triu(1)
+        o, l = _softmax_attend(logits.masked_fill(future, -torch.inf), v[a:b].float())
+        out[a:b], lse[a:b] = o.flatten(1, 2), l.flatten(1, 2)
+    return out, lse
+
+
+def extend_attention(
+    codec: LayerCodec,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    sm_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """New tokens against their packed prefix plus, causally, themselves.
+
+    k, v are the chunk's own keys and values as it shall see them: raw, or after
+    :func:`round_trip` for answers that do not depend on how a prompt was cut.
+    """
+    prefix = prefix_attention(codec, q, rows, qo_indptr, kv_indptr, kv_indices, sm_scale)
+    chunk = chunk_attention(q, k, v, qo_indptr, sm_scale)
+    return merge_states(*prefix, *chunk)
