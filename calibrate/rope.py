@@ -6,6 +6,19 @@ from dataclasses import dataclass
 
 import torch
 
+HEAD_DIMS = range(32, 257, 16)
+
+
+class HeadDimError(ValueError):
+    """A head dimension the codec does not support."""
+
+
+def check_head_dim(head_dim: int) -> int:
+    """``head_dim`` itself if the codec supports it, else HeadDimError."""
+    if head_dim not in HEAD_DIMS:
+        raise HeadDimError(f"head_dim {head_dim} is not supported; multiples of 16 from 32 to 256 are")
+    return head_dim
+
 
 @dataclass(frozen=True)
 class RopeBlocks:

@@ -1,0 +1,51 @@
+# make serve   serve a real model with the packed KV cache, ask it one question, keep serving
+# make test    run the tests        make lint   ruff        make clean   remove what make made here
+#
+# PYTHON=python3.12  interpreter for .venv (3.11 or newer)
+# VENV=FOLDER        use this environment as it is: nothing is installed into it
+# MODEL=PATH         model folder or hub name to serve (default: SmolLM2-135M-Instruct, unpacked to the cache folder)
+# ARGS="--..."       more arguments for sglang.launch_server, or for pytest
+# ONCE=1             stop serving after the answer
+
+PYTHON ?= python3
+SHELL := /bin/bash
+
+ifeq ($(origin VENV),undefined)
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+else
+INSTALLED :=
+endif
+BIN := $(VENV)/bin
+
+# Python would put the clone's root on sys.path, where kernels/ is not the package that SGLang imports.
+export PYTHONSAFEPATH := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: serve test lint clean
+
+serve: $(INSTALLED)
+	@set -e; model='$(MODEL)'; \
+	if [ -z "$$model" ]; then model=$$($(BIN)/python scripts/get_model.py); fi; \
+	exec $(BIN)/python scripts/serve.py --model-path "$$model" $(if $(filter-out 0,$(ONCE)),--once) -- $(ARGS)
+
+test: $(INSTALLED)
+	@set -e; SMOLLM2=$$($(BIN)/python scripts/get_model.py); export SMOLLM2; \
+	exec $(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+# Made again when the dependencies change; the code itself is installed editable.
+.venv/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo '$(PYTHON) is older than Python 3.11: install a newer one and name it with PYTHON=' >&2; exit 1; }
+	@echo 'installing SGLang and its dependencies into .venv: several GB, 3 to 15 minutes'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -e '.[test,demo]'
+	@touch $@

@@ -1,0 +1,75 @@
+"""What is compared: the four allocators through their packed rows, and three caches people know, for scale.
+
+Every method has ``name``, ``k_bits``, ``v_bits``, ``bytes_per_token_head`` and
+``round_trip(layer, k, v)``: keys ``[T, H, D]`` and values ``[T, H, Dv]``, float32, as they are read back.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from sglang_blockgtq.calibrate.table import AllocationTable
+from sglang_blockgtq.kernels import naive
+
+CHUNK = 1024  # tokens coded at once; the bytes do not depend on it (naive.encode), the speed does
+
+
+class Method(Protocol):
+    name: str
+    k_bits: float
+    v_bits: float
+    bytes_per_token_head: float
+
+    def round_trip(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+class Packed:
+    """An allocation table: encode to packed rows, decode them."""
+
+    def __init__(self, table: AllocationTable):
+        self.name = table.header.allocator
+        self.k_bits, self.v_bits = table.header.k_bits, table.header.v_bits
+        self.bytes_per_token_head = table.bytes_per_token_head()
+        self.codecs = [table.layer_codec(i) for i in range(table.header.layers)]
+
+    def round_trip(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pairs = zip(k.split(CHUNK), v.split(CHUNK), strict=True)
+        parts = [naive.round_trip(self.codecs[layer], *pair) for pair in pairs]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+class Cast:
+    """Keys and values rounded to a narrower floating-point type, no scales: ``bf16`` or ``fp8_e4m3``."""
+
+    def __init__(self, name: str, dtype: torch.dtype, head_dim: int, v_head_dim: int):
+        self.name, self.dtype = name, dtype
+        self.k_bits = self.v_bits = 8 * dtype.itemsize
+        self.bytes_per_token_head = (head_dim + v_head_dim) * dtype.itemsize
+        self.max = torch.finfo(dtype).max
+
+    def _cast(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(-self.max, self.max).to(self.dtype).float()
+
+    def round_trip(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._cast(k), self._cast(v)
+
+
+class IntPerToken:
+    """Asymmetric integers between the smallest and largest channel of each token and head; float16 step and offset."""
+
+    name = "int"
+
+    def __init__(self, bits: int, head_dim: int, v_head_dim: int):
+        self.k_bits = self.v_bits = bits
+        self.bytes_per_token_head = (head_dim + v_head_dim) * bits / 8 + 2 * 4
+
+    def _round(self, x: torch.Tensor) -> torch.Tensor:
+        low = x.amin(-1, keepdim=True).half().float()
+        top = (1 << int(self.k_bits)) - 1
+        step = ((x.amax(-1, keepdim=True) - low) / top).half().float().clamp(min=2.0**-24)
+        return low + ((x - low) / step).round().clamp(0, top) * step
+
+    def round_trip(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._round(k), self._round(v)

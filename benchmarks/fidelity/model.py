@@ -1,0 +1,85 @@
+"""The model under test: attention with a hook between RoPE and the scores, capture, position shift."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from sglang_blockgtq.calibrate.rope import RopeBlocks
+
+#: hook(layer, q [T, Hq, D], k [T, H, D], v [T, H, Dv]) -> the keys and values that attention shall see
+KVHook = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+_NAME = "blockgtq_fidelity"
+
+
+@contextmanager
+def kv_hook(model, hook: KVHook) -> Iterator[None]:
+    """Run ``model``'s attention (one sequence, causal, no cache) on the keys and values that ``hook`` returns.
+
+    Raises ValueError for a model that asks for a sliding window.
+    """
+
+    def attention(module, q, k, v, mask=None, scaling=None, dropout=0.0, sliding_window=None, **kwargs):
+        if sliding_window is not None and sliding_window < q.shape[2]:
+            raise ValueError(f"sliding_window = {sliding_window}: only full causal attention is measured")
+        k, v = hook(module.layer_idx, *(x[0].transpose(0, 1) for x in (q, k, v)))
+        k, v = (x.transpose(0, 1)[None].to(q.dtype) for x in (k, v))
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
+
+    before = model.config._attn_implementation
+    AttentionInterface.register(_NAME, attention)
+    model.set_attn_implementation(_NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@dataclass
+class Capture:
+    """Post-RoPE vectors of one sequence of T tokens, float32.
+
+    positions ``[N]``: of the queries. Per layer: q ``[N, Hq, D]``, k ``[T, H, D]``, v ``[T, H, Dv]``.
+    """
+
+    positions: torch.Tensor
+    q: dict[int, torch.Tensor]
+    k: dict[int, torch.Tensor]
+    v: dict[int, torch.Tensor]
+
+
+@torch.inference_mode()
+def capture(model, ids: list[int], positions: list[int]) -> Capture:
+    """One pass over ``ids``; keeps all keys and values, and the queries at ``positions``."""
+    got = Capture(torch.tensor(positions), {}, {}, {})
+
+    def keep(layer, q, k, v):
+        got.q[layer], got.k[layer], got.v[layer] = q[got.positions].clone(), k.clone(), v.clone()
+        return k, v
+
+    with kv_hook(model, keep):
+        model.base_model(torch.tensor([ids]), use_cache=False)
+    return got
+
+
+def rotate(x: torch.Tensor, rope: RopeBlocks, inv_freq: torch.Tensor, positions: int) -> torch.Tensor:
+    """``x [..., D]`` turned on by ``positions``, as if its token stood that much later; float32.
+
+    inv_freq ``[rotary_dim / 2]``: radians per position of each rotated block. Angles and products
+    are in float64. Attention between equally turned queries and keys does not change.
+    """
+    first, second = rope.channels()[: rope.rotary_dim // 2].unbind(-1)
+    angle = inv_freq.double() * positions
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x[..., first].double(), x[..., second].double()
+    out = x.clone()
+    out[..., first] = (a * cos - b * sin).to(x.dtype)
+    out[..., second] = (b * cos + a * sin).to(x.dtype)
+    return out

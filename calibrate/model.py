@@ -1,0 +1,201 @@
+"""What identifies a model to a table, and what calibration must know of its attention."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from transformers import PretrainedConfig
+
+from .rope import RopeBlocks, check_head_dim
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
+_MIB = 1 << 20
+
+
+class ModelError(ValueError):
+    """A model that cannot be calibrated; the message says why and what would work."""
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The language model's part of a (possibly multimodal) config."""
+    return config.get_text_config()
+
+
+def kv_heads(config: PretrainedConfig) -> int:
+    """KV heads per layer of the whole model."""
+    text = text_config(config)
+    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """Channels per head."""
+    text = text_config(config)
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def v_head_dim(config: PretrainedConfig) -> int:
+    """Channels per value head."""
+    return getattr(text_config(config), "v_head_dim", None) or head_dim(config)
+
+
+def _canonical_rope(rope: dict) -> dict:
+    """One spelling for what transformers versions and SGLang write differently."""
+    out = {}
+    for key, value in rope.items():
+        if isinstance(value, dict):  # parameters per layer type
+            out[key] = _canonical_rope(value)
+        elif value is not None and key != "type":  # "type" is the old name of "rope_type"
+            out[key] = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+    if not any(isinstance(value, dict) for value in rope.values()):
+        out["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+        out.setdefault("partial_rotary_factor", 1.0)
+    return out
+
+
+def rope_parameters(config: PretrainedConfig) -> dict:
+    """RoPE parameters in one canonical form, ``{}`` for a model without RoPE.
+
+    Reads ``rope_parameters`` (transformers 5) or ``rope_theta``, ``rope_scaling`` and the partial
+    rotary factor under its several names (transformers 4).
+    """
+    text = text_config(config)
+    rope = dict(getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {})
+    if "rope_theta" not in rope and getattr(text, "rope_theta", None) is not None:
+        rope["rope_theta"] = text.rope_theta
+    if not rope:
+        return {}
+    for name in ("partial_rotary_factor", "rotary_pct"):
+        if rope.get("partial_rotary_factor") is None and getattr(text, name, None) is not None:
+            rope["partial_rotary_factor"] = getattr(text, name)
+    return _canonical_rope(rope)
+
+
+def config_hash(config: PretrainedConfig) -> str:
+    """sha256 (hex) over what decides attention geometry, RoPE and identity of the language model.
+
+    Equal for the config that transformers reads and the one SGLang reads. Architecture names are
+    left out, since engines rewrite them; paths, dtypes and version fields do not belong to it.
+    """
+    text = text_config(config)
+    names = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    fields = {name: getattr(text, name, None) for name in names}
+    fields["num_key_value_heads"] = kv_heads(config)
+    fields["head_dim"] = head_dim(config)
+    fields["v_head_dim"] = v_head_dim(config)  # SGLang sets the attribute where transformers leaves it out
+    fields["rope"] = rope_parameters(config)
+    fields["rotary_dim"] = getattr(text, "rotary_dim", None)
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _cached_snapshot(model_path: str) -> Path | None:
+    """Folder of a hub model in the local Hugging Face cache; never asks the network."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(model_path, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def weights_hash(model_path: str) -> str:
+    """sha256 (hex) over name, size, first and last MiB of every weight file, ``""`` if there is none to see.
+
+    A fingerprint, not a checksum: it tells a fine-tuned model from its base in milliseconds.
+    model_path: a folder, one file (GGUF), or a hub id that is in the local cache.
+    """
+    path = Path(model_path)
+    if not path.exists():
+        path = _cached_snapshot(model_path)
+        if path is None:
+            return ""
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in WEIGHT_SUFFIXES)
+    if not files:
+        return ""
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with open(file, "rb") as f:
+            digest.update(f.read(_MIB))
+            f.seek(max(size - _MIB, 0), os.SEEK_SET)
+            digest.update(f.read(_MIB))
+    return digest.hexdigest()
+
+
+def check_model(config: PretrainedConfig) -> None:
+    """ModelError for attention that the packed cache does not hold: MLA, sliding windows, hybrids, odd heads."""
+    text = text_config(config)
+    name = text.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"model type {name}: an encoder-decoder; decoder-only models are supported")
+    if getattr(text, "kv_lora_rank", None):
+        raise ModelError(f"model type {name}: latent attention (MLA) is not supported; use a model with MHA or GQA")
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if not kinds and getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
+        kinds = {"sliding_attention"}
+    if others := sorted(kinds - {"full_attention"}):
+        raise ModelError(
+            f"model type {name}: has {', '.join(others)} layers; every layer must have full attention "
+            "(no sliding window, no linear or state-space layers)"
+        )
+    check_head_dim(head_dim(config))
+
+
+def modeling_module(config: PretrainedConfig) -> ModuleType:
+    """The transformers module that defines the causal language model of a config."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    for candidate in (text_config(config), config):
+        if type(candidate) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(candidate)].__module__]
+    raise ModelError(f"model type {config.model_type}: transformers has no causal language model for it")
+
+
+def is_neox(module: ModuleType) -> bool:
+    """Whether a modeling module pairs channels (i, i + rotary_dim / 2); else (2i, 2i + 1). Found by calling it.
+
+    Raises ModelError if the module has no function of a known name that turns channels by 90 degrees.
+    """
+    for name in ("rotate_half", "rotate_every_two"):
+        turn = getattr(module, name, None)
+        if turn is None:
+            continue
+        turned = turn(torch.arange(1.0, 9.0).view(1, 1, 1, 8)).flatten().tolist()
+        if turned == [-5, -6, -7, -8, 1, 2, 3, 4]:
+            return True
+        if turned == [-2, 1, -4, 3, -6, 5, -8, 7]:
+            return False
+    raise ModelError(
+        f"{module.__name__}: cannot tell which channels its RoPE pairs; models with rotate_half or "
+        "rotate_every_two are supported here, others calibrate inside the server"
+    )
+
+
+def rope_blocks(config: PretrainedConfig, module: ModuleType | None = None) -> list[RopeBlocks]:
+    """RoPE pairing of every layer as transformers computes it; rotary_dim 0 where a layer has no RoPE.
+
+    module: the modeling module, where the config does not lead to it (remote code).
+    """
+    text = text_config(config)
+    dim, layers = head_dim(config), text.num_hidden_layers
+    rotary_dim = getattr(text, "rotary_dim", None)  # GPT-J, CodeGen
+    if rotary_dim is None:
+        rope = rope_parameters(config)
+        for value in rope.values():
+            if isinstance(value, dict):
+                rope = value  # per layer type; only theta differs between them
+                break
+        rotary_dim = int(dim * rope["partial_rotary_factor"]) if rope else 0
+    if not rotary_dim:
+        return [RopeBlocks(dim, 0)] * layers
+    blocks = RopeBlocks(dim, rotary_dim, is_neox(module or modeling_module(config)))
+    with_rope = getattr(text, "no_rope_layers", None) or [1] * layers  # 1 where a layer has RoPE, despite its name
+    return [blocks if flag else RopeBlocks(dim, 0) for flag in with_rope]

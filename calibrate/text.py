@@ -1,0 +1,113 @@
+"""Calibration text: where it comes from, how it becomes token sequences, how it is named."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+DEFAULT_TOKENS = 2048
+MIN_TOKENS = 2048
+MAX_SEQUENCE = 2048  # tokens; longer sequences only cost memory, the moments hold at every position
+MIN_SEQUENCE = 64
+
+TEXT_OPTION = "--kv-quant-calibration-text"
+TOKENS_OPTION = "--kv-quant-calibration-tokens"
+
+
+class TextError(ValueError):
+    """Calibration text that cannot be used; the message says why and what would work."""
+
+
+def read_text(path: str | None) -> str:
+    """The calibration text: a UTF-8 file, or by default CPython's own documentation.
+
+    The default is ``pydoc_data.topics`` in alphabetical order of topics. It comes with every
+    full Python, so a server can calibrate without network; it may differ between Python versions.
+    Raises TextError if the file is missing, unreadable, blank or not UTF-8.
+    """
+    if path is None:
+        try:
+            from pydoc_data.topics import topics
+        except ImportError as e:
+            raise TextError(
+                f"{TEXT_OPTION} is not set and this Python has no pydoc_data (the default text): "
+                f"name a UTF-8 text file with {TEXT_OPTION}"
+            ) from e
+        return "\n\n".join(topics[name] for name in sorted(topics))
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as e:
+        raise TextError(f"{TEXT_OPTION} {path}: no such file; name a UTF-8 text file") from e
+    except UnicodeDecodeError as e:
+        raise TextError(f"{TEXT_OPTION} {path}: not UTF-8 (byte {e.start}); convert it or name another file") from e
+    except OSError as e:
+        raise TextError(f"{TEXT_OPTION} {path}: cannot be read ({e.strerror}); name a UTF-8 text file") from e
+    if not text.strip():
+        raise TextError(f"{TEXT_OPTION} {path}: the file is blank; name a text of {MIN_TOKENS} tokens or more")
+    return text
+
+
+def check_tokens(tokens: int) -> None:
+    """TextError unless ``tokens`` is a whole number, at least MIN_TOKENS."""
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < MIN_TOKENS:
+        raise TextError(f"{TOKENS_OPTION} {tokens}: a whole number of tokens, {MIN_TOKENS} or more, is needed")
+
+
+def _encode(tokenizer, text: str, wanted: int) -> list[int]:
+    """At least ``wanted`` ids of the start of the text, or all it has. A long text is not tokenized whole."""
+    chars = max(8 * wanted, 4096)
+    while True:
+        ids = list(tokenizer.encode(text[:chars], add_special_tokens=False))
+        # The ids next to the cut may change with what follows it; MIN_SEQUENCE is far more than that reaches.
+        if chars >= len(text) or len(ids) >= wanted + MIN_SEQUENCE:
+            return ids
+        chars *= 2
+
+
+def _prefix(tokenizer) -> list[int]:
+    """The special ids this tokenizer puts before a text, such as BOS: every sequence starts as a prompt does."""
+    bare = list(tokenizer.encode("a", add_special_tokens=False))
+    full = list(tokenizer.encode("a"))
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start]
+    return []
+
+
+def token_sequences(tokenizer, text: str, tokens: int, max_length: int) -> list[list[int]]:
+    """Exactly ``tokens`` ids, in sequences of equal length (within one) that fit ``max_length``.
+
+    tokenizer: a transformers tokenizer. max_length: the model's context length. Sequences are at
+    most MAX_SEQUENCE long, and each starts with the special ids a prompt starts with, which count.
+    Raises TextError if ``tokens`` is too small or the text has too few.
+    """
+    check_tokens(tokens)
+    if max_length < MIN_SEQUENCE:
+        raise TextError(f"context length {max_length}: calibration needs sequences of {MIN_SEQUENCE} tokens or more")
+    prefix = _prefix(tokenizer)
+    count = -(-tokens // min(max_length, MAX_SEQUENCE))
+    wanted = tokens - count * len(prefix)
+    ids = _encode(tokenizer, text, wanted)
+    if len(ids) < wanted:
+        most = len(ids) + count * len(prefix)
+        remedy = f"a longer text with {TEXT_OPTION}"
+        if most >= MIN_TOKENS:
+            remedy = f"{TOKENS_OPTION} {most} at most, or {remedy}"
+        raise TextError(f"{TOKENS_OPTION} {tokens}: the calibration text has only {most} tokens; use {remedy}")
+    sequences, start = [], 0
+    for i in range(count):
+        length = tokens // count + (i < tokens % count) - len(prefix)
+        sequences.append(prefix + ids[start : start + length])
+        start += length
+    return sequences
+
+
+def text_hash(sequences: Sequence[Sequence[int]]) -> str:
+    """sha256 (hex) over the token ids and where they are cut."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(len(sequence).to_bytes(8, "little"))
+        for token in sequence:
+            digest.update(int(token).to_bytes(8, "little"))
+    return digest.hexdigest()

@@ -1,0 +1,184 @@
+"""A LayerCodec flattened into tensors, so that Triton kernels take its layout as data.
+
+Only what decides the shape of the program (padded sizes, which planes exist, number of scales,
+widest code) is a compile-time constant: one binary serves every head, and every layer of the
+same static structure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .codebook import MAX_LEVELS
+from .codec import LayerCodec
+from .layout import NORM_BYTES, PLANES, CodeLayout, RowLayout
+
+MIN_PADDED = 16  # the shortest side of a tensor-core dot
+
+
+def padded_dim(dim: int) -> int:
+    """The power of two that a kernel's channel axis has."""
+    return max(MIN_PADDED, 1 << (dim - 1).bit_length())
+
+
+def _pad_channels(x: torch.Tensor, padded: int, value: float = 0) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, padded - x.shape[-1]), value=value)
+
+
+def _pad_matrix(matrix: torch.Tensor, padded: int) -> torch.Tensor:
+    """``[H, out, in]`` to ``[H, P, P]`` indexed (in, out): a kernel then reads rows of outputs."""
+    dim = matrix.shape[-1]
+    return torch.nn.functional.pad(matrix.mT, (0, padded - dim, 0, padded - dim)).contiguous()
+
+
+@dataclass(frozen=True)
+class SideTables:
+    """Keys or values of one layer. H KV heads, P = ``padded`` channels.
+
+    fields ``[H, 4, 3, P]`` int32: per plane (layout.PLANES) each channel's byte within the row, shift
+        in that byte and position in the code; byte -1 where the channel has no field.
+    book ``[H, P]`` int32: start of the channel's codebook in the flattened levels, ``256 * width``.
+    norm_index ``[H, P]`` int32: which of the head's scales; -1 for channels that are not stored.
+    weight ``[H, P]`` float32: weight in the scale rule, 0 for channels that are not stored.
+    into ``[H, P, P]`` float32: channel to stored channel, indexed (in, out): ``k_in`` or ``v_in``.
+    back ``[H, P, P]`` float32: the matrix of the reading side, indexed (in, out): ``q_in`` or ``v_out``.
+    """
+
+    fields: torch.Tensor
+    book: torch.Tensor
+    norm_index: torch.Tensor
+    weight: torch.Tensor
+    into: torch.Tensor
+    back: torch.Tensor
+    dim: int
+    padded: int
+    norms: int  # scales per head on this side
+    first_norm: int  # index of the side's first scale among the head's
+    max_bits: int
+    code_bytes: int  # per head
+    offset: int  # first byte of head 0 within the row
+    masks: tuple[int, ...]  # per plane the mask of its field, 0 where no channel has one
+
+    @classmethod
+    def of(
+        cls,
+        layouts: tuple[CodeLayout, ...],
+        weight: torch.Tensor,
+        into: torch.Tensor,
+        back: torch.Tensor,
+        *,
+        norms: int,
+        first_norm: int,
+        code_bytes: int,
+        offset: int,
+    ) -> SideTables:
+        dim = layouts[0].dim
+        padded = padded_dim(dim)
+        absent = torch.tensor([-1, 0, 0], dtype=torch.int32)
+        fields = absent[:, None].repeat(len(layouts), len(PLANES), 1, padded)
+        for h, layout in enumerate(layouts):
+            for p, (name, _) in enumerate(PLANES):
+                table = torch.tensor(layout.field_table[name], dtype=torch.int32).T
+                table[0] += torch.where(table[0] >= 0, offset + h * code_bytes, 0).int()
+                fields[h, p, :, :dim] = table
+        widths = torch.tensor([layout.widths for layout in layouts], dtype=torch.int32)
+        index = torch.tensor([layout.norm_index for layout in layouts], dtype=torch.int32)
+        used = {plane.name for layout in layouts for plane in layout.planes}
+        return cls(
+            fields=fields,
+            book=_pad_channels(widths * MAX_LEVELS, padded),
+            norm_index=_pad_channels(index.masked_fill(widths == 0, -1), padded, -1),
+            weight=_pad_channels(weight.float().cpu() * (widths > 0), padded),
+            into=_pad_matrix(into, padded),
+            back=_pad_matrix(back, padded),
+            dim=dim,
+            padded=padded,
+            norms=norms,
+            first_norm=first_norm,
+            max_bits=int(widths.max()),
+            code_bytes=code_bytes,
+            offset=offset,
+            masks=tuple((1 << width) - 1 if name in used else 0 for name, width in PLANES),
+        )
+
+
+@dataclass(frozen=True)
+class DeviceTables:
+    """What the Triton kernels need to encode and read one layer, on one device.
+
+    levels, thresholds ``[9, 256]`` float32; half_levels the levels in float16, for tensor-core dots.
+    """
+
+    row: RowLayout
+    k: SideTables
+    v: SideTables
+    levels: torch.Tensor
+    half_levels: torch.Tensor
+    thresholds: torch.Tensor
+    scale_rule: str
+    scale_search: tuple[float, ...]
+
+    @property
+    def heads(self) -> int:
+        return self.row.heads
+
+    @property
+    def device(self) -> torch.device:
+        return self.levels.device
+
+    @classmethod
+    def of(cls, codec: LayerCodec, device: torch.device | str | None = None) -> DeviceTables:
+        """Build the tables of one layer; once, at start-up. ``device`` defaults to the codec's."""
+        row, device = codec.layout, codec.levels.device if device is None else torch.device(device)
+        heads = row.heads
+        k = SideTables.of(
+            row.k,
+            codec.k_weight,
+            codec.k_in,
+            codec.q_in,
+            norms=row.k_norms,
+            first_norm=0,
+            code_bytes=row.k_code_bytes,
+            offset=0,
+        )
+        v = SideTables.of(
+            (row.v,) * heads,
+            torch.ones(heads, row.v.dim),
+            codec.v_in,
+            codec.v_out,
+            norms=1,
+            first_norm=row.k_norms,
+            code_bytes=row.v_code_bytes,
+            offset=row.v_offset,
+        )
+        return cls(
+            row=row,
+            k=_moved(k, device),
+            v=_moved(v, device),
+            levels=codec.levels.float().to(device).contiguous(),
+            half_levels=codec.levels.to(device, torch.float16).contiguous(),
+            thresholds=codec.boundaries().float().to(device).contiguous(),
+            scale_rule=codec.scale_rule,
+            scale_search=tuple(float(f) for f in codec.scale_search),
+        )
+
+    def check_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows`` seen as float16 ``[slots, row_bytes / 2]``. ValueError unless they have this layer's shape."""
+        if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != self.row.row_bytes:
+            raise ValueError(
+                f"rows {tuple(rows.shape)} {rows.dtype}: this layer's rows are [slots, {self.row.row_bytes}] uint8"
+            )
+        if not rows.is_contiguous():
+            raise ValueError(f"rows with strides {rows.stride()}: a contiguous tensor is needed")
+        assert self.row.row_bytes % NORM_BYTES == 0 and self.row.norm_offset % NORM_BYTES == 0
+        return rows.view(torch.float16)
+
+
+def _moved(side: SideTables, device: torch.device) -> SideTables:
+    values = dict(vars(side))
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            values[name] = value.to(device).contiguous()
+    return SideTables(**values)

@@ -1,0 +1,102 @@
+"""Attention over packed rows in PyTorch, for hosts without a GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from ..capture import refuse_extras
+from ..kernels import naive
+from . import require_packed_pool
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+QUERY_BLOCK = 256  # queries per mask; bounds the memory of a long prefill
+
+
+class TorchPackedBackend(AttentionBackend):
+    """forward_decode reads codes through the twin; forward_extend turns a prefix back once a layer."""
+
+    def __init__(self, runner: Any):
+        super().__init__()
+        self.token_to_kv_pool = require_packed_pool(runner)
+        self.req_to_token_pool = runner.req_to_token_pool
+        self.quantized_chunk = self.token_to_kv_pool.runtime.options.chunk_attention == "quantized"
+        self.kv_indptr = self.kv_indices = None
+
+    def support_triton(self) -> bool:
+        return False
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Slots that are read: in decode all tokens with the new one, in extend the prefix alone."""
+        if forward_batch.forward_mode.is_idle():
+            return
+        if forward_batch.forward_mode.is_decode():
+            lengths = forward_batch.seq_lens.tolist()
+        else:
+            lengths = list(forward_batch.extend_prefix_lens_cpu)
+        table = self.req_to_token_pool.req_to_token
+        slots = [table[r, :n] for r, n in zip(forward_batch.req_pool_indices.tolist(), lengths, strict=True)]
+        self.kv_indices = torch.cat(slots).long()
+        self.kv_indptr = torch.tensor([0, *lengths]).cumsum(0)
+
+    def forward_decode(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):
+        refuse_extras(kwargs)
+        pool = self.token_to_kv_pool
+        if save_kv_cache:
+            pool.set_kv_buffer(layer, KVWriteLoc.for_batch(forward_batch), k, v)
+        i = pool.local(layer.layer_id)
+        q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        out, _ = naive.decode_attention(
+            pool.codecs[i], q3, pool.rows[i], self.kv_indptr, self.kv_indices, layer.scaling
+        )
+        return out.to(q.dtype).flatten(1)
+
+    def forward_extend(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):
+        refuse_extras(kwargs)
+        pool = self.token_to_kv_pool
+        if save_kv_cache:
+            pool.set_kv_buffer(layer, KVWriteLoc.for_batch(forward_batch), k, v)
+        if self.quantized_chunk:
+            k, v = pool.dequant(layer.layer_id, forward_batch.out_cache_loc)
+        heads = layer.tp_q_head_num
+        q3 = q.reshape(-1, heads, layer.qk_head_dim).float()
+        k3 = k.reshape(-1, layer.tp_k_head_num, layer.qk_head_dim).float()
+        v3 = v.reshape(-1, layer.tp_v_head_num, layer.v_head_dim).float()
+        out = torch.empty(q3.shape[0], heads, layer.v_head_dim)
+        start, indptr = 0, self.kv_indptr.tolist()
+        for b, length in enumerate(forward_batch.extend_seq_lens_cpu):
+            new = slice(start, start + length)
+            pk, pv = pool.dequant(layer.layer_id, self.kv_indices[indptr[b] : indptr[b + 1]])
+            keys, values = torch.cat([pk, k3[new]]), torch.cat([pv, v3[new]])
+            self._attend(q3[new], keys, values, layer.scaling, out[new])
+            start += length
+        # Rows beyond the real tokens (padding) are not anybody's; keep them finite.
+        out[start:] = 0
+        return out.to(q.dtype).flatten(1)
+
+    @staticmethod
+    def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+        """Causal attention of the last ``len(q)`` positions over ``k`` and ``v``, a block of queries at a time."""
+        prefix = k.shape[0] - q.shape[0]
+        keys, values = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+        positions = torch.arange(k.shape[0])
+        for a in range(0, q.shape[0], QUERY_BLOCK):
+            b = min(a + QUERY_BLOCK, q.shape[0])
+            seen = prefix + b
+            mask = positions[:seen] <= prefix + torch.arange(a, b)[:, None]
+            o = F.scaled_dot_product_attention(
+                q[a:b].transpose(0, 1)[None],
+                keys[:, :, :seen],
+                values[:, :, :seen],
+                attn_mask=mask,
+                scale=scale,
+                enable_gqa=True,
+            )
+            out[a:b] = o[0].transpose(0, 1)

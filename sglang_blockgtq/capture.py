@@ -1,0 +1,166 @@
+"""One forward pass over the calibration text, inside the server, with attention that takes moments.
+
+Runs after the weights are loaded and before any pool, backend or graph exists: SGLang's modules
+find their attention backend through ForwardContext, so a backend that computes dense causal
+attention and adds up energies is all it takes. Every TP and PP rank walks the same batches.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sglang.srt.distributed.parallel_state import get_attn_tp_group, get_pp_group
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.model_executor.forward_batch_info import (
+    CaptureHiddenMode,
+    ForwardBatch,
+    ForwardMode,
+    PPProxyTensors,
+)
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.runtime_context import get_parallel
+from tqdm import tqdm
+
+from .calibrate.moments import Moments, MomentSums
+from .calibrate.rope import RopeBlocks
+from .options import NAME, KVQuantError
+
+
+def attention_layers(model: torch.nn.Module) -> list[RadixAttention]:
+    """The model's attention layers on this rank, by layer id."""
+    found = {m.layer_id: m for m in model.modules() if isinstance(m, RadixAttention)}
+    return [found[i] for i in sorted(found)]
+
+
+def local_heads(total_kv_heads: int) -> slice:
+    """Which of the model's KV heads this rank holds. With more ranks than heads, heads are replicated."""
+    rank, size = get_parallel().attn_tp_rank, get_parallel().attn_tp_size
+    if size <= total_kv_heads:
+        local = total_kv_heads // size
+        return slice(rank * local, (rank + 1) * local)
+    head = rank // (size // total_kv_heads)
+    return slice(head, head + 1)
+
+
+def rope_of(model: torch.nn.Module, head_dim: int) -> dict[int, RopeBlocks]:
+    """RoPE pairing per layer id, read off the module that owns both rotary_emb and the attention.
+
+    A layer without one gets ``rotary_dim`` 0.
+    """
+    out = {layer.layer_id: RopeBlocks(head_dim, 0) for layer in attention_layers(model)}
+    for module in model.modules():
+        rotary = getattr(module, "rotary_emb", None)
+        if rotary is None or getattr(module, "use_rope", True) is False:
+            continue
+        for child in module.children():
+            if isinstance(child, RadixAttention):
+                out[child.layer_id] = RopeBlocks(head_dim, int(rotary.rotary_dim), bool(rotary.is_neox_style))
+    return out
+
+
+class CaptureBackend(AttentionBackend):
+    """Dense causal attention over one batch of whole sequences; adds every layer's q, k, v to the sums."""
+
+    def __init__(self, sums: MomentSums, first_head: int):
+        super().__init__()
+        # uint8 keeps fused RoPE-and-store kernels off: there is no pool to store into.
+        self.token_to_kv_pool = SimpleNamespace(dtype=torch.uint8)
+        self.req_to_token_pool = None
+        self.sums, self.first_head = sums, first_head
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        pass
+
+    def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
+        refuse_extras(kwargs)
+        if k is None:
+            raise KVQuantError(f"--kv-quant {NAME}: layer {layer.layer_id} shares another layer's cache; not supported")
+        q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
+        v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
+        self.sums.add(layer.layer_id, self.first_head, q, k, v)
+        out = q.new_empty(q.shape[0], layer.tp_q_head_num, layer.v_head_dim)
+        start = 0
+        for n in forward_batch.extend_seq_lens_cpu:
+            part = [x[start : start + n].transpose(0, 1)[None] for x in (q, k, v)]
+            o = F.scaled_dot_product_attention(*part, is_causal=True, scale=layer.scaling, enable_gqa=True)
+            out[start : start + n] = o[0].transpose(0, 1)
+            start += n
+        return out.flatten(1)
+
+
+def refuse_extras(kwargs: dict[str, Any]) -> None:
+    """Attention arguments a model may pass that packed attention does not implement."""
+    for name in ("sinks", "score_mod", "aux_tensors", "q_rope", "k_rope"):
+        if kwargs.get(name) is not None:
+            raise KVQuantError(
+                f"--kv-quant {NAME}: the model's attention uses {name}, which is not supported; "
+                "serve this model without --kv-quant"
+            )
+
+
+def _batch(runner: Any, ids: list[int]) -> ForwardBatch:
+    """An extend batch of one whole sequence, without cache slots behind it."""
+    device, n = runner.device, len(ids)
+    length = torch.tensor([n], dtype=torch.int64, device=device)
+    positions = torch.arange(n, device=device)
+    batch = ForwardBatch(
+        forward_mode=ForwardMode.EXTEND,
+        batch_size=1,
+        input_ids=torch.tensor(ids, dtype=torch.int64, device=device),
+        req_pool_indices=torch.zeros(1, dtype=torch.int64, device=device),
+        seq_lens=length,
+        seq_lens_cpu=length.cpu(),
+        orig_seq_lens=length.to(torch.int32),
+        out_cache_loc=torch.arange(n, device=device),
+        seq_lens_sum=n,
+        positions=positions,
+        extend_num_tokens=n,
+        extend_seq_lens=length.to(torch.int32),
+        extend_prefix_lens=torch.zeros(1, dtype=torch.int32, device=device),
+        extend_start_loc=torch.zeros(1, dtype=torch.int32, device=device),
+        extend_prefix_lens_cpu=[0],
+        extend_seq_lens_cpu=[n],
+        extend_logprob_start_lens_cpu=[0],
+        return_logprob=False,
+        capture_hidden_mode=CaptureHiddenMode.NULL,
+        spec_algorithm=runner.spec_algorithm,
+    )
+    if runner.model_config.is_multimodal:
+        batch.mrope_positions = positions.expand(3, n).contiguous()
+    return batch
+
+
+def collect_moments(runner: Any, sequences: list[list[int]]) -> tuple[Moments, list[RopeBlocks]]:
+    """Moments of the whole model and the RoPE pairing of every layer, identical on all ranks.
+
+    runner: a ModelRunner with weights loaded. sequences: token ids, the same on every rank.
+    """
+    config = runner.model_config
+    layers, heads = config.num_hidden_layers, config.get_total_num_kv_heads()
+    here = rope_of(runner.model, config.head_dim)
+    sums = MomentSums(layers, heads, [here.get(i, RopeBlocks(config.head_dim, 0)) for i in range(layers)])
+    backend = CaptureBackend(sums, local_heads(heads).start)
+    pp = get_pp_group()
+    show = get_parallel().tp_rank == 0 and pp.is_first_rank
+    with torch.inference_mode(), forward_context(ForwardContext(attn_backend=backend)):
+        for ids in tqdm(sequences, desc="Calibrating KV quantization", unit="seq", disable=not show):
+            batch, extra = _batch(runner, ids), {}
+            if pp.world_size > 1 and not pp.is_first_rank:
+                extra["pp_proxy_tensors"] = PPProxyTensors(pp.recv_tensor_dict())
+            out = runner.model.forward(batch.input_ids, batch.positions, batch, **extra)
+            if pp.world_size > 1 and not pp.is_last_rank:
+                pp.send_tensor_dict(out.tensors)
+    # Replicated heads are counted once a replica, in the counts too; pipeline stages hold disjoint layers.
+    rope = torch.tensor([[here[i].rotary_dim, here[i].neox, 1] if i in here else [0, 0, 0] for i in range(layers)])
+    for group in (get_attn_tp_group(), pp):
+        if group.world_size > 1:
+            torch.distributed.all_reduce(sums.flat, group=group.cpu_group)
+            torch.distributed.all_reduce(rope, group=group.cpu_group)
+    counts = rope[:, 2].clamp(min=1)
+    pairing = [RopeBlocks(config.head_dim, int(d // n), bool(x)) for (d, x, _), n in zip(rope, counts, strict=True)]
+    return sums.mean(sum(map(len, sequences))), pairing

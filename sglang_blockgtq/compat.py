@@ -1,0 +1,130 @@
+"""Structural self-check: does the installed SGLang still have the seams this plugin hooks?
+
+SGLang logs and swallows whatever a plugin raises, so silence would be the default failure. What
+is found here is kept and raised as soon as somebody asks for --kv-quant.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+SUPPORTED_SGLANG = "0.5.23"
+
+#: target -> parameters that must be there (more are allowed).
+SIGNATURES = {
+    "server_args.ServerArgs.add_cli_args": ["parser"],
+    "server_args.ServerArgs.from_cli_args": ["args"],
+    "model_executor.model_runner.ModelRunner.load_model": ["self"],
+    "model_executor.model_runner.ModelRunner.alloc_memory_pool": ["self", "memory_pool_config"],
+    "model_executor.model_runner.ModelRunner.update_model_fields": ["self"],
+    "model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size": ["self", "kvc", "num_layers"],
+    "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool": [
+        "self",
+        "max_total_num_tokens",
+        "mha_pool_class",
+        "quant_method",
+    ],
+    "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool": ["self", "sizes"],
+    "mem_cache.memory_pool.KVCache.__init__": [
+        "size",
+        "page_size",
+        "dtype",
+        "layer_num",
+        "device",
+        "enable_memory_saver",
+        "start_layer",
+        "end_layer",
+    ],
+    "layers.attention.triton_backend.TritonAttnBackend.forward_extend": ["q", "k", "v", "layer", "forward_batch"],
+    "layers.attention.triton_backend.TritonAttnBackend.forward_decode": ["q", "k", "v", "layer", "forward_batch"],
+    "layers.radix_attention.RadixAttention.forward": ["q", "k", "v", "forward_batch", "save_kv_cache"],
+    "managers.scheduler.Scheduler.get_init_info": ["self"],
+    "observability.metrics_collector.SchedulerMetricsCollector.emit_constants": ["max_total_num_tokens"],
+    "models.utils.enable_fused_set_kv_buffer": ["forward_batch"],
+    "utils.common.support_triton": ["backend"],
+}
+
+METADATA_FIELDS = {
+    "attn_logits",
+    "attn_lse",
+    "max_extend_len",
+    "num_kv_splits",
+    "kv_indptr",
+    "kv_indices",
+    "qo_indptr",
+    "custom_mask",
+    "swa_out_cache_loc",
+}
+
+ABSTRACT_POOL_METHODS = {"__init__", "get_key_buffer", "get_value_buffer", "get_kv_buffer", "set_kv_buffer"}
+
+#: function whose source must still contain the call through which a hook is reached
+CALLS = {
+    "model_executor.pool_configurator.DefaultPoolConfigurator.__init__": "_compute_cell_size",
+    "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool": "_build_mha_kv_pool(",
+}
+
+
+def resolve(target: str):
+    """The object at a dotted path below ``sglang.srt``."""
+    parts = target.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module("sglang.srt." + ".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[cut:]:
+            found = getattr(found, name)
+        return found
+    raise ModuleNotFoundError(f"sglang.srt.{target}")
+
+
+def _parameters(function) -> set[str]:
+    # A hook applied earlier wraps the function; functools.wraps keeps the original signature.
+    return set(inspect.signature(function).parameters)
+
+
+def find_drift() -> list[str]:
+    """Every difference from what the hooks expect, one sentence each; empty when all is well."""
+    drift = []
+    for target, wanted in SIGNATURES.items():
+        try:
+            missing = set(wanted) - {"self"} - _parameters(resolve(target))
+        except (ImportError, AttributeError, TypeError, ValueError) as e:
+            drift.append(f"{target} is gone ({type(e).__name__}: {e})")
+            continue
+        if missing:
+            drift.append(f"{target} lost the parameter(s) {', '.join(sorted(missing))}")
+    for target, call in CALLS.items():
+        try:
+            if call not in inspect.getsource(inspect.unwrap(resolve(target))):
+                drift.append(f"{target} no longer calls {call.rstrip('(')}")
+        except (ImportError, AttributeError, OSError, TypeError) as e:
+            drift.append(f"{target} cannot be inspected ({e})")
+    try:
+        fields = set(resolve("layers.attention.triton_backend.ForwardMetadata").__dataclass_fields__)
+        if missing := METADATA_FIELDS - fields:
+            drift.append(f"ForwardMetadata lost the field(s) {', '.join(sorted(missing))}")
+        abstract = set(resolve("mem_cache.memory_pool.KVCache").__abstractmethods__)
+        if extra := abstract - ABSTRACT_POOL_METHODS:
+            drift.append(f"KVCache has new abstract method(s) {', '.join(sorted(extra))}")
+        context = resolve("model_executor.forward_context.ForwardContext")
+        if "attn_backend" not in getattr(context, "__dataclass_fields__", ()):
+            drift.append("ForwardContext lost the field attn_backend")
+        if len(resolve("mem_cache.memory_pool.unwrap_write_loc")(0)) != 3:
+            drift.append("unwrap_write_loc no longer returns three locations")
+    except (ImportError, AttributeError) as e:
+        drift.append(f"a class the cache builds on is gone ({e})")
+    return drift
+
+
+def incompatibility(drift: list[str]) -> str:
+    """One line that names the installed SGLang, what drifted and what would work."""
+    from importlib.metadata import version
+
+    shown = "; ".join(drift[:3]) + (f"; and {len(drift) - 3} more" if len(drift) > 3 else "")
+    return (
+        f"--kv-quant blockgtq: this build does not fit sglang {version('sglang')}: {shown}; "
+        f"install sglang=={SUPPORTED_SGLANG}"
+    )

@@ -1,0 +1,226 @@
+"""Engine features this cache does not serve yet, each refused at start-up with its reason.
+
+Two moments: what the user typed, before anything is loaded (check_user_args), and what the
+model turns out to be, before or after its weights are loaded (check_config, check_model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .options import NAME, KVQuantError
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An option value that is refused. ``refuses(value)`` sees the value the user gave."""
+
+    option: str  # ServerArgs field
+    refuses: Callable[[Any], bool]
+    reason: str
+    instead: str
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.option.replace("_", "-")
+
+
+def _set(value: Any) -> bool:
+    return bool(value)
+
+
+def _above_one(value: Any) -> bool:
+    return value is not None and int(value) > 1
+
+
+_LEAVE_OUT = "leave the option out"
+
+REFUSALS = (
+    Refusal(
+        "kv_cache_dtype",
+        lambda v: v not in (None, "auto"),
+        "the cache is packed codes and has no dtype of its own",
+        "leave it at auto, or drop --kv-quant to use that dtype",
+    ),
+    Refusal(
+        "attention_backend",
+        lambda v: v not in (None, NAME),
+        "packed rows can be read only by their own kernels",
+        f"leave it out; {NAME} is set for you",
+    ),
+    Refusal("prefill_attention_backend", lambda v: v not in (None, NAME), "it cannot read packed rows", _LEAVE_OUT),
+    Refusal("decode_attention_backend", lambda v: v not in (None, NAME), "it cannot read packed rows", _LEAVE_OUT),
+    Refusal("enable_hierarchical_cache", _set, "HiCache host pools cannot hold packed rows yet", _LEAVE_OUT),
+    Refusal("hicache_storage_backend", _set, "HiCache storage cannot hold packed rows yet", _LEAVE_OUT),
+    Refusal("enable_lmcache", _set, "LMCache copies dense K and V", _LEAVE_OUT),
+    Refusal("enable_flexkv", _set, "FlexKV copies dense K and V", _LEAVE_OUT),
+    Refusal("enable_hisparse", _set, "HiSparse keeps its own pool layout", _LEAVE_OUT),
+    Refusal("enable_unified_memory", _set, "the unified memory pool has its own row layout", _LEAVE_OUT),
+    Refusal("enable_unified_cache_external_linker", _set, "the external linker copies dense K and V", _LEAVE_OUT),
+    Refusal("enable_page_major_kv_layout", _set, "packed rows are token-major", _LEAVE_OUT),
+    Refusal("enable_kv_cache_sharding", _set, "shards are cut from dense K and V", _LEAVE_OUT),
+    Refusal(
+        "disaggregation_mode",
+        lambda v: v not in (None, "null"),
+        "prefill and decode servers exchange dense K and V",
+        "run one server that does both",
+    ),
+    Refusal("enable_pdmux", _set, "it builds several attention backends over one pool", _LEAVE_OUT),
+    Refusal(
+        "speculative_algorithm",
+        lambda v: v is not None,
+        "draft and verify passes over packed rows are not tested",
+        "serve without speculation",
+    ),
+    Refusal("dcp_size", _above_one, "decode context parallelism splits dense K and V", "use --tp-size"),
+    Refusal("attn_cp_size", _above_one, "context parallelism splits dense K and V", "use --tp-size"),
+    Refusal("prefill_only_disable_kv_cache", _set, "there would be no cache to pack", "drop --kv-quant"),
+    Refusal("kv_canary", lambda v: v not in (None, "none"), "the canary reads dense K and V", "set it to none"),
+    Refusal(
+        "enable_deterministic_inference", _set, "the packed kernels are not batch-invariant", "drop one of the two"
+    ),
+    Refusal("rl_on_policy_target", _set, "it needs deterministic attention", "drop one of the two"),
+    Refusal("enable_two_batch_overlap", _set, "two-batch overlap over packed rows is not tested", _LEAVE_OUT),
+    Refusal("dllm_algorithm", _set, "diffusion language models attend in both directions", "drop --kv-quant"),
+    Refusal("enable_torch_compile", _set, "compiled decode over packed rows is not tested", _LEAVE_OUT),
+    Refusal(
+        "quantization_param_path",
+        _set,
+        "scales for an fp8 cache mean nothing to packed codes",
+        "leave it out, or drop --kv-quant and use --kv-cache-dtype fp8_e4m3",
+    ),
+    Refusal(
+        "cuda_graph_backend_prefill",
+        lambda v: v == "full",
+        "prefill attention over packed rows runs between graph segments",
+        "use breakable (the default) or disabled",
+    ),
+    Refusal("encoder_only", _set, "an encoder has no decode cache", "drop --kv-quant"),
+)
+
+#: Refused only when the table has to be computed: one file then serves every replica.
+NEEDS_TABLE = (
+    Refusal(
+        "enable_dp_attention",
+        _set,
+        "calibration inside a data-parallel attention group is not supported",
+        "give a table with --kv-quant-table",
+    ),
+    Refusal(
+        "attn_dp_size",
+        _above_one,
+        "calibration inside a data-parallel attention group is not supported",
+        "give a table with --kv-quant-table",
+    ),
+    Refusal(
+        "skip_tokenizer_init",
+        _set,
+        "calibration text needs the tokenizer",
+        "give a table with --kv-quant-table",
+    ),
+    Refusal(
+        "startup_weight_load_mode",
+        lambda v: v == "overlap",
+        "weights are not there yet when calibration runs",
+        "give a table with --kv-quant-table",
+    ),
+)
+
+
+def check_user_args(get: Callable[[str], Any], has_table: bool) -> None:
+    """Refuse conflicting options. ``get(field)`` gives the user's value or None. Raises KVQuantError."""
+    for refusal in REFUSALS if has_table else REFUSALS + NEEDS_TABLE:
+        value = get(refusal.option)
+        if refusal.refuses(value):
+            shown = refusal.flag if value is True else f"{refusal.flag} {value}"
+            raise KVQuantError(f"{shown}: not with --kv-quant {NAME}: {refusal.reason}; {refusal.instead}")
+    device = get("device")
+    if device is not None and str(device).split(":")[0] not in ("cuda", "cpu"):
+        raise KVQuantError(f"--device {device}: not with --kv-quant {NAME}: kernels exist for cuda and cpu; use one")
+
+
+def _refuse_model(what: str, reason: str) -> KVQuantError:
+    return KVQuantError(f"--kv-quant {NAME}: {what}: {reason}; serve this model without --kv-quant")
+
+
+def check_config(config: Any) -> None:
+    """What a Hugging Face config alone tells, before weights are loaded. Raises KVQuantError."""
+    from .calibrate.rope import HeadDimError, check_head_dim
+
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    name = getattr(text, "model_type", "model")
+    if getattr(text, "kv_lora_rank", None):
+        raise _refuse_model(f"model type {name}", "MLA keeps one latent vector, not keys and values")
+    if getattr(text, "is_encoder_decoder", False):
+        raise _refuse_model(f"model type {name}", "encoder-decoder attention is not supported")
+    for key in ("mamba_d_state", "ssm_state_size", "linear_num_value_heads", "linear_attn_config"):
+        if getattr(text, key, None):
+            raise _refuse_model(f"model type {name}", "hybrid linear-attention or state-space layers are not supported")
+    heads = getattr(text, "num_attention_heads", None)
+    if heads:
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        try:
+            check_head_dim(head_dim)
+        except HeadDimError as e:
+            raise KVQuantError(f"--kv-quant {NAME}: {e}; serve this model without --kv-quant") from None
+    layer_types = set(getattr(text, "layer_types", None) or ())
+    if "sliding_attention" in layer_types or "chunked_attention" in layer_types:
+        raise _refuse_model(f"model type {name}", "sliding-window attention layers are not supported")
+    if getattr(text, "attn_logit_softcapping", None):
+        raise _refuse_model(f"model type {name}", "capped attention logits are not supported")
+    if kv_scheme := _checkpoint_kv_scheme(config):
+        raise _refuse_model(f"checkpoint with {kv_scheme}", "its scales are made for an fp8 cache")
+
+
+def _checkpoint_kv_scheme(config: Any) -> str | None:
+    """How a quantized checkpoint says that it brings KV-cache scales, or None."""
+    quant = getattr(config, "quantization_config", None) or {}
+    quant = quant if isinstance(quant, dict) else getattr(quant, "to_dict", dict)()
+    for key in ("kv_cache_scheme", "kv_cache_quant_algo"):
+        value = quant.get(key) or (quant.get("quantization") or {}).get(key)
+        if value:
+            return f"{key} {value if isinstance(value, str) else 'set'}"
+    return None
+
+
+def check_runner(runner: Any) -> None:
+    """What the loaded model runner tells. Raises KVQuantError."""
+    import torch
+
+    if runner.use_mla_backend:
+        raise _refuse_model("MLA attention", "it keeps one latent vector, not keys and values")
+    if runner.is_hybrid_swa:
+        raise _refuse_model("a split sliding-window pool", "only one full-attention pool is supported")
+    if runner.model_config.is_encoder_decoder:
+        raise _refuse_model("encoder-decoder model", "cross attention is not supported")
+    if runner.kv_cache_dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise _refuse_model(f"cache dtype {runner.kv_cache_dtype} from the checkpoint", "its scales are for fp8")
+    if runner.device.split(":")[0] == "cuda" and torch.version.hip:
+        raise KVQuantError(f"--kv-quant {NAME}: ROCm is not supported; use an NVIDIA GPU or --device cpu")
+
+
+def check_layers(layers: list[Any]) -> None:
+    """RadixAttention modules of the loaded model. Raises KVQuantError."""
+    from sglang.srt.layers.radix_attention import AttentionType
+
+    if not layers:
+        raise _refuse_model("no attention layer found", "the model does not use SGLang's RadixAttention")
+    for layer in layers:
+        where = f"layer {layer.layer_id}"
+        if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
+            raise _refuse_model(f"{where} attends as {layer.attn_type}", "only causal self-attention is supported")
+        if layer.sliding_window_size is not None and layer.sliding_window_size > -1:
+            raise _refuse_model(f"{where} has a sliding window", "only full attention is supported")
+        if layer.logit_cap:
+            raise _refuse_model(f"{where} caps its logits at {layer.logit_cap}", "capped logits are not supported")
+        if layer.xai_temperature_len > 0:
+            raise _refuse_model(f"{where} scales logits by position", "xAI temperature scaling is not supported")
+        if layer.k_scale is not None or layer.v_scale is not None:
+            raise _refuse_model(f"{where} has fp8 KV scales", "packed codes carry their own scales")
+    shapes = {(x.qk_head_dim, x.v_head_dim, x.tp_k_head_num, x.tp_v_head_num) for x in layers}
+    if len(shapes) > 1:
+        raise _refuse_model(f"layers of different shapes {sorted(shapes)}", "all layers must have the same heads")
+    if layers[0].tp_k_head_num != layers[0].tp_v_head_num:
+        raise _refuse_model("different numbers of key and value heads", "they must be equal")

@@ -1,0 +1,50 @@
+"""What the server says about its cache: /server_info, Prometheus."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import __version__
+from .options import KVQuantOptions
+from .runtime import Runtime, current
+
+
+def server_info(scheduler: Any) -> dict[str, Any] | None:
+    """The ``kv_quant`` entry of /server_info, or None when the scheduler serves a stock cache."""
+    if KVQuantOptions.of(scheduler.server_args) is None:
+        return None
+    runner = scheduler.tp_worker.model_runner
+    return {
+        **current().summary(),
+        "pool": type(runner.token_to_kv_pool).__name__,
+        "pool_bytes": sum(runner.token_to_kv_pool.get_kv_size_bytes()),
+        "page_size": runner.token_to_kv_pool.page_size,
+        "max_total_num_tokens": int(runner.max_total_num_tokens),
+        "version": __version__,
+    }
+
+
+def emit_gauges(labels: dict[str, str], runtime: Runtime) -> None:
+    """Set the constant gauges once the pool exists (only with --enable-metrics)."""
+    # Imported late: the multiprocess folder must be set before prometheus_client is.
+    from prometheus_client import Gauge
+
+    header = runtime.table.header
+    values = {
+        "bytes_per_token": ("Packed KV bytes per token on this rank.", runtime.bytes_per_token),
+        "bf16_bytes_per_token": ("What bf16 would take per token on this rank.", runtime.bf16_bytes_per_token),
+        "compression_ratio": ("bf16 bytes over packed bytes.", runtime.bf16_bytes_per_token / runtime.bytes_per_token),
+        "k_bits": ("Average bits per key channel.", header.k_bits),
+        "v_bits": ("Average bits per value channel.", header.v_bits),
+        "table_seconds": ("Seconds start-up spent on the allocation table.", runtime.seconds),
+    }
+    for name, (text, value) in values.items():
+        gauge = Gauge(f"sglang:kv_quant_{name}", text, labelnames=list(labels), multiprocess_mode="mostrecent")
+        gauge.labels(**labels).set(value)
+    info = Gauge(
+        "sglang:kv_quant_info",
+        "Always 1; the labels say which table is served.",
+        labelnames=[*labels, "allocator", "table_hash", "origin"],
+        multiprocess_mode="mostrecent",
+    )
+    info.labels(**labels, allocator=header.allocator, table_hash=header.table_hash, origin=runtime.origin).set(1)
