@@ -93,7 +93,7 @@ def template_candidates(budget: int, units: int = TEMPLATE_UNITS) -> list[tuple[
     """Non-increasing widths of ``units`` equal parts that spend ``budget``.
 
     Only those whose planes are powers of two of a part: a plane is then read as power-of-two
-    slices, which is what a tensor-core dot takes without padding.
+    slices, which is what a tensor-core dot takes without padding. Empty for some fractional budgets.
     """
     out: list[tuple[int, ...]] = []
 
@@ -153,8 +153,10 @@ def template_widths(moments: Moments, bits: float) -> list[int]:
     if unit == 0 or blocks % TEMPLATE_UNITS:  # 80 channels have 40 blocks, fine; odd sizes fall here
         return _spread_rest([MIN_BITS] * blocks, budget - MIN_BITS * blocks, ranked, base)
     units = budget // unit
+    while not (candidates := template_candidates(units)):  # some eighths, as 23, have none; all ones always is one
+        units -= 1
     best = min(
-        ([w for w in candidate for _ in range(unit)] for candidate in template_candidates(units)),
+        ([w for w in candidate for _ in range(unit)] for candidate in candidates),
         key=lambda widths: float((template_error(ranked, widths) / base).mean()),
     )
     return _spread_rest(best, budget - units * unit, ranked, base)

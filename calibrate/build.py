@@ -7,7 +7,7 @@ import torch
 from ..kernels.codebook import codebook_table
 from .allocate import ALLOCATORS, block_budget
 from .moments import Moments
-from .rope import RopeBlocks
+from .rope import RopeBlocks, check_head_dim
 from .table import AllocationTable, TableHeader
 
 ROTATION_SEED = 0x6774
@@ -43,14 +43,14 @@ def build_table(
 ) -> AllocationTable:
     """Allocate bits and build the table. ``rope`` has one entry per layer.
 
-    Raises ValueError for an unknown allocator or a budget outside 1..8 bits.
+    Raises ValueError for an unknown allocator, a budget outside 1..8 bits or an unsupported head_dim.
     """
     if allocator not in ALLOCATORS:
         raise ValueError(f"allocator = {allocator}: choose one of {', '.join(ALLOCATORS)}")
     rule = ALLOCATORS[allocator]
     layers, heads, blocks = moments.k.shape
-    head_dim = 2 * blocks
-    v_head_dim = v_head_dim or head_dim
+    head_dim = check_head_dim(2 * blocks)
+    v_head_dim = check_head_dim(v_head_dim or head_dim)
     check_budget("k_bits", k_bits, blocks)
     check_budget("v_bits", v_bits, v_head_dim // 2)
 

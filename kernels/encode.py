@@ -11,26 +11,10 @@ import triton
 import triton.language as tl
 
 from .tables import DeviceTables, SideTables
+from .turn import transform_tile
 
 BLOCK_T = 16  # tokens per program; a constant, since a row must not depend on the batch
 _FP16_MAX = tl.constexpr(65504.0)
-
-
-@triton.jit
-def transform_tile(
-    x, token, live, stride, matrix, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr
-):
-    """``[ROWS, PADDED]`` float32: rows ``x + token * stride`` of DIM channels times ``matrix`` (in, out)."""
-    BLOCK_K: tl.constexpr = 32 if PADDED >= 32 else PADDED
-    out_channel = tl.arange(0, PADDED)
-    y = tl.zeros([ROWS, PADDED], tl.float32)
-    for start in range(0, DIM, BLOCK_K):
-        channel = start + tl.arange(0, BLOCK_K)
-        mask = live[:, None] & (channel < DIM)[None, :]
-        part = tl.load(x + (token * stride)[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-        weights = tl.load(matrix + channel[:, None] * PADDED + out_channel[None, :])
-        y = tl.dot(part, weights, y, input_precision=PRECISION)
-    return y
 
 
 @triton.jit
@@ -44,7 +28,20 @@ def _nearest(unit, thresholds, book, MAX_BITS: tl.constexpr):
     return code
 
 
-@triton.jit
+# Numbers that differ between calls or layers are not specialised on: one binary serves them all.
+@triton.jit(
+    do_not_specialize=[
+        "num_factors",
+        "num_tokens",
+        "row_bytes",
+        "code_bytes",
+        "offset",
+        "norm_offset",
+        "row_norms",
+        "first_norm",
+    ],
+    do_not_specialize_on_alignment=["loc"],
+)
 def _encode_kernel(
     x,  # [T, H, DIM]
     rows,  # uint8
@@ -57,6 +54,8 @@ def _encode_kernel(
     weight,
     levels,
     thresholds,
+    search,  # [num_factors]
+    num_factors,
     num_tokens,
     stride_t,
     stride_h,
@@ -72,7 +71,6 @@ def _encode_kernel(
     MAX_BITS: tl.constexpr,
     MASKS: tl.constexpr,
     RULE: tl.constexpr,
-    SEARCH: tl.constexpr,
     LAST: tl.constexpr,  # this launch also clears the row's padding
     BLOCK: tl.constexpr,
 ):
@@ -83,17 +81,8 @@ def _encode_kernel(
     slot = tl.load(loc + token, mask=live, other=0).to(tl.int64)
     channel = tl.arange(0, PADDED)
 
-    y = transform_tile(
-        x + head * stride_h,
-        token.to(tl.int64),
-        live,
-        stride_t,
-        matrix + head * PADDED * PADDED,
-        DIM,
-        PADDED,
-        BLOCK,
-        "ieee",
-    )
+    at = token.to(tl.int64) * stride_t + head * stride_h
+    y = transform_tile(x, at, live, matrix + head * PADDED * PADDED, DIM, PADDED, BLOCK, "ieee")
     index = tl.load(norm_index + head * PADDED + channel)
     w = tl.load(weight + head * PADDED + channel)[None, :]
     start = tl.load(book + head * PADDED + channel)
@@ -112,8 +101,8 @@ def _encode_kernel(
     best_error = tl.full([BLOCK, PADDED], float("inf"), tl.float32)
     best_scale = tl.zeros([BLOCK, PADDED], tl.float32)
     best_code = tl.zeros([BLOCK, PADDED], tl.int32)
-    for i in tl.static_range(len(SEARCH)):
-        code = _nearest(u / (rms * SEARCH[i]), thresholds, start, MAX_BITS)
+    for i in range(num_factors):
+        code = _nearest(u / (rms * tl.load(search + i)), thresholds, start, MAX_BITS)
         c = tl.load(levels + start[None, :] + code)
         scale = tl.zeros([BLOCK, PADDED], tl.float32)
         for n in tl.static_range(NORMS):
@@ -198,6 +187,8 @@ def _encode_side(
         side.weight,
         tables.levels,
         tables.thresholds,
+        tables.search,
+        tables.search.shape[0],
         x.shape[0],
         x.stride(0),
         x.stride(1),
@@ -213,10 +204,9 @@ def _encode_side(
         MAX_BITS=side.max_bits,
         MASKS=side.masks,
         RULE=tables.scale_rule,
-        SEARCH=tables.scale_search,
         LAST=side is tables.v,
         BLOCK=BLOCK_T,
-        num_warps=4 if side.padded <= 128 else 8,
+        num_warps=8,
     )
 
 

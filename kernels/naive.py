@@ -17,6 +17,16 @@ from .pack import pack, unpack
 _FP16_MAX = 65504.0
 
 
+def _count_below(x: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    """Number of thresholds below each element, uint8: the index of the nearest level."""
+    if len(thresholds) > 15:
+        return torch.bucketize(x.contiguous(), thresholds, out_int32=True).to(torch.uint8)
+    count = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)  # far faster than a search per element
+    for threshold in thresholds:
+        count += x > threshold
+    return count
+
+
 def _nearest(
     unit: torch.Tensor, layout: CodeLayout, member: torch.Tensor, levels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,9 +36,9 @@ def _nearest(
     for start, stop, bits in layout.groups:
         if bits:
             book = levels[bits, : 1 << bits]
-            code = torch.bucketize(unit[..., start:stop].contiguous(), boundaries(book))
-            codes[..., start:stop] = code.to(torch.uint8)
-            value[..., start:stop] = book[code]
+            code = _count_below(unit[..., start:stop], boundaries(book))
+            codes[..., start:stop] = code
+            value[..., start:stop] = book.index_select(0, code.flatten().int()).view(code.shape)
     return codes * member, value * member
 
 
@@ -54,41 +64,30 @@ def quantize(
     y ``[..., D]`` float32; levels ``[9, 256]``; weight broadcastable to y, or None (ones).
     Returns codes ``[..., D]`` uint8 and scales ``[..., num_norms]`` float16, with
     ``y ~ scale[norm_index] * level[code]``. A zero vector gives scale zero.
-
-    Sums are in float64: the packed bytes must not depend on the batch a token came in with.
     """
     y = y.float()
-    yd = y.double()
     weight = torch.ones_like(y) if weight is None else weight
     index = torch.tensor(layout.norm_index, device=y.device)
     stored = torch.tensor(layout.widths, device=y.device) > 0
+    factors = torch.tensor(scale_search, device=y.device).view(-1, *[1] * (y.dim() - 1))
     codes = torch.zeros(y.shape, dtype=torch.uint8, device=y.device)
     scales = []
     for n in range(layout.num_norms):
         member = (index == n) & stored
-        w = (weight * member).double()
-        rms = ((yd * yd * member).sum(-1) / member.sum().clamp(min=1)).sqrt().float()
+        # float64: the packed bytes must not depend on the batch a token came in with.
+        square = (y * member).double().square().sum(-1)
+        rms = (square / member.sum().clamp(min=1)).sqrt().float()
         live = rms > 0
-        safe = torch.where(live, rms, 1.0)
-        yy = (w * yd * yd).sum(-1)
-        best = None
-        for factor in scale_search:
-            trial, value = _nearest(y / (safe * factor)[..., None], layout, member, levels)
-            cd = value.double()
-            yc, cc = (w * yd * cd).sum(-1), (w * cd * cd).sum(-1)
-            scale = _scale(scale_rule, yy, yc, cc)
-            error = yy - 2 * scale * yc + scale * scale * cc
-            if best is None:
-                best = error, scale, trial
-            else:
-                better = error < best[0]
-                best = (
-                    torch.where(better, error, best[0]),
-                    torch.where(better, scale, best[1]),
-                    torch.where(better[..., None], trial, best[2]),
-                )
-        codes |= best[2]
-        scales.append(torch.where(live, best[1], 0.0))
+        unit = torch.where(live, rms, 1.0) * factors
+        trial, value = _nearest(y / unit[..., None], layout, member, levels)
+        w = weight * member
+        yy, yc, cc = (w * y * y).sum(-1), (w * y * value).sum(-1), (w * value * value).sum(-1)
+        scale = _scale(scale_rule, yy, yc, cc)
+        # As squared residuals: the expanded square cancels in float32 from 6 bits on and picks a worse factor.
+        residual = y - scale[..., None] * value
+        best = (w * residual * residual).sum(-1).argmin(0, keepdim=True)
+        codes |= trial.gather(0, best[..., None].expand(1, *y.shape))[0]
+        scales.append(torch.where(live, scale.gather(0, best)[0], 0.0))
     return codes, torch.stack(scales, -1).clamp(-_FP16_MAX, _FP16_MAX).to(torch.float16)
 
 
@@ -97,7 +96,8 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, layout: CodeLayout, le
     value = torch.zeros(codes.shape, dtype=torch.float32, device=codes.device)
     for start, stop, bits in layout.groups:
         if bits:
-            value[..., start:stop] = levels[bits][codes[..., start:stop].int()]
+            part = codes[..., start:stop].int()
+            value[..., start:stop] = levels[bits].index_select(0, part.flatten()).view(part.shape)
     if layout.num_norms == 1:
         return value * scales[..., :1].float()
     index = torch.tensor(layout.norm_index, device=codes.device)

@@ -109,6 +109,7 @@ class DeviceTables:
     """What the Triton kernels need to encode and read one layer, on one device.
 
     levels, thresholds ``[9, 256]`` float32; half_levels the levels in float16, for tensor-core dots.
+    search ``[F]`` float32: the factors of the scale search.
     """
 
     row: RowLayout
@@ -117,8 +118,8 @@ class DeviceTables:
     levels: torch.Tensor
     half_levels: torch.Tensor
     thresholds: torch.Tensor
+    search: torch.Tensor
     scale_rule: str
-    scale_search: tuple[float, ...]
 
     @property
     def heads(self) -> int:
@@ -160,8 +161,8 @@ class DeviceTables:
             levels=codec.levels.float().to(device).contiguous(),
             half_levels=codec.levels.to(device, torch.float16).contiguous(),
             thresholds=codec.boundaries().float().to(device).contiguous(),
+            search=torch.tensor(codec.scale_search, dtype=torch.float32, device=device),
             scale_rule=codec.scale_rule,
-            scale_search=tuple(float(f) for f in codec.scale_search),
         )
 
     def check_rows(self, rows: torch.Tensor) -> torch.Tensor:

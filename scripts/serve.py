@@ -31,6 +31,9 @@ LOG_LINES = 25  # shown when the server dies
 #: Without a GPU: start quickly and take a bounded share of the memory.
 CPU_ARGS = ["--device", "cpu", "--disable-cuda-graph", "--max-total-tokens", "65536"]
 
+#: The server is on this machine, whatever proxy the environment names.
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
 
 class Stopped(Exception):
     """Ctrl-C, SIGTERM or a closed terminal."""
@@ -89,12 +92,18 @@ def last_lines(log: Path, count: int) -> list[str]:
     return [line for line in lines if line][-count:]
 
 
+def doing(log: Path) -> str:
+    """What the server is at: its last line that a reader of a progress report cares about."""
+    telling = [line for line in last_lines(log, 50) if ("%|" in line or line[:1] == "[") and "/health" not in line]
+    return telling[-1] if telling else "starting"
+
+
 def request(url: str, body: dict | None = None, timeout: float = 600.0) -> tuple[int, bytes]:
     """HTTP status and body; status 0 when nobody answers."""
     data = None if body is None else json.dumps(body).encode()
     call = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(call, timeout=timeout) as answer:
+        with OPENER.open(call, timeout=timeout) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as e:
         return e.code, e.read()
@@ -114,8 +123,7 @@ def wait_until_ready(server: subprocess.Popen, url: str, log: Path) -> float:
         if now - shown >= HEARTBEAT:
             shown = now
             width = shutil.get_terminal_size((120, 24)).columns
-            doing = (last_lines(log, 1) or ["starting"])[0]
-            say(f"  {now - begin:4.0f} s  {doing}"[: max(width - 1, 40)])
+            say(f"  {now - begin:4.0f} s  {doing(log)}"[: max(width - 1, 40)])
         time.sleep(0.5)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-
 from sglang_blockgtq.calibrate.table import AllocationTable
 from sglang_blockgtq.kernels import naive
 
@@ -59,7 +58,7 @@ class Cast:
 class IntPerToken:
     """Asymmetric integers between the smallest and largest channel of each token and head; float16 step and offset."""
 
-    name = "int"
+    name = "int_per_token"
 
     def __init__(self, bits: int, head_dim: int, v_head_dim: int):
         self.k_bits = self.v_bits = bits

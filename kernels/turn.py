@@ -1,0 +1,170 @@
+"""Matrices at the two ends of attention and before encoding, one d x d matrix for each KV head.
+
+:func:`turn` brings queries to the stored channels; :func:`merge_and_turn` merges the splits of an
+attention output and turns it back. Encode uses :func:`transform_tile` in its own kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .tables import SideTables
+
+BLOCK = 16  # rows per program, the least a tensor-core dot takes
+
+
+@triton.jit
+def transform_tile(
+    x, at, live, matrix, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """``[ROWS, PADDED]`` float32: the rows of DIM channels at ``x + at`` times ``matrix`` (in, out)."""
+    BLOCK_K: tl.constexpr = 32 if PADDED >= 32 else PADDED
+    out_channel = tl.arange(0, PADDED)
+    y = tl.zeros([ROWS, PADDED], tl.float32)
+    for start in range(0, DIM, BLOCK_K):
+        channel = start + tl.arange(0, BLOCK_K)
+        mask = live[:, None] & (channel < DIM)[None, :]
+        part = tl.load(x + at[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        weights = tl.load(matrix + channel[:, None] * PADDED + out_channel[None, :])
+        y = tl.dot(part, weights, y, input_precision=PRECISION)
+    return y
+
+
+# Numbers that differ between calls or layers are not specialised on: one binary serves them all.
+@triton.jit(do_not_specialize=["num_rows"])
+def _turn_kernel(
+    x,
+    matrix,
+    y,
+    num_rows,
+    stride_xt,
+    stride_xh,
+    stride_yt,
+    stride_yh,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """``y[t, j] = x[t, j] @ matrix[j // GROUP]``, float32."""
+    head = tl.program_id(1)
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token, j = (r // GROUP).to(tl.int64), r % GROUP
+    live = r < num_rows
+    at = token * stride_xt + (head * GROUP + j) * stride_xh
+    tile = transform_tile(x, at, live, matrix + head * PADDED * PADDED, DIM, PADDED, ROWS, "tf32x3")
+    channel = tl.arange(0, PADDED)
+    to = token * stride_yt + (head * GROUP + j) * stride_yh
+    tl.store(y + to[:, None] + channel[None, :], tile, mask=live[:, None] & (channel < DIM)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_rows", "max_splits"])
+def _merge_kernel(
+    partial_out,
+    partial_lse,
+    matrix,
+    out,
+    lse,
+    num_rows,
+    max_splits,
+    stride_pt,
+    stride_ph,
+    stride_ps,
+    stride_lt,
+    stride_lh,
+    stride_ls,
+    stride_ot,
+    stride_oh,
+    num_heads,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Exact merge of the splits by their log-sum-exp, then ``v_out``, which is linear and so comes last."""
+    BLOCK_K: tl.constexpr = 32 if PADDED >= 32 else PADDED
+    head = tl.program_id(1)
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = r < num_rows
+    token, j = (r // GROUP).to(tl.int64), head * GROUP + r % GROUP
+    lse_at = partial_lse + token * stride_lt + j * stride_lh
+    part_at = partial_out + token * stride_pt + j * stride_ph
+
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    for s in range(max_splits):
+        peak = tl.maximum(peak, tl.load(lse_at + s * stride_ls, mask=live, other=float("-inf")))
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.zeros([ROWS], tl.float32)
+    for s in range(max_splits):
+        total += tl.exp(tl.load(lse_at + s * stride_ls, mask=live, other=float("-inf")) - peak)
+    safe = tl.where(total > 0, total, 1.0)
+
+    out_channel = tl.arange(0, PADDED)
+    tile = tl.zeros([ROWS, PADDED], tl.float32)
+    for start in range(0, DIM, BLOCK_K):
+        channel = start + tl.arange(0, BLOCK_K)
+        merged = tl.zeros([ROWS, BLOCK_K], tl.float32)
+        for s in range(max_splits):
+            share = tl.exp(tl.load(lse_at + s * stride_ls, mask=live, other=float("-inf")) - peak) / safe
+            # A split without tokens has written nothing.
+            mask = (live & (share > 0))[:, None] & (channel < DIM)[None, :]
+            part = tl.load(part_at[:, None] + s * stride_ps + channel[None, :], mask=mask, other=0.0)
+            merged += part * share[:, None]
+        weights = tl.load(matrix + head * PADDED * PADDED + channel[:, None] * PADDED + out_channel[None, :])
+        tile = tl.dot(merged, weights, tile, input_precision="tf32x3")
+    to = out + (token * stride_ot + j * stride_oh)[:, None] + out_channel[None, :]
+    tl.store(to, tile.to(out.dtype.element_ty), mask=live[:, None] & (out_channel < DIM)[None, :])
+    tl.store(lse + token * num_heads + j, tl.where(total > 0, peak + tl.log(safe), float("-inf")), mask=live)
+
+
+def turn(side: SideTables, x: torch.Tensor, group: int) -> torch.Tensor:
+    """``x [T, group * H, dim]`` times the side's ``back`` matrices, float32."""
+    y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    rows = x.shape[0] * group
+    _turn_kernel[(triton.cdiv(rows, BLOCK), side.back.shape[0])](
+        x,
+        side.back,
+        y,
+        rows,
+        x.stride(0),
+        x.stride(1),
+        y.stride(0),
+        y.stride(1),
+        GROUP=group,
+        DIM=side.dim,
+        PADDED=side.padded,
+        ROWS=BLOCK,
+    )
+    return y
+
+
+def merge_and_turn(
+    side: SideTables, partial_out: torch.Tensor, partial_lse: torch.Tensor, group: int, out: torch.Tensor
+) -> torch.Tensor:
+    """Merge splits ``[T, Hq, S, dim]``, ``[T, Hq, S]`` and turn the result into ``out [T, Hq, dim]``.
+
+    Returns the merged lse ``[T, Hq]``. A split with lse -inf is not read.
+    """
+    tokens, heads, splits = partial_lse.shape
+    lse = torch.empty((tokens, heads), dtype=torch.float32, device=out.device)
+    _merge_kernel[(triton.cdiv(tokens * group, BLOCK), side.back.shape[0])](
+        partial_out,
+        partial_lse,
+        side.back,
+        out,
+        lse,
+        tokens * group,
+        splits,
+        *partial_out.stride()[:3],
+        *partial_lse.stride(),
+        out.stride(0),
+        out.stride(1),
+        heads,
+        GROUP=group,
+        DIM=side.dim,
+        PADDED=side.padded,
+        ROWS=BLOCK,
+    )
+    return lse

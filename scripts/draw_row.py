@@ -1,0 +1,157 @@
+"""Draw docs/img/row.png: the packed row of SmolLM2-135M at K3V3, to scale, from its RowLayout.
+
+usage: python scripts/draw_row.py [OUTPUT.png]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import Polygon, Rectangle
+from sglang_blockgtq.kernels.layout import NORM_BYTES, CodeLayout, Plane, RowLayout, uniform_layout
+
+OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "img" / "row.png"
+
+#: The widths that the template allocator gives SmolLM2-135M (head_dim 64) at 3 bits.
+WIDTHS = (6,) * 8 + (3,) * 32 + (2,) * 24
+HEADS = 3
+
+COLORS = {"hi": "#2a78d6", "lo": "#4a3aa7", "two": "#1baf7a", "one": "#eda100"}
+SCALE_COLOR, PAD_COLOR = "#e87ba4", "#d9d8d4"
+INK, MUTED, EDGE = "#1f1f1d", "#5f5e58", "#ffffff"
+FIELD_BITS = {4: "4-bit fields", 2: "2-bit fields", 1: "1-bit fields"}
+
+
+def box(ax: Axes, x: float, y: float, width: float, height: float, color: str, line: float = 0.8) -> None:
+    ax.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor=EDGE, linewidth=line))
+
+
+def label(ax: Axes, x: float, y: float, text: str, **style) -> None:
+    style = {"ha": "center", "va": "center", "fontsize": 9, "color": INK, **style}
+    ax.text(x, y, text, **style)
+
+
+def bracket(ax: Axes, start: float, stop: float, y: float, text: str) -> None:
+    """A span with its name above it."""
+    ax.plot([start, start, stop, stop], [y, y + 0.18, y + 0.18, y], color=MUTED, linewidth=0.9, solid_joinstyle="miter")
+    label(ax, (start + stop) / 2, y + 0.5, text)
+
+
+def zoom(ax: Axes, top: tuple[float, float], bottom: tuple[float, float], y_top: float, y_bottom: float) -> None:
+    corners = [(top[0], y_top), (top[1], y_top), (bottom[1], y_bottom), (bottom[0], y_bottom)]
+    ax.add_patch(Polygon(corners, facecolor="#efeee9", edgecolor="none", zorder=0))
+
+
+def draw_codes(ax: Axes, layout: CodeLayout, x: float, y: float, height: float) -> None:
+    for plane in layout.planes:
+        box(ax, x + plane.offset, y, plane.num_bytes, height, COLORS[plane.name])
+
+
+def draw_row(ax: Axes, row: RowLayout, y: float, height: float) -> None:
+    """The whole row, one unit per byte: planes coloured, heads bracketed, byte offsets below."""
+    parts = [("K", h * row.k_code_bytes, layout) for h, layout in enumerate(row.k)]
+    parts += [("V", row.v_offset + h * row.v_code_bytes, row.v) for h in range(row.heads)]
+    for i, (name, x, layout) in enumerate(parts):
+        draw_codes(ax, layout, x, y, height)
+        bracket(ax, x + 0.3, x + layout.code_bytes - 0.3, y + height + 0.12, f"{name} head {i % row.heads}")
+    for i in range(row.heads * row.norms):
+        box(ax, row.norm_offset + i * NORM_BYTES, y, NORM_BYTES, height, SCALE_COLOR)
+    end = row.norm_offset + row.heads * row.norms * NORM_BYTES
+    box(ax, end, y, row.row_bytes - end, height, PAD_COLOR)
+    bracket(ax, row.norm_offset + 0.3, end - 0.3, y + height + 0.12, "scales")
+    label(ax, (end + row.row_bytes) / 2, y + height + 0.62, "pad")
+    for offset in [*(x for _, x, _ in parts), row.norm_offset, end, row.row_bytes]:
+        ax.plot([offset, offset], [y, y - 0.15], color=MUTED, linewidth=0.8)
+        nudge = {end: -0.9, row.row_bytes: 0.9}.get(offset, 0.0)
+        label(ax, offset + nudge, y - 0.42, str(offset), fontsize=8, color=MUTED)
+
+
+def draw_head(ax: Axes, layout: CodeLayout, x: float, y: float, unit: float, height: float) -> None:
+    """One head's code bytes, numbered, with the channels of every plane above them."""
+    for plane in layout.planes:
+        for byte in range(plane.offset, plane.offset + plane.num_bytes):
+            box(ax, x + byte * unit, y, unit, height, COLORS[plane.name])
+            label(ax, x + (byte + 0.5) * unit, y - 0.32, str(byte), fontsize=8, color=MUTED)
+        middle = x + (plane.offset + plane.num_bytes / 2) * unit
+        channels = ", ".join(f"{run.start}-{run.stop - 1}" for run in plane.runs)
+        if len(plane.runs) > 1:
+            channels = f"{plane.runs[0].start}-{plane.runs[-1].stop - 1}"
+        label(ax, middle, y + height + 0.75, f"{plane.name}: {FIELD_BITS[plane.width]}", weight="bold")
+        label(ax, middle, y + height + 0.28, f"channels {channels}", color=MUTED)
+
+
+def element_channel(plane: Plane, element: int) -> int:
+    for run in plane.runs:
+        if element < run.stop - run.start:
+            return run.start + element
+        element -= run.stop - run.start
+    raise IndexError(element)
+
+
+def draw_byte(ax: Axes, plane: Plane, byte: int, x: float, y: float, unit: float, height: float) -> None:
+    """The bits of one byte, most significant left, with the channel each slot belongs to."""
+    for slot in reversed(range(plane.slots)):
+        left = x + (plane.slots - 1 - slot) * unit * plane.width
+        box(ax, left, y, unit * plane.width, height, COLORS[plane.name], line=1.6)
+        channel = element_channel(plane, byte + slot * plane.num_bytes)
+        low = slot * plane.width
+        label(ax, left + unit * plane.width / 2, y + height / 2, f"channel {channel}", weight="bold")
+        label(
+            ax, left + unit * plane.width / 2, y - 0.32, f"bits {low + plane.width - 1}-{low}", fontsize=8, color=MUTED
+        )
+
+
+def draw(path: Path) -> None:
+    row = RowLayout.of((CodeLayout(WIDTHS),) * HEADS, uniform_layout(len(WIDTHS), 3))
+    head = row.k[0]
+    figure, ax = plt.subplots(figsize=(9.4, 4.3), dpi=180)
+    total = row.row_bytes
+    ax.set_xlim(-2, total + 2)
+    ax.set_ylim(-0.3, 10.2)
+    ax.axis("off")
+
+    row_y, head_y, byte_y = 7.6, 3.9, 0.6
+    draw_row(ax, row, row_y, 1.0)
+    title = (
+        f"One token, one layer: {total} bytes for {HEADS} KV heads of {head.dim} channels, K and V at 3 bits on average"
+    )
+    label(ax, 0, 9.85, title, ha="left", fontsize=10.5, weight="bold")
+
+    unit = 5.0
+    head_x = 0.0
+    zoom(ax, (0, head.code_bytes), (head_x, head_x + head.code_bytes * unit), row_y, head_y + 2.25)
+    draw_head(ax, head, head_x, head_y, unit, 1.0)
+    widths = [f"{stop - start} channels of {bits} bits" for start, stop, bits in head.groups]
+    label(
+        ax,
+        head_x + head.code_bytes * unit + 4,
+        head_y + 0.8,
+        "K head 0:\n" + "\n".join(widths),
+        ha="left",
+        linespacing=1.5,
+    )
+
+    two = next(plane for plane in head.planes if plane.name == "two")
+    byte_x, byte_unit = 20.0, 9.0
+    first = head_x + two.offset * unit
+    zoom(ax, (first, first + unit), (byte_x, byte_x + 8 * byte_unit), head_y, byte_y + 1.0)
+    draw_byte(ax, two, 0, byte_x, byte_y, byte_unit, 1.0)
+    rule = (
+        f"byte {two.offset}, the first of W = {two.num_bytes}:\nelement e of the plane lies\nin byte e % W, slot e // W"
+    )
+    label(ax, byte_x + 8 * byte_unit + 3, byte_y + 0.5, rule, ha="left", linespacing=1.5)
+
+    figure.subplots_adjust(0.01, 0.01, 0.99, 0.99)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, facecolor="white")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else OUTPUT)

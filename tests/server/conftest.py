@@ -1,0 +1,161 @@
+"""Fixtures that start the real server process on the small real model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+RECORDER = Path(__file__).parent / "recorder"
+
+
+@dataclass
+class Server:
+    """A running launch_server process."""
+
+    process: subprocess.Popen
+    url: str
+    log: Path
+    record: Path
+
+    def get(self, path: str) -> Any:
+        response = requests.get(self.url + path, timeout=60)
+        response.raise_for_status()
+        return response
+
+    def info(self) -> dict:
+        return self.get("/server_info").json()
+
+    def generate(self, input_ids: list[int], max_new_tokens: int = 1, logprob_start: int | None = None) -> dict:
+        """One greedy request; with logprob_start also the log-probabilities of the prompt from there on."""
+        body: dict[str, Any] = {
+            "input_ids": input_ids,
+            "sampling_params": {"max_new_tokens": max_new_tokens, "temperature": 0},
+        }
+        if logprob_start is not None:
+            body |= {"return_logprob": True, "logprob_start_len": logprob_start}
+        response = requests.post(self.url + "/generate", json=body, timeout=600)
+        response.raise_for_status()
+        return response.json()
+
+    def logprobs(self, input_ids: list[int], start: int) -> tuple[list[float], int]:
+        """Log-probabilities of the prompt's tokens after ``start``, and how many tokens came from the cache."""
+        meta = self.generate(input_ids, logprob_start=start)["meta_info"]
+        return [lp for lp, *_ in meta["input_token_logprobs"] if lp is not None], meta["cached_tokens"]
+
+    def flush(self) -> None:
+        requests.post(self.url + "/flush_cache", timeout=60).raise_for_status()
+
+    def records(self) -> list[dict]:
+        return [json.loads(line) for line in self.record.read_text().splitlines()]
+
+    def tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
+
+    def stop(self) -> int:
+        """Ctrl-C, then the exit code."""
+        self.process.send_signal(signal.SIGINT)
+        try:
+            return self.process.wait(timeout=60)
+        finally:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def command(model: str, *args: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "sglang.launch_server",
+        "--model-path",
+        str(model),
+        "--mem-fraction-static",
+        "0.3",
+        *args,
+    ]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    # PYTHONSAFEPATH: a server started in the clone must not take its folders for packages.
+    return {**os.environ, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", **extra}
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """The small real model: ``$SMOLLM2``, or where ``make serve`` and ``make test`` unpack it."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = os.environ.get("SMOLLM2") or os.path.join(base, "sglang-blockgtq", "SmolLM2-135M-Instruct")
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        pytest.skip(f"no model at {path}: make test unpacks it there")
+    return path
+
+
+@pytest.fixture(scope="session")
+def token_ids(smollm2) -> list[int]:
+    """Token ids of a long English text that calibration never saw."""
+    from transformers import AutoTokenizer
+
+    text = (files("sglang") / "test" / "long_prompt.txt").read_text()
+    return AutoTokenizer.from_pretrained(smollm2)(text)["input_ids"]
+
+
+@pytest.fixture(scope="session")
+def table_cache(tmp_path_factory) -> str:
+    """One cache folder for all servers of a run: only the first start of a setting calibrates."""
+    return str(tmp_path_factory.mktemp("kv-quant-cache"))
+
+
+@pytest.fixture(scope="module")
+def launch(smollm2, table_cache, tmp_path_factory):
+    """Start servers; all are stopped at the end of the module."""
+    running: list[Server] = []
+
+    def start(*args: str, quantized: bool = True, record: bool = False) -> Server:
+        folder = tmp_path_factory.mktemp("server")
+        port = free_port()
+        flags = ["--kv-quant", "blockgtq", "--kv-quant-cache-dir", table_cache] if quantized else ["--device", "cpu"]
+        env = environment()
+        if record:
+            env = environment(BLOCKGTQ_RECORD=str(folder / "record.jsonl"), PYTHONPATH=str(RECORDER))
+        log = folder / "log"
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                command(smollm2, "--port", str(port), *flags, *args),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=env,
+                cwd=folder,
+                start_new_session=True,
+            )
+        server = Server(process, f"http://127.0.0.1:{port}", log, folder / "record.jsonl")
+        running.append(server)
+        deadline = time.monotonic() + 600
+        while "fired up" not in log.read_text(errors="replace"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the server did not start:\n{server.tail()}")
+            time.sleep(0.5)
+        return server
+
+    yield start
+    for server in running:
+        if server.process.poll() is None:
+            server.stop()

@@ -1,0 +1,61 @@
+"""A test-only SGLang plugin that watches the packed pool from inside the scheduler process.
+
+Every write becomes a line {layer, key, row}: hashes of the codec's input for one token and of the
+row it became. Every attention pass checks that the rows it is about to read are the rows last
+written to those slots; a difference becomes a line {"corrupt": ...}.
+"""
+
+import hashlib
+import json
+import os
+
+LAYERS = (0, 1, 15, 29)  # enough to see the difference layers can make
+
+
+def _digest(tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(-1).numpy().tobytes()).hexdigest()[:16]
+
+
+def register():
+    import torch
+    from sglang_blockgtq.backend.cpu import TorchPackedBackend
+    from sglang_blockgtq.pool import PackedKVPool
+
+    out = open(os.environ["BLOCKGTQ_RECORD"], "a")
+    written: dict[tuple[int, int], str] = {}
+
+    def emit(**line):
+        out.write(json.dumps(line) + "\n")
+        out.flush()
+
+    set_kv_buffer = PackedKVPool.set_kv_buffer
+
+    def recorded_set(self, layer, loc_info, cache_k, cache_v, *args, **kwargs):
+        from sglang.srt.mem_cache.memory_pool import unwrap_write_loc
+
+        set_kv_buffer(self, layer, loc_info, cache_k, cache_v, *args, **kwargs)
+        if layer.layer_id not in LAYERS:
+            return
+        rows = self.rows[self.local(layer.layer_id)]
+        for t, slot in enumerate(unwrap_write_loc(loc_info)[0].tolist()):
+            both = torch.cat([cache_k[t].reshape(-1), cache_v[t].reshape(-1)]).float()
+            row = _digest(rows[slot])
+            written[layer.layer_id, slot] = row
+            emit(layer=layer.layer_id, key=_digest(both), row=row)
+
+    prepare = TorchPackedBackend.init_forward_metadata
+
+    def checked_prepare(self, forward_batch):
+        prepare(self, forward_batch)
+        if self.kv_indices is None:
+            return
+        new = set(forward_batch.out_cache_loc.tolist())
+        pool, slots = self.token_to_kv_pool, [s for s in self.kv_indices.tolist() if s not in new]
+        for layer in LAYERS:
+            for slot in slots:
+                if _digest(pool.rows[layer][slot]) != written.get((layer, slot)):
+                    emit(corrupt=slot, layer=layer)
+        emit(read=len(slots))
+
+    PackedKVPool.set_kv_buffer = recorded_set
+    TorchPackedBackend.init_forward_metadata = checked_prepare

@@ -1,0 +1,243 @@
+"""Every refused option: one line that names the option, the value and what would work."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from sglang.srt.plugins import load_plugins
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plugins():
+    import sglang.srt.entrypoints.engine  # noqa: F401  the plugin gives Engine its options when it is loaded
+
+    load_plugins()
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder with only a config: none of these starts may get as far as the weights."""
+
+    def make(**changes) -> str:
+        folder = tmp_path / "model"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({**LLAMA, **changes}))
+        return str(folder)
+
+    return make
+
+
+def refusal(model_path: str, *flags: str, **engine) -> str:
+    """The message of a refused start, which must be the same from the command line and from Engine."""
+    import sglang as sgl
+    from sglang.srt.server_args import prepare_server_args
+    from sglang_blockgtq.options import KVQuantError
+
+    with pytest.raises(SystemExit) as exit:
+        prepare_server_args(["--model-path", model_path, "--kv-quant", "blockgtq", *flags])
+    message = str(exit.value.code)
+    assert message.startswith("error: ") and "\n" not in message
+    with pytest.raises(KVQuantError) as raised:
+        sgl.Engine(model_path=model_path, kv_quant="blockgtq", **engine)
+    assert f"error: {raised.value}" == message
+    return message
+
+
+@pytest.mark.parametrize("option", ["k", "v"])
+@pytest.mark.parametrize("value", ["0", "9", "nan", "three", "-1", "inf"])
+def test_bits(model, option, value):
+    message = refusal(model(), f"--kv-quant-{option}-bits={value}", **{f"kv_quant_{option}_bits": value})
+    assert f"--kv-quant-{option}-bits {value}" in message and "from 1 to 8" in message
+
+
+CONFLICTS = [
+    ("kv_cache_dtype", "fp8_e4m3", "leave it at auto"),
+    ("attention_backend", "triton", "leave it out"),
+    ("prefill_attention_backend", "triton", "leave the option out"),
+    ("decode_attention_backend", "triton", "leave the option out"),
+    ("enable_hierarchical_cache", True, "HiCache"),
+    ("enable_lmcache", True, "LMCache"),
+    ("enable_unified_memory", True, "unified memory"),
+    ("enable_page_major_kv_layout", True, "token-major"),
+    ("enable_kv_cache_sharding", True, "dense K and V"),
+    ("disaggregation_mode", "prefill", "one server that does both"),
+    ("speculative_algorithm", "EAGLE", "without speculation"),
+    ("speculative_algorithm", "NGRAM", "without speculation"),
+    ("dcp_size", 2, "--tp-size"),
+    ("kv_canary", "raise", "set it to none"),
+    ("enable_deterministic_inference", True, "batch-invariant"),
+    ("enable_torch_compile", True, "leave the option out"),
+    ("prefill_only_disable_kv_cache", True, "no cache to pack"),
+    ("cuda_graph_backend_prefill", "full", "breakable"),
+    ("skip_tokenizer_init", True, "--kv-quant-table"),
+    ("device", "npu", "cuda and cpu"),
+]
+
+
+@pytest.mark.parametrize(("option", "value", "hint"), CONFLICTS, ids=lambda x: str(x))
+def test_unsupported_features(model, option, value, hint):
+    flag = "--" + option.replace("_", "-")
+    given = (flag,) if value is True else (flag, str(value))
+    message = refusal(model(), *given, **{option: value})
+    assert flag in message and hint in message
+    assert value is True or str(value) in message
+
+
+def test_quantization_param_path(model, tmp_path):
+    scales = tmp_path / "scales.json"
+    scales.write_text("{}")
+    message = refusal(model(), "--quantization-param-path", str(scales), quantization_param_path=str(scales))
+    assert "fp8" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"head_dim": 40}, "multiples of 16 from 32 to 256"),
+        ({"head_dim": 512}, "multiples of 16 from 32 to 256"),
+        ({"kv_lora_rank": 64}, "MLA"),
+        ({"attn_logit_softcapping": 50.0}, "capped"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "kv_cache_scheme": {"type": "float", "num_bits": 8}}},
+            "fp8 cache",
+        ),
+        ({"model_type": "mistral", "layer_types": ["sliding_attention", "full_attention"]}, "sliding-window"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_unsupported_models(model, changes, hint):
+    message = refusal(model(**changes))
+    assert hint in message and "without --kv-quant" in message
+
+
+def test_calibration_text(model, tmp_path):
+    missing = str(tmp_path / "none.txt")
+    message = refusal(model(), "--kv-quant-calibration-text", missing, kv_quant_calibration_text=missing)
+    assert missing in message and "no such file" in message
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    assert "empty" in refusal(model(), "--kv-quant-calibration-text", str(empty), kv_quant_calibration_text=str(empty))
+
+
+@pytest.mark.parametrize("value", ["100", "many", "0"])
+def test_calibration_tokens(model, value):
+    message = refusal(model(), "--kv-quant-calibration-tokens", value, kv_quant_calibration_tokens=value)
+    assert f"--kv-quant-calibration-tokens {value}" in message and "2048" in message
+
+
+def test_allocator_and_chunk_attention(model):
+    message = refusal(model(), "--kv-quant-allocator", "best", kv_quant_allocator="best")
+    assert "--kv-quant-allocator best" in message and "template" in message
+    message = refusal(model(), "--kv-quant-chunk-attention", "exact", kv_quant_chunk_attention="exact")
+    assert "raw, quantized" in message
+
+
+def test_options_without_kv_quant(model):
+    from sglang.srt.server_args import prepare_server_args
+
+    with pytest.raises(SystemExit) as exit:
+        prepare_server_args(["--model-path", model(), "--kv-quant-k-bits", "2"])
+    assert "--kv-quant-k-bits 2" in str(exit.value.code) and "--kv-quant blockgtq" in str(exit.value.code)
+    with pytest.raises(SystemExit) as exit:
+        prepare_server_args(["--model-path", model(), "--kv-quant", "gguf"])
+    assert "--kv-quant gguf" in str(exit.value.code)
+
+
+class TestTables:
+    @pytest.fixture
+    def table(self, tmp_path):
+        """A sound table for another model (its config hash fits nothing)."""
+        import torch
+        from sglang_blockgtq.calibrate.build import build_table
+        from sglang_blockgtq.calibrate.moments import Moments
+        from sglang_blockgtq.calibrate.rope import RopeBlocks
+
+        moments = Moments(torch.rand(2, 2, 32).double(), torch.rand(2, 2, 32).double(), torch.ones(2, 2).double(), 2048)
+        made = build_table(moments, [RopeBlocks(64, 64)] * 2, k_bits=3, v_bits=3, config_hash="other", model_id="other/m")
+        path = tmp_path / "table.safetensors"
+        made.save(path)
+        return path
+
+    def message(self, model, path, *flags, **engine):
+        return refusal(model(), "--kv-quant-table", str(path), *flags, kv_quant_table=str(path), **engine)
+
+    def test_missing(self, model, tmp_path):
+        assert "no such file" in self.message(model, tmp_path / "none.safetensors")
+
+    def test_another_model(self, model, table):
+        message = self.message(model, table)
+        assert "another model (other/m)" in message and str(table) in message
+
+    @pytest.mark.parametrize("keep", [0, 4, 100, -1])
+    def test_truncated(self, model, table, keep):
+        table.write_bytes(table.read_bytes()[:keep])
+        assert re.search("damaged|not a safetensors", self.message(model, table))
+
+    def test_changed(self, model, table):
+        data = bytearray(table.read_bytes())
+        data[-5] ^= 1
+        table.write_bytes(bytes(data))
+        assert "hash" in self.message(model, table)
+
+    def test_newer_version(self, model, table):
+        from dataclasses import replace
+
+        from sglang_blockgtq.calibrate.table import AllocationTable
+
+        loaded = AllocationTable.load(table)
+        AllocationTable(replace(loaded.header, format_version=99), loaded.tensors).sealed().save(table)
+        message = self.message(model, table)
+        assert "version 99" in message and "version 1" in message
+
+    def test_calibration_options_beside_a_table(self, model, table):
+        message = self.message(
+            model, table, "--kv-quant-calibration-tokens", "4096", kv_quant_calibration_tokens="4096"
+        )
+        assert "already calibrated" in message
+
+    def test_other_bits(self, model, table):
+        from dataclasses import replace
+
+        from sglang_blockgtq.calibrate.model import config_hash
+        from sglang_blockgtq.calibrate.table import AllocationTable
+        from transformers import AutoConfig
+
+        loaded = AllocationTable.load(table)
+        right = config_hash(AutoConfig.from_pretrained(model()))
+        AllocationTable(replace(loaded.header, config_hash=right), loaded.tensors).sealed().save(table)
+        message = self.message(model, table, "--kv-quant-k-bits", "2", kv_quant_k_bits="2")
+        assert "--kv-quant-k-bits 2" in message and "3.0" in message
+
+
+def test_exit_code_of_the_real_command(model):
+    """The whole way through the real entry point, once."""
+    run = subprocess.run(
+        [sys.executable, "-m", "sglang.launch_server", "--model-path", model(), "--kv-quant", "blockgtq"]
+        + ["--enable-hierarchical-cache"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=model(),
+    )
+    assert run.returncode != 0
+    assert run.stderr.strip().splitlines()[-1].startswith("error: --enable-hierarchical-cache: not with --kv-quant")

@@ -1,0 +1,119 @@
+"""PackedKVPool by itself: what it stores, moves, copies and refuses."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang_blockgtq.calibrate.build import build_table
+from sglang_blockgtq.calibrate.moments import Moments
+from sglang_blockgtq.calibrate.rope import RopeBlocks
+from sglang_blockgtq.kernels import naive
+from sglang_blockgtq.options import KVQuantOptions
+from sglang_blockgtq.pool import PackedKVPool
+from sglang_blockgtq.runtime import Runtime
+
+LAYERS, HEADS, DIM = 3, 4, 64
+
+
+def make_runtime(allocator="template", heads=slice(None), k_bits=3.0) -> Runtime:
+    torch.manual_seed(0)
+    energy = torch.logspace(-2, 2, DIM // 2, dtype=torch.float64)
+    q = energy * torch.rand(LAYERS, HEADS, DIM // 2, dtype=torch.float64)
+    k = energy * torch.rand(LAYERS, HEADS, DIM // 2, dtype=torch.float64)
+    moments = Moments(q, k, torch.full((LAYERS, HEADS), float(DIM), dtype=torch.float64), 2048)
+    table = build_table(moments, [RopeBlocks(DIM, DIM)] * LAYERS, k_bits=k_bits, v_bits=3, allocator=allocator)
+    held = len(range(HEADS)[heads])
+    return Runtime(KVQuantOptions(), table, heads, tuple(range(LAYERS)), "file", 0.0, LAYERS * held * 4 * DIM)
+
+
+def make_pool(runtime, size=32, page=4) -> PackedKVPool:
+    return PackedKVPool(
+        size, page, runtime=runtime, device="cpu", enable_memory_saver=False, start_layer=0, end_layer=LAYERS
+    )
+
+
+@pytest.fixture
+def pool():
+    return make_pool(make_runtime())
+
+
+def write(pool, layer, slots, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    k = torch.randn(len(slots), HEADS * DIM, generator=generator)
+    v = torch.randn(len(slots), HEADS * DIM, generator=generator)
+    pool.set_kv_buffer(SimpleNamespace(layer_id=layer), torch.tensor(slots), k, v)
+    return k.view(-1, HEADS, DIM), v.view(-1, HEADS, DIM)
+
+
+def test_sizes(pool):
+    assert [tuple(r.shape) for r in pool.rows] == [(36, 4 * 52)] * LAYERS
+    assert pool.runtime.bytes_per_token == LAYERS * 4 * 52
+    assert sum(pool.get_kv_size_bytes()) == 36 * LAYERS * 4 * 52
+    assert pool.dtype == torch.uint8 and pool.mem_usage > 0
+
+
+def test_write_then_read(pool):
+    k, v = write(pool, 1, [3, 9, 4])
+    got_k, got_v = pool.dequant(1, torch.tensor([3, 9, 4]))
+    want_k, want_v = naive.round_trip(pool.codecs[1], k, v)
+    assert torch.equal(got_k, want_k) and torch.equal(got_v, want_v)
+    assert ((got_v - v).square().sum() / v.square().sum()) < 0.05
+    assert not pool.rows[0].any() and not pool.rows[2].any() and not pool.rows[1][5].any()
+
+
+def test_move(pool):
+    for layer in range(LAYERS):
+        write(pool, layer, [1, 2, 3], seed=layer)
+    before = [rows.clone() for rows in pool.rows]
+    pool.move_kv_cache(torch.tensor([20, 2, 1]), torch.tensor([1, 3, 2]))  # overlapping source and target
+    for rows, old in zip(pool.rows, before, strict=True):
+        assert torch.equal(rows[[20, 2, 1]], old[[1, 3, 2]])
+
+
+def test_cpu_copy(pool):
+    for layer in range(LAYERS):
+        write(pool, layer, [5, 6], seed=layer)
+    indices = torch.tensor([6, 5])
+    saved = pool.get_cpu_copy(indices, mamba_indices=None, req_pool_index=None)
+    kept = [rows.clone() for rows in pool.rows]
+    for rows in pool.rows:
+        rows.fill_(255)
+    pool.load_cpu_copy(saved, indices, mamba_indices=None)
+    for rows, old in zip(pool.rows, kept, strict=True):
+        assert torch.equal(rows[[5, 6]], old[[5, 6]]) and bool((rows[7] == 255).all())
+
+
+@pytest.mark.parametrize("getter", ["get_key_buffer", "get_value_buffer", "get_kv_buffer"])
+def test_no_dense_view(pool, getter):
+    with pytest.raises(NotImplementedError, match="packed pool"):
+        getattr(pool, getter)(0)
+
+
+def test_no_dense_view_for_hicache(pool):
+    with pytest.raises(NotImplementedError):
+        pool.get_device_pool_infos()
+    assert not hasattr(pool, "k_buffer") and not hasattr(pool, "get_contiguous_buf_infos")
+
+
+def test_scales_are_refused(pool):
+    x = torch.zeros(1, HEADS * DIM)
+    with pytest.raises(NotImplementedError, match="scales"):
+        pool.set_kv_buffer(SimpleNamespace(layer_id=0), torch.tensor([1]), x, x, k_scale=1.0)
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "paper", "product", "template"])
+def test_tensor_parallel_ranks_hold_the_same_codes(allocator):
+    """Two ranks of two heads store what one rank of four stores, and agree on bytes per token."""
+    whole = make_pool(make_runtime(allocator))
+    halves = [make_pool(make_runtime(allocator, heads=slice(a, a + 2))) for a in (0, 2)]
+    assert halves[0].runtime.bytes_per_token == halves[1].runtime.bytes_per_token
+    k, v = write(whole, 2, [1, 2])
+    for rank, half in enumerate(halves):
+        mine = slice(2 * rank, 2 * rank + 2)
+        half.set_kv_buffer(
+            SimpleNamespace(layer_id=2), torch.tensor([1, 2]), k[:, mine].flatten(1), v[:, mine].flatten(1)
+        )
+        for a, b in zip(half.dequant(2, torch.tensor([1, 2])), whole.dequant(2, torch.tensor([1, 2])), strict=True):
+            assert torch.equal(a, b[:, mine])
