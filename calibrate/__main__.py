@@ -90,9 +90,9 @@ def _calibrate_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model-path", required=True, help="folder or hub id of a Hugging Face causal language model")
-    add("--k-bits", required=True, type=_bits("--k-bits"), help="average bits per key channel, 1 to 8, may be 2.5")
-    add("--v-bits", required=True, type=_bits("--v-bits"), help="average bits per value channel")
     add("--out", required=True, type=Path, help="file to write, e.g. table.safetensors")
+    add("--k-bits", type=_bits("--k-bits"), default=3.0, help="average bits per key channel, 1 to 8; default: 3")
+    add("--v-bits", type=_bits("--v-bits"), default=3.0, help="average bits per value channel; default: 3")
     add("--allocator", choices=tuple(ALLOCATORS), default="template", help="default: template")
     add("--calibration-text", metavar="FILE", help="UTF-8 text; default: CPython's documentation")
     add("--calibration-tokens", type=_tokens, default=DEFAULT_TOKENS, metavar="N", help=f"default: {DEFAULT_TOKENS}")
@@ -139,9 +139,9 @@ def _inspect(argv: list[str]) -> None:
     from .fingerprint import draw
     from .inspect import summary
 
-    print(summary(table))
     png = args.png or args.table.with_suffix(".png")
     draw(table, png)
+    print(summary(table))
     print(f"\nfingerprint: {png}")
 
 

@@ -54,10 +54,10 @@ def build_table(
     check_budget("k_bits", k_bits, blocks)
     check_budget("v_bits", v_bits, v_head_dim // 2)
 
-    # A dead block (zero energy on either side) must not make gains or balance zero or infinite.
-    tiny = 1e-12
-    q = moments.q.clamp(min=tiny * float(moments.q.max().clamp(min=tiny)))
-    k = moments.k.clamp(min=tiny * float(moments.k.max().clamp(min=tiny)))
+    # A block that calibration hardly saw must not be balanced or scaled without bound: it may come alive.
+    floor = 1e-6
+    q = moments.q.clamp(min=1e-30).maximum(floor * moments.q.mean(-1, keepdim=True))
+    k = moments.k.clamp(min=1e-30).maximum(floor * moments.k.mean(-1, keepdim=True))
     safe = Moments(q, k, moments.v, moments.tokens)
 
     widths = rule.widths(safe, k_bits)

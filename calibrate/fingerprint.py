@@ -15,8 +15,8 @@ from .inspect import width_name, width_shares
 from .table import AllocationTable
 
 
-def draw(table: AllocationTable, path: str | os.PathLike) -> None:
-    """Write a PNG: share of widths in each layer (stacked), and mean bits of each RoPE block by layer.
+def fingerprint(table: AllocationTable) -> Figure:
+    """Share of widths in each layer (stacked bars), and mean bits of each RoPE block by layer (image).
 
     The second panel shows what the first cannot when all heads share one multiset of widths:
     where along the frequencies the bits went.
@@ -52,4 +52,9 @@ def draw(table: AllocationTable, path: str | os.PathLike) -> None:
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.yaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.savefig(path, format="png")
+    return figure
+
+
+def draw(table: AllocationTable, path: str | os.PathLike) -> None:
+    """Write the fingerprint as a PNG."""
+    fingerprint(table).savefig(path, format="png")

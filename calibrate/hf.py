@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from .moments import Moments, MomentSums
 from .rope import RopeBlocks
 from .table import AllocationTable
 from .text import MAX_SEQUENCE, check_tokens, read_text, text_hash, token_sequences
+
+logger = logging.getLogger(__name__)
 
 Take = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
@@ -177,6 +180,7 @@ def calibrate_model(
     """Load a model, calibrate it, build its table. What can be checked without the weights is checked first.
 
     device: "auto" (CUDA if there is one), or a torch device. dtype: "auto" (the checkpoint's) or a torch dtype's name.
+    A model without RoPE gets ``uniform`` widths, with a notice.
     """
     check_tokens(tokens)
     text = read_text(text_path)
@@ -198,6 +202,9 @@ def calibrate_model(
         raise ModelError(f"--model-path {model_path}: its weights cannot be loaded ({_first_line(e)})") from e
     model = model.to(device).eval()
     rope = rope_blocks(config, sys.modules[type(model).__module__])
+    if allocator != "uniform" and not any(r.rotary_dim for r in rope):
+        logger.warning("no layer of %s has RoPE: there are no blocks to rank, so widths are uniform", model_path)
+        allocator = "uniform"
     return build_table(
         collect(model, sequences, rope),
         rope,

@@ -108,12 +108,14 @@ def _encode_kernel(
         for n in tl.static_range(NORMS):
             wn = tl.where((index == n)[None, :], w, 0.0)
             yc = tl.sum(wn * u * c, 1)
+            cc = tl.sum(wn * c * c, 1)
+            cc = tl.where(cc > 0, cc, 1.0)  # a scale that this head does not have
             if RULE == "lsq":
-                s = yc / tl.sum(wn * c * c, 1)
+                s = yc / cc
             elif RULE == "norm":
-                s = tl.sqrt(tl.sum(wn * u * u, 1) / tl.sum(wn * c * c, 1))
+                s = tl.sqrt(tl.sum(wn * u * u, 1) / cc)
             else:
-                s = tl.sum(wn * u * u, 1) / yc
+                s = tl.sum(wn * u * u, 1) / tl.where(yc > 0, yc, 1.0)
             scale = tl.where((index == n)[None, :], s[:, None], scale)
         # Summed as squares of residuals: the expanded form cancels at high widths.
         residual = u - scale * c

@@ -29,7 +29,8 @@ STOP_SECONDS = 20.0  # given to a clean shutdown before the process group is kil
 LOG_LINES = 25  # shown when the server dies
 
 #: Without a GPU: start quickly and take a bounded share of the memory.
-CPU_ARGS = ["--device", "cpu", "--disable-cuda-graph", "--max-total-tokens", "65536"]
+CPU_ARGS = ["--device", "cpu", "--max-total-tokens", "65536"]
+CPU_ARGS += ["--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"]
 
 #: The server is on this machine, whatever proxy the environment names.
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -171,11 +172,14 @@ def stop(server: subprocess.Popen) -> None:
             server.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             pass
-    try:
-        os.killpg(server.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    server.wait()
+    for _ in range(100):  # killed processes need a moment to go
+        try:
+            os.killpg(server.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            break
+        if server.poll() is None:
+            server.wait()
+        time.sleep(0.05)
 
 
 def run(options: argparse.Namespace, log: Path) -> None:
@@ -228,6 +232,10 @@ def main() -> int:
     parser.add_argument("--question", default=QUESTION)
     options = parser.parse_args(argv)
     options.server_args = server_args
+    if options.model_path.startswith(("/", ".", "~")) and not os.path.isdir(os.path.expanduser(options.model_path)):
+        print(f"model {options.model_path}: no such folder; give a model folder or a hub name", file=sys.stderr)
+        return 1
+    options.model_path = os.path.expanduser(options.model_path)
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, _raise_stopped)
 

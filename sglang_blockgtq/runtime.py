@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from .calibrate.allocate import ALLOCATORS
 from .calibrate.build import build_table
 from .calibrate.model import config_hash, weights_hash
+from .calibrate.rope import RopeBlocks
 from .calibrate.table import FORMAT_VERSION, AllocationTable, TableError
 from .calibrate.text import TextError, read_text, text_hash, token_sequences
 from .options import NAME, KVQuantError, KVQuantOptions, flag
@@ -194,6 +194,19 @@ def _is_rank_zero() -> bool:
     return get_world_group().rank_in_group == 0
 
 
+def effective_allocator(rope: list[RopeBlocks], options: KVQuantOptions) -> str:
+    """The allocator that runs: a model without RoPE has no blocks to rank and gets uniform bits, with a notice."""
+    if options.allocator != "uniform" and all(r.rotary_dim == 0 for r in rope):
+        logger.warning(
+            "%s: no layer of this model has RoPE, so there are no blocks to rank: using %s uniform instead of %s",
+            NAME,
+            flag("allocator"),
+            options.allocator,
+        )
+        return "uniform"
+    return options.allocator
+
+
 def obtain_table(runner: Any, options: KVQuantOptions) -> tuple[AllocationTable, str]:
     """The table for a loaded ModelRunner and its origin. Raises KVQuantError."""
     from sglang.srt.utils.hf_transformers_utils import get_tokenizer
@@ -227,14 +240,12 @@ def obtain_table(runner: Any, options: KVQuantOptions) -> tuple[AllocationTable,
     moments, rope = collect_moments(runner, sequences)
     table = None
     if _is_rank_zero():
-        if all(r.rotary_dim == 0 for r in rope) and options.allocator != "uniform":
-            logger.warning("%s: the model has no RoPE blocks to rank; using uniform bits", NAME)
         table = build_table(
             moments,
             rope,
             k_bits=options.k_bits,
             v_bits=options.v_bits,
-            allocator="uniform" if all(r.rotary_dim == 0 for r in rope) else options.allocator,
+            allocator=effective_allocator(rope, options),
             v_head_dim=config.v_head_dim,
             model_id=args.model_path,
             config_hash=model_config_hash,
@@ -285,8 +296,3 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
     if _is_rank_zero():
         logger.info(runtime.line())
     return runtime
-
-
-def environment_has_gpu() -> bool:
-    """Whether this process can see a CUDA device."""
-    return torch.cuda.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES", "0") != ""

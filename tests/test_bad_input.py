@@ -51,6 +51,7 @@ def refusal(model_path: str, *flags: str, **engine) -> str:
     """The message of a refused start, which must be the same from the command line and from Engine."""
     import sglang as sgl
     from sglang.srt.server_args import prepare_server_args
+
     from sglang_blockgtq.options import KVQuantError
 
     with pytest.raises(SystemExit) as exit:
@@ -173,7 +174,9 @@ class TestTables:
         from sglang_blockgtq.calibrate.rope import RopeBlocks
 
         moments = Moments(torch.rand(2, 2, 32).double(), torch.rand(2, 2, 32).double(), torch.ones(2, 2).double(), 2048)
-        made = build_table(moments, [RopeBlocks(64, 64)] * 2, k_bits=3, v_bits=3, config_hash="other", model_id="other/m")
+        made = build_table(
+            moments, [RopeBlocks(64, 64)] * 2, k_bits=3, v_bits=3, config_hash="other", model_id="other/m"
+        )
         path = tmp_path / "table.safetensors"
         made.save(path)
         return path
@@ -229,11 +232,13 @@ class TestTables:
         assert "--kv-quant-k-bits 2" in message and "3.0" in message
 
 
-def test_exit_code_of_the_real_command(model):
-    """The whole way through the real entry point, once."""
+@pytest.mark.parametrize(
+    "entry", [["-m", "sglang.launch_server"], ["-m", "sglang.cli.main", "serve"]], ids=["launch", "serve"]
+)
+def test_exit_code_of_the_real_command(model, entry):
+    """The whole way through the real entry points, once each."""
     run = subprocess.run(
-        [sys.executable, "-m", "sglang.launch_server", "--model-path", model(), "--kv-quant", "blockgtq"]
-        + ["--enable-hierarchical-cache"],
+        [sys.executable, *entry, "--model-path", model(), "--kv-quant", "blockgtq", "--enable-hierarchical-cache"],
         capture_output=True,
         text=True,
         timeout=300,
@@ -241,3 +246,16 @@ def test_exit_code_of_the_real_command(model):
     )
     assert run.returncode != 0
     assert run.stderr.strip().splitlines()[-1].startswith("error: --enable-hierarchical-cache: not with --kv-quant")
+
+
+def test_model_without_rope_gets_uniform_bits_and_a_notice(caplog):
+    from sglang_blockgtq.calibrate.rope import RopeBlocks
+    from sglang_blockgtq.options import KVQuantOptions
+    from sglang_blockgtq.runtime import effective_allocator
+
+    options = KVQuantOptions(allocator="template")
+    assert effective_allocator([RopeBlocks(64, 0), RopeBlocks(64, 0)], options) == "uniform"
+    assert "no layer of this model has RoPE" in caplog.text
+    caplog.clear()
+    assert effective_allocator([RopeBlocks(64, 64), RopeBlocks(64, 0)], options) == "template"
+    assert not caplog.text

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 from sglang.srt.plugins import load_plugins
+
 from sglang_blockgtq import compat, plugin
 from sglang_blockgtq.options import KVQuantError, KVQuantOptions
 
@@ -106,6 +107,40 @@ def test_hugging_face_kernels_is_not_shadowed(tmp_path):
     root = Path(__file__).resolve().parent.parent
     code = "import kernels, sglang_blockgtq.kernels.layout as ours; print(kernels.__file__); print(ours.__name__)"
     for folder in (root, tmp_path):
-        out = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout
         theirs, ours = out.split()
         assert "site-packages" in theirs and ours == "sglang_blockgtq.kernels.layout"
+
+
+def test_hooks_pass_through_without_the_option():
+    """Every hook that wraps an SGLang function hands a stock server's call over unchanged."""
+    from types import SimpleNamespace
+
+    stock = SimpleNamespace(server_args=server_args(), is_draft_worker=False, device="cpu")
+    calls = []
+
+    def original(*args, **kwargs):
+        calls.append((args, kwargs))
+        return "stock"
+
+    assert plugin._load_model(original, stock) == "stock"
+    assert plugin._alloc_memory_pool(original, stock, "config", draft_parallel_layout=None) == "stock"
+    assert plugin._compute_cell_size(original, "configurator", stock, 4) == "stock"
+    build = {"max_total_num_tokens": 8, "mha_pool_class": object, "quant_method": None}
+    assert plugin._build_mha_kv_pool(original, stock, **build) == "stock"
+    assert plugin._fused_set_kv_buffer(original, "batch") == "stock"
+    assert plugin._support_triton(original, "triton") == "stock"
+    assert plugin._check_pool(object(), stock) is None
+    info: dict = {}
+    plugin._init_info(info, stock)
+    assert info == {}
+    assert calls == [
+        ((stock,), {}),
+        ((stock, "config"), {"draft_parallel_layout": None}),
+        (("configurator", stock, 4), {}),
+        ((stock,), build),
+        (("batch",), {}),
+        (("triton",), {}),
+    ]

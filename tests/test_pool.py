@@ -10,6 +10,7 @@ from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.kernels import naive
+
 from sglang_blockgtq.options import KVQuantOptions
 from sglang_blockgtq.pool import PackedKVPool
 from sglang_blockgtq.runtime import Runtime
@@ -117,3 +118,19 @@ def test_tensor_parallel_ranks_hold_the_same_codes(allocator):
         )
         for a, b in zip(half.dequant(2, torch.tensor([1, 2])), whole.dequant(2, torch.tensor([1, 2])), strict=True):
             assert torch.equal(a, b[:, mine])
+
+
+def test_capacity_counts_packed_bytes():
+    """What SGLang divides its memory by: row bytes of all layers and what it allocates per token itself."""
+    from sglang_blockgtq import plugin, runtime
+
+    served = make_runtime()
+    runtime.set_current(served)
+    try:
+        asked = SimpleNamespace(_kvq=KVQuantOptions().to_dict())
+        configurator = SimpleNamespace(server_args=asked, is_draft_worker=False)
+        assert plugin._compute_cell_size(None, None, configurator, LAYERS) == LAYERS * 4 * 52 + 64
+    finally:
+        runtime.set_current(None)
+    with pytest.raises(RuntimeError, match="did not run"):
+        plugin._compute_cell_size(None, None, configurator, LAYERS)

@@ -150,6 +150,12 @@ def test_signal_stops_everything(start, tmp_path, name):
     assert has_ended(child)
 
 
+def test_missing_model_folder_is_named_at_once(tmp_path):
+    command = [sys.executable, str(SCRIPTS / "serve.py"), "--model-path", str(tmp_path / "absent")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "absent: no such folder" in done.stderr and not done.stdout
+
+
 def test_user_arguments_win():
     serve = load("serve")
     command, port = serve.server_command("m", ["--port=1234", "--device", "cuda", "--kv-quant", "none"])

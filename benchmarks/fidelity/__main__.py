@@ -46,22 +46,24 @@ def commit() -> str:
 
 
 def provenance(args: argparse.Namespace, subject: run.Subject) -> dict:
-    """What someone needs to make the same file again. Paths are reduced to names."""
-    model, text = Path(args.model_path).name, args.text or run.default_text()
-    command = f"python -m benchmarks.fidelity --model-path {model} --out {args.out.name}"
-    if args.text:
-        command += f" --text {args.text.name}"
+    """What someone needs to make the same file again. Absolute paths are reduced to names."""
+    text = args.text or run.default_text()
+    command = ["python -m benchmarks.fidelity"]
+    for option in ("model_path", "out", "text", "calibration_text", "picture"):
+        if path := getattr(args, option):
+            path = Path(path)
+            command.append(f"--{option.replace('_', '-')} {path.name if path.is_absolute() else path.as_posix()}")
     return {
-        "command": f"{command} --queries {args.queries}",
+        "command": " ".join([*command, f"--queries {args.queries}"]),
         "commit": commit(),
         "model": {
-            "name": model,
+            "name": Path(args.model_path).name,
             "config_hash": config_hash(subject.model.config),
             "weights_hash": weights_hash(args.model_path),
             "dtype": "float32",
         },
         "calibration": {
-            "text": args.calibration_text and Path(args.calibration_text).name or "default (pydoc_data.topics)",
+            "text": Path(args.calibration_text).name if args.calibration_text else "pydoc_data.topics",
             "tokens": subject.moments.tokens,
             "ids_sha256": subject.calibration_hash,
         },
@@ -96,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
 
     subject = run.load(args.model_path, args.text, args.calibration_text)
-    rows = run.attention_rows(subject, bits=(2, 3, 4), shift_bits=(3,), queries=args.queries)
+    rows = run.attention_rows(subject, bits=(2, 3, 4), shift_bits=(2, 3), queries=args.queries)
     write_csv(rows, args.out)  # in case the second half is cut short
     rows += run.perplexity_rows(subject, run.perplexity_methods(subject))
     write_csv(rows, args.out)

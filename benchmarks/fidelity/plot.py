@@ -38,6 +38,8 @@ def draw(rows: list[Row], path: Path, model: str, bits: int = 3) -> None:
     axes.grid(True, which="both", color="#dddddd", linewidth=0.5)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(ncols=2, fontsize=8, frameon=False, title="bytes: K and V of one token and head", title_fontsize=8)
+    axes.set_ylim(top=axes.get_ylim()[1] * 2)  # room for the legend
+    title = "bytes: K and V of one token and head"
+    axes.legend(loc="upper center", ncols=4, fontsize=8, frameon=False, title=title, title_fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

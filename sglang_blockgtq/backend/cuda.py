@@ -98,6 +98,7 @@ class TritonPackedBackend(TritonAttnBackend):
             layer.scaling,
             lse_extend=lse,
             skip_prefix=True,
+            extend_seq_lens_cpu=forward_batch.extend_seq_lens_cpu,
         )
         if has_prefix:
             prefix_out, prefix_lse = prefix_attention(

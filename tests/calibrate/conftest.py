@@ -3,9 +3,17 @@
 import pytest
 import torch
 import transformers
+from sglang_blockgtq.calibrate.moments import Moments
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from sglang_blockgtq.calibrate.moments import Moments
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny operations: waiting for a second thread costs more than it helps."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +47,7 @@ TINY = {
     "stablelm_quarter": ("StableLmConfig", {}),
     "phi_half": ("PhiConfig", {}),
     "smollm3_nope": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
+    "granite_own_scaling": ("GraniteConfig", {"attention_multiplier": 0.5}),
     "gpt2_no_rope": ("GPT2Config", {"num_key_value_heads": 4}),
 }
 

@@ -6,7 +6,6 @@ from fractions import Fraction
 
 import pytest
 import torch
-
 from sglang_blockgtq.calibrate.allocate import (
     ALLOCATORS,
     TEMPLATE_WIDTHS,
@@ -20,7 +19,7 @@ from sglang_blockgtq.kernels.codebook import distortion
 from sglang_blockgtq.kernels.layout import CodeLayout
 
 BITS = ["1", "1.3", "2", "2.3", "2.5", "3", "3.7", "4", "6.25", "8"]
-BLOCKS = [16, 24, 32, 40, 64, 128]
+BLOCKS = [16, 24, 32, 40, 64, 120, 128]
 
 
 def floor_budget(blocks: int, bits: str) -> int:
@@ -28,7 +27,7 @@ def floor_budget(blocks: int, bits: str) -> int:
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", [*BITS, "4.1"])  # 120 * 4.1 is just below 492 in floating point
 def test_block_budget_is_the_exact_floor(blocks, bits):
     assert block_budget(blocks, float(bits)) == floor_budget(blocks, bits)
 

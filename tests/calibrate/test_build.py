@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from sglang_blockgtq.calibrate.allocate import ALLOCATORS
 from sglang_blockgtq.calibrate.build import build_table, haar_rotation
 from sglang_blockgtq.calibrate.moments import Moments, MomentSums

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 import transformers
-
 from sglang_blockgtq.calibrate.hf import check_rope, collect
 from sglang_blockgtq.calibrate.model import ModelError, rope_blocks
 from sglang_blockgtq.calibrate.rope import RopeBlocks
@@ -123,7 +122,7 @@ def test_a_model_without_rope(tiny_model):
     assert (moments.k > 0).all()
 
 
-@pytest.mark.parametrize("name", ["llama_gqa3", "qwen3_qk_norm", "cohere_interleaved_qk_norm", "gpt2_no_rope"])
+@pytest.mark.parametrize("name", ["llama_gqa3", "qwen3_qk_norm", "granite_own_scaling", "gpt2_no_rope"])
 def test_the_model_is_left_as_it_was(tiny_model, name):
     """Attention under capture is the model's own, or later layers would see other inputs."""
     model = tiny_model(name)

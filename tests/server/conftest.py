@@ -129,10 +129,10 @@ def launch(smollm2, table_cache, tmp_path_factory):
     """Start servers; all are stopped at the end of the module."""
     running: list[Server] = []
 
-    def start(*args: str, quantized: bool = True, record: bool = False) -> Server:
+    def start(*args: str, record: bool = False) -> Server:
         folder = tmp_path_factory.mktemp("server")
         port = free_port()
-        flags = ["--kv-quant", "blockgtq", "--kv-quant-cache-dir", table_cache] if quantized else ["--device", "cpu"]
+        flags = ["--kv-quant", "blockgtq", "--kv-quant-cache-dir", table_cache]
         env = environment()
         if record:
             env = environment(BLOCKGTQ_RECORD=str(folder / "record.jsonl"), PYTHONPATH=str(RECORDER))

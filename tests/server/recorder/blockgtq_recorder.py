@@ -18,6 +18,7 @@ def _digest(tensor) -> str:
 
 def register():
     import torch
+
     from sglang_blockgtq.backend.cpu import TorchPackedBackend
     from sglang_blockgtq.pool import PackedKVPool
 

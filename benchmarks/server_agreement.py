@@ -1,0 +1,188 @@
+"""How far the served packed cache is from a 16-bit cache, in log-probability.
+
+Starts each packed setting as a real server, on whatever device there is. The reference is SGLang's stock server
+on a GPU; without one, where the stock wheel does not start, transformers in float32:
+
+    python -m benchmarks.server_agreement --model-path MODEL --out benchmarks/results/server_agreement_cpu.csv
+
+Two figures a setting, mean absolute difference of log-probability per token:
+    prefix   prompt tokens computed on top of a prefix-cache hit, against the reference's
+    decode   tokens the packed server generated greedily, against the reference reading the same tokens
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from importlib.resources import files
+from pathlib import Path
+from statistics import fmean
+
+import requests
+
+#: name -> extra server arguments
+SETTINGS = {
+    "k8v8": ["--kv-quant-k-bits=8", "--kv-quant-v-bits=8"],
+    "k4v4": ["--kv-quant-k-bits=4", "--kv-quant-v-bits=4"],
+    "k3v3": [],
+    "k3v3_quantized_chunk": ["--kv-quant-chunk-attention=quantized"],
+    "k3v3_page16": ["--page-size=16"],
+    "k3v3_no_graph": ["--cuda-graph-backend-decode=disabled", "--cuda-graph-backend-prefill=disabled"],
+    "k3v3_uniform": ["--kv-quant-allocator=uniform"],
+    "k3v3_paper": ["--kv-quant-allocator=paper"],
+    "k3v3_product": ["--kv-quant-allocator=product"],
+    "k2v2": ["--kv-quant-k-bits=2", "--kv-quant-v-bits=2"],
+}
+COLUMNS = ("setting", "device", "dtype", "bytes_per_token", "prefix_gap", "decode_gap", "cached_tokens", "generated")
+
+
+class Server:
+    """A launch_server process, stopped on exit from the with block."""
+
+    def __init__(self, model: str, *args: str):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = Path(tempfile.mkstemp(suffix=".log")[1])
+        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--port", str(port), *args]
+        with self.log.open("w") as out:
+            self.process = subprocess.Popen(
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONSAFEPATH": "1"},
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> Server:
+        while "fired up" not in self.log.read_text(errors="replace"):
+            if self.process.poll() is not None:
+                tail = self.log.read_text(errors="replace").splitlines()[-30:]
+                raise SystemExit("the server died:\n" + "\n".join(tail))
+            time.sleep(1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def generate(self, ids: list[int], new: int = 1, logprob_start: int = -1) -> dict:
+        body = {
+            "input_ids": ids,
+            "sampling_params": {"max_new_tokens": new, "temperature": 0, "ignore_eos": True},
+            "return_logprob": True,
+            "logprob_start_len": logprob_start,
+        }
+        response = requests.post(self.url + "/generate", json=body, timeout=1800)
+        response.raise_for_status()
+        return response.json()["meta_info"]
+
+    def logprobs(self, ids: list[int], start: int) -> tuple[list[float], int]:
+        meta = self.generate(ids, logprob_start=start)
+        return [lp for lp, *_ in meta["input_token_logprobs"][-(len(ids) - start - 1) :]], meta["cached_tokens"]
+
+
+class Transformers:
+    """The model in float32, read by transformers."""
+
+    def __init__(self, model: str):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+
+    def logprobs(self, ids: list[int], start: int) -> tuple[list[float], int]:
+        import torch
+
+        tokens = torch.tensor([ids])
+        with torch.inference_mode():
+            logprobs = self.model(tokens).logits[0].log_softmax(-1)
+        return logprobs[:-1].gather(1, tokens[0, 1:, None])[start:, 0].tolist(), 0
+
+
+def gap(a: list[float], b: list[float]) -> float:
+    assert len(a) == len(b) > 0, (len(a), len(b))
+    return fmean(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def measure(server: Server, reference: Server | Transformers, ids: list[int], prefix: int, new: int) -> dict:
+    server.generate(ids[:prefix])
+    packed, cached = server.logprobs(ids, prefix)
+    plain, _ = reference.logprobs(ids, prefix)
+    meta = server.generate(ids, new=new)
+    generated = [t for _, t, *_ in meta["output_token_logprobs"]]
+    decoded = [lp for lp, *_ in meta["output_token_logprobs"]]
+    read, _ = reference.logprobs(ids + generated, len(ids) - 1)
+    return {
+        "prefix_gap": round(gap(packed, plain), 5),
+        "decode_gap": round(gap(decoded, read), 5),
+        "cached_tokens": cached,
+        "generated": len(generated),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-path", required=True)
+    parser.add_argument("--text", type=Path, default=Path(str(files("sglang") / "test" / "long_prompt.txt")))
+    parser.add_argument("--prompt-tokens", type=int, default=1024)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--out", type=Path, required=True)
+    args, extra = parser.parse_known_args()
+
+    import torch
+    from transformers import AutoTokenizer
+
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else "cpu"
+    ids = AutoTokenizer.from_pretrained(args.model_path)(args.text.read_text())["input_ids"][: args.prompt_tokens]
+    common = ["--dtype", args.dtype, "--mem-fraction-static", "0.25", "--max-total-tokens", "16384", *extra]
+    rows = []
+    with ExitStack() as stack:
+        if cuda:
+            reference = stack.enter_context(Server(args.model_path, *common, "--attention-backend", "triton"))
+            prefix = 3 * len(ids) // 4
+            cold, _ = reference.logprobs(ids, prefix)
+            reference.generate(ids[:prefix])
+            warm, cached = reference.logprobs(ids, prefix)
+            rows.append(
+                {"setting": "stock_cold_warm", "prefix_gap": round(gap(cold, warm), 5), "cached_tokens": cached}
+            )
+            rows[-1] |= {"device": device, "dtype": args.dtype}
+            print(rows[-1], flush=True)
+        else:
+            reference = Transformers(args.model_path)
+        for name in args.settings:
+            with Server(args.model_path, *common, "--kv-quant=blockgtq", *SETTINGS[name]) as server:
+                info = requests.get(server.url + "/server_info", timeout=60).json()["kv_quant"]
+                row = measure(server, reference, ids, 3 * len(ids) // 4, args.new_tokens)
+            rows.append({"setting": name, "device": device, "dtype": args.dtype, **row})
+            rows[-1]["bytes_per_token"] = info["bytes_per_token"]
+            print(rows[-1], flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("w", newline="") as f:
+        writer = csv.DictWriter(f, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    meta = {"command": " ".join(sys.argv), "commit": commit, "torch": torch.__version__, "device": device}
+    args.out.with_suffix(".json").write_text(json.dumps(meta, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before triton is imported."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton
+
+    # Kept within this process: servers that tests start must not inherit it.
+    triton.knobs.propagate_env = False
+    triton.knobs.runtime.interpret = True
+    del os.environ["TRITON_INTERPRET"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+def _poison(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_floating_point():
+        return tensor.fill_(float("nan"))
+    return tensor.fill_(255) if tensor.dtype == torch.uint8 else tensor
+
+
+@pytest.fixture
+def nan_poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory is NaN (bytes: 0xFF), so that reading what nobody wrote shows."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, _plain=plain, **kw: _poison(_plain(*a, **kw)))

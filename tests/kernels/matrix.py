@@ -1,0 +1,202 @@
+"""The one matrix of cases that every kernel runs through, and the data of a case."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from sglang_blockgtq.calibrate.build import build_table, haar_rotation
+from sglang_blockgtq.calibrate.moments import Moments
+from sglang_blockgtq.calibrate.rope import RopeBlocks
+from sglang_blockgtq.kernels import naive
+from sglang_blockgtq.kernels.codebook import codebook_table
+from sglang_blockgtq.kernels.codec import LayerCodec
+from sglang_blockgtq.kernels.layout import CodeLayout, RowLayout, uniform_layout
+from sglang_blockgtq.kernels.tables import DeviceTables
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+#: Largest relative error of an attention output: float32 dots in the interpreter, float16 ones on a GPU.
+TOLERANCE = {"cpu": {"float32": 1e-5, "float16": 1e-3}, "cuda": {"float32": 3e-3, "float16": 4e-3, "bfloat16": 8e-3}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """allocator "handmade" is a codec with every width 0..8, three scales and another layout in each head.
+
+    order: how a request's tokens lie in the pool. lengths: packed tokens of each request.
+    queries: query tokens of each request in an extend.
+    """
+
+    allocator: str
+    k_bits: float
+    v_bits: float
+    head_dim: int
+    heads: int
+    group: int
+    dtype: str = "float32"
+    order: str = "shuffled"  # or "pages" of 16, or "sorted"
+    lengths: tuple[int, ...] = (0, 1, 34, 9)
+    queries: tuple[int, ...] = (2, 1, 3, 0)
+    v_dim: int | None = None  # None: head_dim
+
+    def __str__(self) -> str:
+        bits = f"k{self.k_bits:g}v{self.v_bits:g}"
+        dims = f"d{self.head_dim}" if self.v_dim is None else f"d{self.head_dim}v{self.v_dim}"
+        return f"{self.allocator}-{bits}-{dims}-h{self.heads}g{self.group}-{self.dtype}-{self.order}"
+
+
+SMALL = [
+    Case("template", 3, 3, 64, 2, 3),
+    Case("template", 2.5, 2, 128, 1, 7, "float16", "pages"),
+    Case("template", 4, 3, 192, 1, 1),
+    Case("template", 3, 3, 256, 1, 4, "float16"),
+    Case("uniform", 2.5, 1, 80, 2, 4, "float16", "sorted"),
+    Case("uniform", 8, 8, 64, 1, 8, v_dim=48),
+    Case("paper", 3, 4, 64, 2, 6, "float16", "pages"),
+    Case("product", 3, 2.5, 96, 2, 3),
+    Case("product", 2, 2, 160, 1, 16, "float16"),
+    Case("handmade", 0, 5, 64, 2, 1),
+]
+
+_LONG = {"lengths": (0, 1, 31, 32, 33, 700, 5000), "queries": (5, 1, 40, 0, 1, 130, 17)}
+LARGE = [
+    Case("template", 3, 3, 128, 8, 4, "bfloat16", **_LONG),
+    Case("template", 2, 2, 128, 4, 7, "bfloat16", "pages", **_LONG),
+    Case("template", 4, 4, 64, 3, 3, "float16", **_LONG),
+    Case("template", 3, 3, 256, 2, 8, "bfloat16", **_LONG),
+    Case("uniform", 3, 3, 80, 2, 1, "float16", **_LONG),
+    Case("uniform", 8, 8, 128, 2, 16, "bfloat16", **_LONG),
+    Case("paper", 3, 2, 128, 2, 6, "bfloat16", **_LONG),
+    Case("product", 3, 2.5, 128, 4, 4, "float16", "pages", **_LONG),
+    Case("product", 3, 3, 256, 1, 4, "bfloat16", **_LONG),
+    Case("handmade", 0, 5, 64, 2, 8, "float32", **_LONG),
+]
+
+
+def over(cases: list[Case]):
+    """Parametrise a test over cases with readable ids; the large ones carry the ``gpu`` mark."""
+    params = [pytest.param(c, id=str(c), marks=[pytest.mark.gpu] if c in LARGE else []) for c in cases]
+    return pytest.mark.parametrize("case", params)
+
+
+EVERY = SMALL + LARGE
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tensors of a case. k, v belong to slots ``kv_indices``; ``packed`` are their rows by the naive twin."""
+
+    codec: LayerCodec
+    tables: DeviceTables
+    q: torch.Tensor  # [sum(queries), Hq, D]
+    k: torch.Tensor  # [sum(lengths), H, D]
+    v: torch.Tensor
+    packed: torch.Tensor  # [sum(lengths), row_bytes]
+    rows: torch.Tensor  # [slots, row_bytes], 0xFF where no token lies
+    kv_indptr: torch.Tensor
+    kv_indices: torch.Tensor
+    qo_indptr: torch.Tensor
+    sm_scale: float
+
+
+def moments(heads: int, head_dim: int, layers: int = 1, seed: int = 0) -> Moments:
+    """Uneven block energies as real heads have them: log-normal, with a few strong blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = layers, heads, head_dim // 2
+
+    def draw() -> torch.Tensor:
+        energy = torch.exp(1.2 * torch.randn(shape, generator=generator, dtype=torch.float64))
+        energy[..., -3:] *= 20
+        return energy
+
+    v = head_dim * torch.exp(0.5 * torch.randn(layers, heads, generator=generator, dtype=torch.float64))
+    return Moments(draw(), draw(), v, tokens=4096)
+
+
+def make_codec(case: Case) -> LayerCodec:
+    if case.allocator == "handmade":
+        return _handmade(case.v_bits, case.head_dim, case.heads)
+    table = build_table(
+        moments(case.heads, case.head_dim),
+        [RopeBlocks(case.head_dim, case.head_dim)],
+        k_bits=case.k_bits,
+        v_bits=case.v_bits,
+        allocator=case.allocator,
+        v_head_dim=case.v_dim,
+    )
+    return table.layer_codec(0)
+
+
+def _handmade(v_bits: float, dim: int, heads: int) -> LayerCodec:
+    layouts = []
+    for h in range(heads):
+        # All nine widths in every head, more of one or the other; head 1 leaves the last scale unused.
+        widths = list(range(9)) + [(2, 3)[h % 2]] * (dim // 2 - 10) + [7]
+        channels = tuple(w for w in sorted(widths, reverse=True) for _ in range(2))
+        norms = tuple(min(c * 3 // dim, 2 - h % 2) for c in range(dim))
+        layouts.append(CodeLayout(channels, norms))
+    row = RowLayout.of(tuple(layouts), uniform_layout(dim, v_bits))
+    turns = torch.stack([haar_rotation(dim, seed=h) for h in range(heads)]).float()
+    weight = torch.linspace(3.0, 0.2, dim).repeat(heads, 1)
+    return LayerCodec(row, turns, turns, turns, turns.mT.contiguous(), weight, codebook_table())
+
+
+@cache
+def data(case: Case) -> Data:
+    generator = torch.Generator().manual_seed(1)
+    codec = make_codec(case)
+    dtype, tokens = getattr(torch, case.dtype), sum(case.lengths)
+    energy = moments(case.heads, case.head_dim)
+    pairs = RopeBlocks(case.head_dim, case.head_dim).channels().flatten()
+
+    spread = torch.zeros(2, case.heads, case.head_dim)  # of q, k
+    spread[..., pairs] = torch.cat([energy.q, energy.k]).div(2).sqrt().float().repeat_interleave(2, -1)
+    v_spread = (energy.v[0] / case.head_dim).sqrt().float()[:, None]
+
+    def draw(count: int, size: int, spread: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(count, len(spread), size, generator=generator)
+        return (noise * spread).to(DEVICE, dtype)
+
+    q = draw(sum(case.queries), case.head_dim, spread[0].repeat_interleave(case.group, 0))
+    k = draw(tokens, case.head_dim, spread[1])
+    v = draw(tokens, case.v_dim or case.head_dim, v_spread)
+    codec = codec.to(DEVICE)
+    packed = naive.encode(codec, k, v)
+
+    pages = (tokens + 15) // 16 + 2
+    if case.order == "sorted":
+        slots = torch.arange(tokens)
+    elif case.order == "pages":
+        slots = (torch.randperm(pages, generator=generator)[:, None] * 16 + torch.arange(16)).flatten()[:tokens]
+    else:
+        slots = torch.randperm(pages * 16, generator=generator)[:tokens]
+    slots = slots.to(DEVICE)
+    rows = torch.full((pages * 16, codec.layout.row_bytes), 255, dtype=torch.uint8, device=DEVICE)
+    rows[slots] = packed
+
+    def indptr(lengths: tuple[int, ...]) -> torch.Tensor:
+        return torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
+
+    # SGLang hands over int32 or int64 indices, depending on the backend.
+    indices = slots.to(torch.int32 if case.order == "pages" else torch.int64)
+    return Data(
+        codec,
+        DeviceTables.of(codec),
+        q,
+        k,
+        v,
+        packed,
+        rows,
+        indptr(case.lengths),
+        indices,
+        indptr(case.queries),
+        # Keeps softmax from being one-hot on these wide-spread synthetic heads.
+        1.5 / float((q.float().square().mean() * k.float().square().mean() * case.head_dim).sqrt()),
+    )
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """``|a - b| / |b|`` over everything, NaN if there is one."""
+    return float((a.double() - b.double()).norm() / b.double().norm())
