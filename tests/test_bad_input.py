@@ -250,6 +250,7 @@ def test_exit_code_of_the_real_command(model, entry):
 
 def test_model_without_rope_gets_uniform_bits_and_a_notice(caplog):
     from sglang_blockgtq.calibrate.rope import RopeBlocks
+
     from sglang_blockgtq.options import KVQuantOptions
     from sglang_blockgtq.runtime import effective_allocator
 

@@ -141,6 +141,14 @@ class TestResults:
         assert len(results) == 11 and all(target.holds for target in results)
 
 
+def test_summary_of_measured_rows(rows):
+    """Rows as measured lack the columns that do not apply, those from the file have them empty."""
+    measured = [{name: value for name, value in row.items() if value} for row in rows]
+    assert targets.summary(measured) == targets.summary(rows)
+    assert targets.check(measured, run.SHIFT) == targets.check(rows, run.SHIFT)
+    assert "template         8   8   132.0" in targets.summary(rows)
+
+
 def test_targets_fail_on_worse_rows(rows):
     """The benchmark's own verdict can be negative: give template uniform's rows."""
     worse = [{**r, "method": "template"} for r in rows if r["method"] == "uniform"]

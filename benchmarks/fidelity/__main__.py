@@ -45,7 +45,7 @@ def commit() -> str:
     return head + ("-dirty" if changes.strip() else "")
 
 
-def provenance(args: argparse.Namespace, subject: run.Subject) -> dict:
+def provenance(args: argparse.Namespace, subject: run.Subject, head: str) -> dict:
     """What someone needs to make the same file again. Absolute paths are reduced to names."""
     text = args.text or run.default_text()
     command = ["python -m benchmarks.fidelity"]
@@ -55,7 +55,7 @@ def provenance(args: argparse.Namespace, subject: run.Subject) -> dict:
             command.append(f"--{option.replace('_', '-')} {path.name if path.is_absolute() else path.as_posix()}")
     return {
         "command": " ".join([*command, f"--queries {args.queries}"]),
-        "commit": commit(),
+        "commit": head,
         "model": {
             "name": Path(args.model_path).name,
             "config_hash": config_hash(subject.model.config),
@@ -94,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, help="PNG of softmax KL per layer")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
     args = parser.parse_args(argv)
+    head = commit()  # now: the tree may change during a long run
     if args.threads:
         torch.set_num_threads(args.threads)
 
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     write_csv(rows, args.out)  # in case the second half is cut short
     rows += run.perplexity_rows(subject, run.perplexity_methods(subject))
     write_csv(rows, args.out)
-    record = provenance(args, subject)
+    record = provenance(args, subject, head)
     args.out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
     if args.picture:
         plot.draw(rows, args.picture, record["model"]["name"])

@@ -23,8 +23,8 @@ class Target:
 
 
 def is_attention(row: Row) -> bool:
-    """Attention rows have a layer, perplexity rows have none."""
-    return row["layer"] not in ("", None)
+    """Attention rows have a layer; perplexity rows have none (an empty column in the CSV)."""
+    return row.get("layer") not in ("", None)
 
 
 def select(rows: Iterable[Row], method: str, bits: float, shift: int = 0, start: int = 0) -> list[Row]:

@@ -37,7 +37,7 @@ class Case:
     group: int
     dtype: str = "float32"
     order: str = "shuffled"  # or "pages" of 16, or "sorted"
-    lengths: tuple[int, ...] = (0, 1, 34, 9)
+    lengths: tuple[int, ...] = (0, 1, 39, 4)
     queries: tuple[int, ...] = (2, 1, 3, 0)
     v_dim: int | None = None  # None: head_dim
 

@@ -129,20 +129,20 @@ def launch(smollm2, table_cache, tmp_path_factory):
     """Start servers; all are stopped at the end of the module."""
     running: list[Server] = []
 
-    def start(*args: str, record: bool = False) -> Server:
+    def start(*args: str, record: bool = False, model: str = smollm2, env: dict[str, str] | None = None) -> Server:
         folder = tmp_path_factory.mktemp("server")
         port = free_port()
         flags = ["--kv-quant", "blockgtq", "--kv-quant-cache-dir", table_cache]
-        env = environment()
+        extra = dict(env or {})
         if record:
-            env = environment(BLOCKGTQ_RECORD=str(folder / "record.jsonl"), PYTHONPATH=str(RECORDER))
+            extra |= {"BLOCKGTQ_RECORD": str(folder / "record.jsonl"), "PYTHONPATH": str(RECORDER)}
         log = folder / "log"
         with log.open("w") as out:
             process = subprocess.Popen(
-                command(smollm2, "--port", str(port), *flags, *args),
+                command(model, "--port", str(port), *flags, *args),
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=env,
+                env=environment(**extra),
                 cwd=folder,
                 start_new_session=True,
             )
