@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
@@ -134,6 +135,23 @@ def measure(server: Server, reference: Server | Transformers, ids: list[int], pr
     }
 
 
+def write(out: Path, rows: list[dict], device: str) -> None:
+    """The CSV, and beside it a JSON file that says how it was made."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as f:
+        writer = csv.DictWriter(f, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    meta = {
+        "command": "python -m benchmarks.server_agreement " + " ".join(sys.argv[1:]),
+        "commit": commit,
+        "device": device,
+        "versions": {name: version(name) for name in ("torch", "triton", "sglang")},
+    }
+    out.with_suffix(".json").write_text(json.dumps(meta, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", required=True)
@@ -151,37 +169,29 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else "cpu"
     ids = AutoTokenizer.from_pretrained(args.model_path)(args.text.read_text())["input_ids"][: args.prompt_tokens]
+    prefix = 3 * len(ids) // 4
     common = ["--dtype", args.dtype, "--mem-fraction-static", "0.25", "--max-total-tokens", "16384", *extra]
-    rows = []
+    rows: list[dict] = []
+
+    def keep(row: dict) -> None:
+        rows.append({"device": device, "dtype": args.dtype, **row})
+        print(rows[-1], flush=True)
+        write(args.out, rows, device)  # after every setting: a run cut short keeps what it measured
+
     with ExitStack() as stack:
         if cuda:
             reference = stack.enter_context(Server(args.model_path, *common, "--attention-backend", "triton"))
-            prefix = 3 * len(ids) // 4
             cold, _ = reference.logprobs(ids, prefix)
             reference.generate(ids[:prefix])
             warm, cached = reference.logprobs(ids, prefix)
-            rows.append(
-                {"setting": "stock_cold_warm", "prefix_gap": round(gap(cold, warm), 5), "cached_tokens": cached}
-            )
-            rows[-1] |= {"device": device, "dtype": args.dtype}
-            print(rows[-1], flush=True)
+            keep({"setting": "stock_cold_warm", "prefix_gap": round(gap(cold, warm), 5), "cached_tokens": cached})
         else:
             reference = Transformers(args.model_path)
         for name in args.settings:
             with Server(args.model_path, *common, "--kv-quant=blockgtq", *SETTINGS[name]) as server:
                 info = requests.get(server.url + "/server_info", timeout=60).json()["kv_quant"]
-                row = measure(server, reference, ids, 3 * len(ids) // 4, args.new_tokens)
-            rows.append({"setting": name, "device": device, "dtype": args.dtype, **row})
-            rows[-1]["bytes_per_token"] = info["bytes_per_token"]
-            print(rows[-1], flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as f:
-        writer = csv.DictWriter(f, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    meta = {"command": " ".join(sys.argv), "commit": commit, "torch": torch.__version__, "device": device}
-    args.out.with_suffix(".json").write_text(json.dumps(meta, indent=1) + "\n")
+                row = measure(server, reference, ids, prefix, args.new_tokens)
+            keep({"setting": name, "bytes_per_token": info["bytes_per_token"], **row})
 
 
 if __name__ == "__main__":
