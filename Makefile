@@ -20,6 +20,8 @@ BIN := $(VENV)/bin
 
 # Python would put the clone's root on sys.path, where kernels/ is not the package that SGLang imports.
 export PYTHONSAFEPATH := 1
+# Spinning OpenMP threads make small tensor operations on busy cores a hundred times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: serve test lint clean

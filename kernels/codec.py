@@ -43,7 +43,7 @@ class LayerCodec:
     v_out: torch.Tensor
     k_weight: torch.Tensor
     levels: torch.Tensor
-    scale_rule: str = "lsq"
+    scale_rule: str = "norm"
     scale_search: tuple[float, ...] = SCALE_SEARCH
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ def _nearest(
     codes = torch.zeros(unit.shape, dtype=torch.uint8, device=unit.device)
     value = torch.zeros_like(unit)
     for start, stop, bits in layout.groups:
-        if bits:
+        if bits and bool(member[start:stop].any()):
             book = levels[bits, : 1 << bits]
             code = _count_below(unit[..., start:stop], boundaries(book))
             codes[..., start:stop] = code
@@ -55,7 +55,7 @@ def quantize(
     y: torch.Tensor,
     layout: CodeLayout,
     levels: torch.Tensor,
-    scale_rule: str = "lsq",
+    scale_rule: str = "norm",
     scale_search: tuple[float, ...] = NO_SEARCH,
     weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:

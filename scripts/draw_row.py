@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Polygon, Rectangle
+
 from sglang_blockgtq.kernels.layout import NORM_BYTES, CodeLayout, Plane, RowLayout, uniform_layout
 
 OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "img" / "row.png"

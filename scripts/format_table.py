@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from sglang_blockgtq.calibrate.allocate import block_budget
 from sglang_blockgtq.kernels import naive
 from sglang_blockgtq.kernels.codebook import MAX_BITS, MIN_BITS

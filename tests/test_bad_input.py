@@ -169,6 +169,7 @@ class TestTables:
     def table(self, tmp_path):
         """A sound table for another model (its config hash fits nothing)."""
         import torch
+
         from sglang_blockgtq.calibrate.build import build_table
         from sglang_blockgtq.calibrate.moments import Moments
         from sglang_blockgtq.calibrate.rope import RopeBlocks
@@ -221,9 +222,10 @@ class TestTables:
     def test_other_bits(self, model, table):
         from dataclasses import replace
 
+        from transformers import AutoConfig
+
         from sglang_blockgtq.calibrate.model import config_hash
         from sglang_blockgtq.calibrate.table import AllocationTable
-        from transformers import AutoConfig
 
         loaded = AllocationTable.load(table)
         right = config_hash(AutoConfig.from_pretrained(model()))
@@ -250,7 +252,6 @@ def test_exit_code_of_the_real_command(model, entry):
 
 def test_model_without_rope_gets_uniform_bits_and_a_notice(caplog):
     from sglang_blockgtq.calibrate.rope import RopeBlocks
-
     from sglang_blockgtq.options import KVQuantOptions
     from sglang_blockgtq.runtime import effective_allocator
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from sglang_blockgtq.calibrate.allocate import ALLOCATORS, template_candidates
 from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.moments import Moments

@@ -10,8 +10,9 @@ from statistics import fmean
 
 import pytest
 import torch
-from sglang_blockgtq.calibrate.rope import RopeBlocks
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from sglang_blockgtq.calibrate.rope import RopeBlocks
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:

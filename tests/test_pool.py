@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.kernels import naive
-
 from sglang_blockgtq.options import KVQuantOptions
 from sglang_blockgtq.pool import PackedKVPool
 from sglang_blockgtq.runtime import Runtime

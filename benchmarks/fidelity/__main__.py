@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
 from sglang_blockgtq.calibrate.model import config_hash, weights_hash
 
 from . import plot, run, targets

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+
 from sglang_blockgtq.calibrate.table import AllocationTable
 from sglang_blockgtq.kernels import naive
 

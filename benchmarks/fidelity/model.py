@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from sglang_blockgtq.calibrate.rope import RopeBlocks
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from sglang_blockgtq.calibrate.rope import RopeBlocks
 
 #: hook(layer, q [T, Hq, D], k [T, H, D], v [T, H, Dv]) -> the keys and values that attention shall see
 KVHook = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

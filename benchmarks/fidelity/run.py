@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from sglang_blockgtq.calibrate.allocate import ALLOCATORS
 from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.hf import collect
@@ -15,8 +18,6 @@ from sglang_blockgtq.calibrate.model import check_model, rope_blocks
 from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.calibrate.text import DEFAULT_TOKENS, read_text, text_hash, token_sequences
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from . import attention, perplexity
 from .methods import Cast, IntPerToken, Method, Packed

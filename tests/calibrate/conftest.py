@@ -3,8 +3,9 @@
 import pytest
 import torch
 import transformers
-from sglang_blockgtq.calibrate.moments import Moments
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from sglang_blockgtq.calibrate.moments import Moments
 
 
 @pytest.fixture(scope="session", autouse=True)

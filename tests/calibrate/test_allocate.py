@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+
 from sglang_blockgtq.calibrate.allocate import (
     ALLOCATORS,
     TEMPLATE_WIDTHS,

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from sglang_blockgtq.calibrate.allocate import ALLOCATORS
 from sglang_blockgtq.calibrate.build import build_table, haar_rotation
 from sglang_blockgtq.calibrate.moments import Moments, MomentSums

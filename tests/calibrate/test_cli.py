@@ -8,6 +8,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
+
 from sglang_blockgtq.calibrate import hf
 from sglang_blockgtq.calibrate.__main__ import main
 from sglang_blockgtq.calibrate.build import build_table

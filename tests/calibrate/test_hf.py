@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import transformers
+
 from sglang_blockgtq.calibrate.hf import check_rope, collect
 from sglang_blockgtq.calibrate.model import ModelError, rope_blocks
 from sglang_blockgtq.calibrate.rope import RopeBlocks

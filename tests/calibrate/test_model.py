@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+
 from sglang_blockgtq.calibrate.model import (
     ModelError,
     check_model,

@@ -3,6 +3,7 @@
 import hashlib
 
 import pytest
+
 from sglang_blockgtq.calibrate.text import MIN_TOKENS, TextError, read_text, text_hash, token_sequences
 
 

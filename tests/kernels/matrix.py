@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+
 from sglang_blockgtq.calibrate.build import build_table, haar_rotation
 from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.rope import RopeBlocks

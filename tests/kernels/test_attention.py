@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+
 from sglang_blockgtq.kernels import naive
 from sglang_blockgtq.kernels.attention import decode_attention, merge_states, prefix_attention
 from sglang_blockgtq.kernels.encode import encode

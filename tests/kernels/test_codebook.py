@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from sglang_blockgtq.kernels.codebook import boundaries, boundary_table, codebook_table, distortion, lloyd_max
 
 #: Lloyd-Max distortion of N(0, 1) as the literature prints it (Max 1960), to three or four digits.

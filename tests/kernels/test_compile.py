@@ -15,13 +15,14 @@ def compile_all(dtype_name: str, allocator: str) -> None:
     """Compile each launch of encode, decode and prefix instead of making it. Runs without the interpreter."""
     import torch
     import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     from sglang_blockgtq.calibrate.build import build_table
     from sglang_blockgtq.calibrate.moments import Moments
     from sglang_blockgtq.calibrate.rope import RopeBlocks
     from sglang_blockgtq.kernels import attention, encode, turn
     from sglang_blockgtq.kernels.tables import DeviceTables
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     pointer = {
         torch.float32: "*fp32",

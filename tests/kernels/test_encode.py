@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+
 from sglang_blockgtq.kernels import naive
 from sglang_blockgtq.kernels.encode import encode
 from sglang_blockgtq.kernels.layout import NORM_BYTES
@@ -116,13 +117,15 @@ def test_zero_and_huge_vectors(case):
     d = data(case)
     k, v = d.k[:4].clone(), d.v[:4].clone()
     k[0], v[0] = 0, 0
-    k[1], v[1] = k[1] * 1e25, v[1] * 1e25
+    huge = 1e25 if case.dtype != "float16" else 1e3  # float16 inputs cannot hold more
+    k[1], v[1] = k[1] * huge, v[1] * huge
     k[2], v[2] = k[2] * 1e-12, v[2] * 1e-12
     rows = run(d, k, v, torch.arange(4, device=DEVICE))[:4]
     scales = codes_and_scales(d, rows)[1].float()
     assert bool((scales[0] == 0).all())
     assert bool(torch.isfinite(scales).all())
-    assert float(scales[1].max()) == torch.finfo(torch.float16).max
+    if case.dtype != "float16":
+        assert float(scales[1].max()) == torch.finfo(torch.float16).max
     assert torch.equal(rows[0], naive.encode(d.codec, k, v)[0])
     for x in naive.decode(d.codec, rows):
         assert bool((x[0] == 0).all())

@@ -1,6 +1,7 @@
 """Exact bytes of a row, and the structure of its planes."""
 
 import pytest
+
 from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.kernels.layout import NORM_BYTES, PLANES, CodeLayout, RowLayout, uniform_layout

@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+
 from sglang_blockgtq.kernels import naive
 from sglang_blockgtq.kernels.codebook import codebook_table
 from sglang_blockgtq.kernels.codec import NO_SEARCH, SCALE_RULES, SCALE_SEARCH, LayerCodec

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sglang_blockgtq.kernels.layout import PLANES, CodeLayout
 from sglang_blockgtq.kernels.pack import pack, unpack
 

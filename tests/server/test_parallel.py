@@ -7,6 +7,7 @@ from statistics import fmean
 
 import pytest
 import torch
+
 from sglang_blockgtq.calibrate.table import AllocationTable
 
 pytestmark = pytest.mark.server

@@ -9,6 +9,7 @@ from statistics import fmean
 
 import pytest
 import torch
+
 from sglang_blockgtq.calibrate.table import AllocationTable
 
 pytestmark = pytest.mark.server
