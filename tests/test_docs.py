@@ -150,3 +150,11 @@ def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
     missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
     assert not missing
+
+
+def test_readme_results_are_current():
+    """The README's figures come from the result files, by the script."""
+    results = load("results_table")
+    text = (ROOT / "README.md").read_text()
+    assert results.updated(text) == text
+    assert "| **K3V3** (default) | 52 |" in text
