@@ -36,8 +36,8 @@ class KVQuantOptions:
     table: allocation table file, or None to calibrate at model load.
     calibration_text: text file, or None for the built-in text.
     chunk_attention: what the keys and values of the running chunk look like to the chunk itself.
-        "raw": exact, as computed. "quantized": as they will be read back later, so that a prompt's
-        answer does not depend on how it was cut into chunks or on what the prefix cache held.
+        "raw": exact, as computed. "quantized": as they will be read back later, so that a cold prompt
+        and its repetition from the prefix cache give the same answer.
     """
 
     k_bits: float | None = DEFAULT_BITS
@@ -101,7 +101,7 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="MODE",
         help="'raw' (default): a prefill chunk sees its own keys and values exactly. 'quantized': as they are stored, "
-        "so that cold, chunked and prefix-cached runs of a prompt agree.",
+        "so that a cold prompt and its repetition from the cache agree.",
     )
 
 
