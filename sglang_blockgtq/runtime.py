@@ -131,6 +131,7 @@ def calibration_sequences(tokenizer: Any, options: KVQuantOptions, context_len: 
 
 def cache_path(options: KVQuantOptions, model_config_hash: str, weights: str, text: str) -> Path:
     """File of a computed table. Tensor parallelism is not in the key: the table is the whole model's."""
+    rule = ALLOCATORS[options.allocator]
     key = "|".join(
         str(x)
         for x in (
@@ -140,8 +141,11 @@ def cache_path(options: KVQuantOptions, model_config_hash: str, weights: str, te
             text,
             options.k_bits,
             options.v_bits,
-            options.allocator,
-            ALLOCATORS[options.allocator],
+            rule.name,
+            rule.norms,
+            rule.balance,
+            rule.scale_rule,
+            rule.scale_search,
         )
     )
     return Path(options.cache_dir) / "tables" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"

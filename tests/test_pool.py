@@ -134,3 +134,19 @@ def test_capacity_counts_packed_bytes():
         runtime.set_current(None)
     with pytest.raises(RuntimeError, match="did not run"):
         plugin._compute_cell_size(None, None, configurator, LAYERS)
+
+
+def test_cache_file_is_the_same_in_every_process(tmp_path):
+    """A table kept by one start must be found by the next."""
+    import subprocess
+    import sys
+
+    code = (
+        "from sglang_blockgtq.options import KVQuantOptions; from sglang_blockgtq.runtime import cache_path;"
+        "print(cache_path(KVQuantOptions(cache_dir='/cache'), 'config', 'weights', 'text'))"
+    )
+    paths = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+        for _ in range(2)
+    }
+    assert len(paths) == 1 and paths.pop().startswith("/cache/tables/")
