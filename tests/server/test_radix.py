@@ -15,11 +15,12 @@ PREFIX, SUFFIX = 192, 32
 POOL = 560  # tokens; two other prompts push the first one out
 
 # Mean |difference of log-probability| per token on the small model at K3V3.
-SAME = 2e-3  # two ways that see the same rows: float32 noise
+SAME = 2e-3  # the same rows, computed and read in the same way: float32 noise
 # Two ways that see different rows of the same prompt: the codec's own error. In raw mode a hit has packed keys where
 # the cold run had exact ones. In quantized mode rows agree in exact arithmetic, but matrix products round differently
 # for different numbers of rows, and a code that flips at a threshold is one step off for all later layers.
 QUANTIZATION = 0.35
+WARM = 0.03  # quantized, cold against its own repetition: below 0.002 seen; room for another CPU's rounding
 
 
 def mean_gap(a: list[float], b: list[float]) -> float:
@@ -89,7 +90,7 @@ def test_every_way_to_a_prefix(launch, token_ids, cold_answers, mode, page, chun
 
     assert mean_gap(cold, refilled) < SAME
     assert mean_gap(warm, back) < SAME
-    assert mean_gap(cold, warm) < (SAME if mode == "quantized" else QUANTIZATION)
+    assert mean_gap(cold, warm) < (WARM if mode == "quantized" else QUANTIZATION)
     assert mean_gap(cold, extended) < QUANTIZATION
     check_records(server)
     cold_answers.setdefault(mode, cold)
