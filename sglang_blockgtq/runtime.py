@@ -11,6 +11,7 @@ import io
 import logging
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .calibrate.allocate import ALLOCATORS
 from .calibrate.build import build_table
 from .calibrate.model import config_hash, weights_hash
 from .calibrate.rope import RopeBlocks
-from .calibrate.table import FORMAT_VERSION, AllocationTable, TableError
+from .calibrate.table import FORMAT_VERSION, AllocationTable, TableError, TableHeader
 from .calibrate.text import TextError, read_text, text_hash, token_sequences
 from .options import NAME, KVQuantError, KVQuantOptions, flag
 
@@ -43,7 +44,7 @@ class Runtime:
     seconds: float  # getting the table
     bf16_bytes_per_token: int  # of this rank
 
-    @property
+    @cached_property
     def bytes_per_token(self) -> int:
         """Packed bytes per token of this rank's layers and heads, row padding included."""
         return sum(self.table.row_layout(i, self.heads).row_bytes for i in self.layer_ids)
@@ -186,8 +187,6 @@ def _table_bytes(table: AllocationTable | None) -> bytes | None:
 def _table_of(data: bytes | None) -> AllocationTable | None:
     if data is None:
         return None
-    from .calibrate.table import TableHeader
-
     header, tensors = torch.load(io.BytesIO(data), weights_only=True)
     return AllocationTable(TableHeader.from_json(header), tensors)
 

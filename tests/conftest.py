@@ -7,6 +7,8 @@ import os
 import pytest
 import torch
 
+from sglang_blockgtq.options import default_cache_dir
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     import triton
@@ -37,3 +39,12 @@ def nan_poison(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         plain = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, _plain=plain, **kw: _poison(_plain(*a, **kw)))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """The small real model: ``$SMOLLM2``, or where ``make serve`` and ``make test`` unpack it."""
+    path = os.environ.get("SMOLLM2") or os.path.join(default_cache_dir(), "SmolLM2-135M-Instruct")
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        pytest.skip(f"no model at {path}: make test unpacks it there, or set SMOLLM2 to its folder")
+    return path

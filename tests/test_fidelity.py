@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -25,14 +24,6 @@ CSV = ROOT / "benchmarks" / "results" / "fidelity_smollm2.csv"
 LAYERS = range(30)
 ALLOCATORS = ("uniform", "paper", "product", "template")
 LIVE_LAYERS = (0, 13, 29)
-
-
-@pytest.fixture(scope="module")
-def smollm2_path() -> Path:
-    path = Path(os.environ.get("SMOLLM2") or Path.home() / ".cache/sglang-blockgtq/SmolLM2-135M-Instruct")
-    if not (path / "config.json").is_file():
-        pytest.skip(f"no SmolLM2-135M-Instruct in {path} (set SMOLLM2 to its folder)")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -252,14 +243,14 @@ def test_score_is_cross_entropy_and_kl(tiny):
     assert score.kl_final == pytest.approx(float(kl), rel=1e-3) and score.kl_final > 0
 
 
-def test_same_text_is_refused(smollm2_path):
+def test_same_text_is_refused(smollm2):
     with pytest.raises(ValueError, match="the same"):
-        run.load(str(smollm2_path), run.default_text(), str(run.default_text()))
+        run.load(smollm2, run.default_text(), str(run.default_text()))
 
 
-def test_live_values(rows, record, smollm2_path):
+def test_live_values(rows, record, smollm2):
     """Calibrate and measure the first window of three layers again."""
-    subject = run.load(str(smollm2_path))
+    subject = run.load(smollm2)
     subject.ids = subject.ids[:2048]
     got = run.attention_rows(subject, (3,), (), record["evaluation"]["queries_per_window"], LIVE_LAYERS)
     # Another Python brings another default text: other moments, much the same table.

@@ -100,16 +100,6 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> str:
-    """The small real model: ``$SMOLLM2``, or where ``make serve`` and ``make test`` unpack it."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = os.environ.get("SMOLLM2") or os.path.join(base, "sglang-blockgtq", "SmolLM2-135M-Instruct")
-    if not os.path.isfile(os.path.join(path, "config.json")):
-        pytest.skip(f"no model at {path}: make test unpacks it there")
-    return path
-
-
-@pytest.fixture(scope="session")
 def token_ids(smollm2) -> list[int]:
     """Token ids of a long English text that calibration never saw."""
     from transformers import AutoTokenizer
