@@ -13,11 +13,11 @@ import torch
 
 from ..kernels.codebook import MAX_BITS, MIN_BITS, distortion
 from ..kernels.codec import NO_SEARCH, SCALE_SEARCH
-from ..kernels.layout import FIELDS, PLANES
+from ..kernels.columns import COLUMNS, columns_of
 from .moments import Moments
 
-TEMPLATE_UNITS = 8  # a template divides the head in eighths
-TEMPLATE_WIDTHS = 4  # and uses at most four different widths
+TEMPLATE_UNITS = 8  # a template divides the head in eighths, or in slots of 16 channels where those are larger
+TEMPLATE_WIDTHS = 4  # and uses at most so many different widths
 
 
 @dataclass(frozen=True)
@@ -85,22 +85,18 @@ def _product(moments: Moments, bits: float) -> torch.Tensor:
     return _per_head(moments, bits, moments.q * moments.k, rate)
 
 
-def _plane_sizes(units: tuple[int, ...]) -> list[int]:
-    return [sum(name in FIELDS[w] for w in units) for name, _ in PLANES]
+def template_candidates(budget: int, units: int = TEMPLATE_UNITS, slots: int = 1) -> list[tuple[int, ...]]:
+    """Non-increasing widths of ``units`` equal parts of ``slots`` slots of 16 channels that spend ``budget``.
 
-
-def template_candidates(budget: int, units: int = TEMPLATE_UNITS) -> list[tuple[int, ...]]:
-    """Non-increasing widths of ``units`` equal parts that spend ``budget``.
-
-    Only those whose planes are powers of two of a part: a plane is then read as power-of-two
-    slices, which is what a tensor-core dot takes without padding. Empty for some fractional budgets.
+    Only those that fill 16-bit words without a gap (see kernels.columns), which the fast kernels read; all of them
+    if ``slots`` is 0.
     """
     out: list[tuple[int, ...]] = []
 
     def extend(prefix: tuple[int, ...], left: int) -> None:
         room = units - len(prefix)
         if room == 0:
-            if left == 0 and all(n & (n - 1) == 0 for n in _plane_sizes(prefix)):
+            if left == 0 and (slots == 0 or columns_of(tuple(w for w in prefix for _ in range(slots))) is not None):
                 out.append(prefix)
             return
         top = min(prefix[-1] if prefix else MAX_BITS, left - MIN_BITS * (room - 1))
@@ -149,17 +145,20 @@ def template_widths(moments: Moments, bits: float) -> list[int]:
     ranked = (moments.q * moments.k).sqrt().sort(-1, descending=True).values
     floor_width = max(budget // blocks, MIN_BITS)
     base = template_error(ranked, [floor_width] * blocks).clamp(min=1e-300)
-    unit = blocks // TEMPLATE_UNITS
-    if unit == 0 or blocks % TEMPLATE_UNITS:  # 80 channels have 40 blocks, fine; odd sizes fall here
+    slot = COLUMNS // 2
+    if blocks % slot:
         return _spread_rest([MIN_BITS] * blocks, budget - MIN_BITS * blocks, ranked, base)
-    units = budget // unit
-    while not (candidates := template_candidates(units)):  # some eighths, as 23, have none; all ones always is one
-        units -= 1
-    best = min(
+    slots = blocks // slot
+    units = TEMPLATE_UNITS if slots % TEMPLATE_UNITS == 0 else slots
+    # What does not make a bit more for a whole unit is not spent: it would cost the rows their columns.
+    unit = blocks // units
+    candidates = template_candidates(budget // unit, units, slots // units)
+    if not candidates:  # 15 bits a column, as 80 channels at 3 bits have, fill no words: any widths then, in planes
+        candidates = template_candidates(budget // unit, units, slots=0)
+    return min(
         ([w for w in candidate for _ in range(unit)] for candidate in candidates),
         key=lambda widths: float((template_error(ranked, widths) / base).mean()),
     )
-    return _spread_rest(best, budget - units * unit, ranked, base)
 
 
 def _template(moments: Moments, bits: float) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from .codebook import boundaries
 from .codec import NO_SEARCH, LayerCodec
-from .layout import NORM_BYTES, CodeLayout
+from .layout import NORM_BYTES, CodeLayout, gather_rows
 from .pack import pack, unpack
 
 _FP16_MAX = 65504.0
@@ -212,7 +212,7 @@ def prefix_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Every query of a request against all its packed rows (no causal mask: the prefix lies before the queries).
 
-    q ``[T, Hq, D]``; rows ``[slots, row_bytes]`` uint8; qo_indptr, kv_indptr ``[B + 1]``;
+    q ``[T, Hq, D]``; rows ``[slots, row_bytes]`` uint8, interleaved (layout); qo_indptr, kv_indptr ``[B + 1]``;
     kv_indices ``[kv_indptr[-1]]`` slots. Returns out ``[T, Hq, Dv]`` float32 and
     lse ``[T, Hq]`` float32 (natural log; -inf and zeros for an empty prefix).
     Decode attention is the case of one query per request.
@@ -226,7 +226,7 @@ def prefix_attention(
         if qo[b] == qo[b + 1] or kv[b] == kv[b + 1]:
             continue
         slots = kv_indices[kv[b] : kv[b + 1]].long()
-        k, v = decode_transformed(codec, rows.index_select(0, slots))
+        k, v = decode_transformed(codec, gather_rows(codec.layout, rows, slots))
         qb = q[qo[b] : qo[b + 1]].float().unflatten(1, (heads, group))
         q_in = torch.einsum("mhgd,hed->mhge", qb, codec.q_in)
         logits = torch.einsum("mhge,nhe->hgmn", q_in, k) * sm_scale
@@ -244,10 +244,20 @@ def decode_attention(
     kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
     sm_scale: float,
+    q_len: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One query ``[B, Hq, D]`` per request against its packed rows; see :func:`prefix_attention`."""
+    """``q_len`` queries ``[B * q_len, Hq, D]`` of each request against its packed rows.
+
+    The queries are the request's last tokens: each sees the rows up to its own. See :func:`prefix_attention`.
+    """
+    lengths = kv_indptr.diff().repeat_interleave(q_len)
+    lengths = lengths - torch.arange(q_len, device=q.device).flip(0).repeat(len(kv_indptr) - 1)
+    lengths = lengths.clamp(min=0)
+    starts = kv_indptr[:-1].repeat_interleave(q_len)
+    seen = [kv_indices[a : a + n] for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
+    indptr = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     qo_indptr = torch.arange(q.shape[0] + 1, device=q.device)
-    return prefix_attention(codec, q, rows, qo_indptr, kv_indptr, kv_indices, sm_scale)
+    return prefix_attention(codec, q, rows, qo_indptr, indptr, torch.cat(seen), sm_scale)
 
 
 def chunk_attention(

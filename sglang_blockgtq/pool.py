@@ -11,12 +11,13 @@ from sglang.srt.mem_cache.memory_pool import KVCache, unwrap_write_loc
 
 from .kernels import naive
 from .kernels.codec import LayerCodec
+from .kernels.layout import gather_rows, num_slots, scatter_rows
 from .options import NAME
 from .runtime import Runtime
 
 
 class PackedKVPool(KVCache):
-    """One uint8 tensor ``[size + page_size, row_bytes]`` a layer; slot s of a layer is row s.
+    """One uint8 tensor ``[slots, row_bytes]`` a layer, rows interleaved in blocks of 16 slots (kernels.layout).
 
     Not a subclass of MHATokenToKVPool: whatever would copy dense K and V finds no such buffer and
     fails loudly. Rows do not depend on position or request, so the radix cache shares slots as ever.
@@ -48,7 +49,7 @@ class PackedKVPool(KVCache):
         # Zeros, not empty: graph-padded requests read slot 0, and a NaN scale there would spread.
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
             self.rows = [
-                torch.zeros(size + page_size, codec.layout.row_bytes, dtype=torch.uint8, device=device)
+                torch.zeros(num_slots(size + page_size), codec.layout.row_bytes, dtype=torch.uint8, device=device)
                 for codec in self.codecs
             ]
         self._probing = False
@@ -73,8 +74,14 @@ class PackedKVPool(KVCache):
         v_scale: float | None = None,
         layer_id_override: int | None = None,
         dcp_kv_mask: torch.Tensor | None = None,
+        *,
+        q: torch.Tensor | None = None,
+        turned: torch.Tensor | None = None,
     ) -> None:
-        """Encode post-RoPE keys ``[T, H * D]`` and values into the rows at ``loc_info``."""
+        """Encode post-RoPE keys ``[T, H * D]`` and values into the rows at ``loc_info``.
+
+        On a GPU the step's queries ``q [T, Hq, D]`` may be turned into ``turned`` (float32) in the same launch.
+        """
         if k_scale is not None or v_scale is not None or dcp_kv_mask is not None:
             raise NotImplementedError(f"{NAME}: cache scales and context-parallel masks do not apply to packed rows")
         loc = unwrap_write_loc(loc_info)[0]
@@ -84,28 +91,36 @@ class PackedKVPool(KVCache):
         if self.tables is not None:
             from .kernels.encode import encode
 
-            encode(self.tables[i], k, v, self.rows[i], loc)
+            encode(self.tables[i], k, v, self.rows[i], loc, q, turned)
         else:
-            self.rows[i][loc] = naive.encode(self.codecs[i], k, v)
+            self.scatter(i, loc, naive.encode(self.codecs[i], k, v))
+
+    def gather(self, i: int, slots: torch.Tensor) -> torch.Tensor:
+        """Rows ``[n, row_bytes]`` at ``slots [n]`` of the pool's layer i, bytes in a row's own order."""
+        return gather_rows(self.codecs[i].layout, self.rows[i], slots.long())
+
+    def scatter(self, i: int, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write ``rows [n, row_bytes]`` at ``slots [n]`` of the pool's layer i."""
+        scatter_rows(self.codecs[i].layout, self.rows[i], slots.long(), rows)
 
     def dequant(self, layer_id: int, loc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys ``[T, H, D]`` and values ``[T, H, Dv]`` float32 as the slots ``loc [T]`` hold them."""
         i = self.local(layer_id)
-        return naive.decode(self.codecs[i], self.rows[i].index_select(0, loc.long()))
+        return naive.decode(self.codecs[i], self.gather(i, loc))
 
     def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
         """Copy rows between slots in every layer; exact."""
-        for rows in self.rows:
-            rows[tgt_loc.long()] = rows.index_select(0, src_loc.long())
+        for i in range(len(self.rows)):
+            self.scatter(i, tgt_loc, self.gather(i, src_loc))
 
     def get_cpu_copy(self, indices: torch.Tensor, *_: Any, **__: Any) -> list[torch.Tensor]:
         """The rows of ``indices`` in every layer, on the CPU."""
-        return [rows.index_select(0, indices.long()).cpu() for rows in self.rows]
+        return [self.gather(i, indices).cpu() for i in range(len(self.rows))]
 
     def load_cpu_copy(self, kv_cache_cpu: list[torch.Tensor], indices: torch.Tensor, *_: Any, **__: Any) -> None:
         """Put rows from :meth:`get_cpu_copy` back at ``indices``."""
-        for rows, saved in zip(self.rows, kv_cache_cpu, strict=True):
-            rows[indices.long()] = saved.to(rows.device)
+        for i, (rows, saved) in enumerate(zip(self.rows, kv_cache_cpu, strict=True)):
+            self.scatter(i, indices, saved.to(rows.device))
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """(K bytes, V bytes) allocated; padding and key scales count as K."""

@@ -17,6 +17,7 @@ from sglang_blockgtq.calibrate.allocate import (
 )
 from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.kernels.codebook import distortion
+from sglang_blockgtq.kernels.columns import columns_of
 from sglang_blockgtq.kernels.layout import CodeLayout
 
 BITS = ["1", "1.3", "2", "2.3", "2.5", "3", "3.7", "4", "6.25", "8"]
@@ -27,6 +28,13 @@ def floor_budget(blocks: int, bits: str) -> int:
     return math.floor(Fraction(bits) * blocks)
 
 
+def unit_of(blocks: int) -> int:
+    """Blocks that a template gives one width: 8, or an eighth of 256 channels; 1 where those don't fit."""
+    if blocks % 8:
+        return 1
+    return blocks // 8 if blocks % 64 == 0 else 8
+
+
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("bits", [*BITS, "4.1"])  # 120 * 4.1 is just below 492 in floating point
 def test_block_budget_is_the_exact_floor(blocks, bits):
@@ -34,13 +42,14 @@ def test_block_budget_is_the_exact_floor(blocks, bits):
 
 
 @pytest.mark.parametrize("name", ALLOCATORS)
-@pytest.mark.parametrize("blocks", [16, 40, 64])
+@pytest.mark.parametrize("blocks", [16, 20, 40, 64, 128])
 @pytest.mark.parametrize("bits", BITS)
 def test_every_head_spends_exactly_the_budget(make_moments, name, blocks, bits):
     widths = ALLOCATORS[name].widths(make_moments(blocks=blocks), float(bits))
     assert widths.dtype == torch.uint8
     assert widths.shape == (2, 2, blocks)
-    assert (widths.sum(-1) == floor_budget(blocks, bits)).all()
+    unit = unit_of(blocks) if name == "template" else 1
+    assert (widths.sum(-1) == floor_budget(blocks, bits) // unit * unit).all()
     assert widths.min() >= 1
     assert widths.max() <= 8
 
@@ -137,47 +146,80 @@ def test_template_gives_every_head_the_same_multiset(make_moments, blocks, bits)
     assert ranked[0, 0].unique().numel() > 1
 
 
-@pytest.mark.parametrize("bits", [2, 2.5, 3, 3.5, 4])
-def test_template_planes_are_powers_of_two(make_moments, bits):
-    widths = template_widths(make_moments(blocks=64, spread=3.0), bits)
-    assert len(set(widths)) <= TEMPLATE_WIDTHS
+@pytest.mark.parametrize("blocks", [32, 64, 96, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_template_lies_in_columns(make_moments, blocks, bits):
+    """So that the fast kernels read it; slots of 16 channels, of which each has one width."""
+    widths = template_widths(make_moments(blocks=blocks, spread=3.0), bits)
+    assert 1 < len(set(widths)) <= TEMPLATE_WIDTHS
     layout = CodeLayout(tuple(w for w in widths for _ in range(2)))
-    for plane in layout.planes:
-        assert plane.num_elements & (plane.num_elements - 1) == 0, plane
-        assert plane.num_planar == plane.num_elements, plane
+    assert layout.columns is not None
+    assert all(len(set(widths[i : i + unit_of(blocks)])) == 1 for i in range(0, blocks, unit_of(blocks)))
 
 
-def test_template_candidates():
-    for budget in range(8, 65):
-        candidates = template_candidates(budget)
-        assert candidates or budget % 8, "whole bits always have a template"
-        assert len(set(candidates)) == len(candidates)
-        for widths in candidates:
-            assert sum(widths) == budget
-            assert list(widths) == sorted(widths, reverse=True)
-            assert len(set(widths)) <= TEMPLATE_WIDTHS
+@pytest.mark.parametrize("blocks, bits, columns", [(32, 2.5, True), (64, 2.5, True), (40, 2, True), (40, 3, False)])
+def test_where_no_widths_fill_words_any_will_do(make_moments, blocks, bits, columns):
+    """80 channels of 3 bits: 15 bits in each column. The budget is spent all the same, in planes."""
+    widths = template_widths(make_moments(blocks=blocks, spread=3.0), bits)
+    assert sum(widths) == blocks * bits and len(set(widths)) > 1
+    layout = CodeLayout(tuple(w for w in widths for _ in range(2)))
+    assert (layout.columns is not None) == columns
 
 
-@pytest.mark.parametrize("eighths", range(8, 65))
-def test_a_budget_without_a_candidate_is_spent_too(make_moments, eighths):
-    widths = template_widths(make_moments(blocks=16, spread=3.0), eighths / 8)
-    assert sum(widths) == 2 * eighths
+@pytest.mark.parametrize("units, slots", [(8, 1), (8, 2), (4, 1), (8, 0)])
+def test_template_candidates(units, slots):
+    """All width multisets of a budget that fill words: compared with a search through all there are."""
+    every = [w[::-1] for w in itertools.combinations_with_replacement(range(1, 9), units)]
+    for budget in (units, 2 * units + 1, 3 * units, 4 * units + 2, 8 * units):
+        candidates = template_candidates(budget, units, slots)
+        want = {
+            w
+            for w in every
+            if sum(w) == budget
+            and len(set(w)) <= TEMPLATE_WIDTHS
+            and (slots == 0 or columns_of(tuple(x for x in w for _ in range(slots))) is not None)
+        }
+        assert len(candidates) == len(want) and set(candidates) == want
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_whole_bits_always_have_a_template(bits):
+    """That of even widths at the least, or one near it."""
+    for units in (4, 8):
+        assert template_candidates(units * bits, units)
+
+
+@pytest.mark.parametrize("eighths", range(8, 64, 3))
+def test_what_makes_no_whole_unit_is_not_spent(make_moments, eighths):
+    """A few blocks more would tear their slot in two."""
+    widths = template_widths(make_moments(blocks=64, spread=3.0), eighths / 8 + 0.1)
+    assert sum(widths) == 8 * eighths
     assert widths == sorted(widths, reverse=True)
     assert 1 <= widths[-1] <= widths[0] <= 8
 
 
+@pytest.mark.parametrize("eighths", range(8, 65, 5))
+def test_heads_that_are_no_slots_spend_all(make_moments, eighths):
+    """20 blocks, 40 channels: no slots of 16, and no templates either."""
+    widths = template_widths(make_moments(blocks=20, spread=3.0), eighths / 8)
+    assert sum(widths) == int(20 * eighths / 8)
+    assert widths == sorted(widths, reverse=True) and 1 <= widths[-1] <= widths[0] <= 8
+
+
+@pytest.mark.parametrize("blocks", [32, 64])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_template_is_the_best_candidate(make_moments, bits):
-    moments = make_moments(blocks=32, spread=2.0)
+def test_template_is_the_best_candidate(make_moments, blocks, bits):
+    moments = make_moments(blocks=blocks, spread=2.0)
     ranked = (moments.q * moments.k).sqrt().sort(-1, descending=True).values
-    uniform = template_error(ranked, [bits] * 32)
+    uniform = template_error(ranked, [bits] * blocks)
 
     def relative(widths):
         return float((template_error(ranked, widths) / uniform).mean())
 
     chosen = template_widths(moments, bits)
-    others = [[w for w in c for _ in range(4)] for c in template_candidates(8 * bits)]
-    assert relative(chosen) == pytest.approx(min(map(relative, others)))
+    units = blocks // 8
+    others = [[w for w in c for _ in range(8)] for c in template_candidates(units * bits, units)]
+    assert len(others) > 3 and relative(chosen) == pytest.approx(min(map(relative, others)))
     assert relative(chosen) < 0.8
 
 

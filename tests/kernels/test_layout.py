@@ -1,10 +1,23 @@
-"""Exact bytes of a row, and the structure of its planes."""
+"""Exact bytes of a row, the structure of its planes, and how rows are interleaved."""
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.rope import RopeBlocks
-from sglang_blockgtq.kernels.layout import NORM_BYTES, PLANES, CodeLayout, RowLayout, uniform_layout
+from sglang_blockgtq.kernels.layout import (
+    BLOCK_SLOTS,
+    NORM_BYTES,
+    PLANES,
+    CodeLayout,
+    RowLayout,
+    gather_rows,
+    num_slots,
+    scatter_rows,
+    uniform_layout,
+)
 
 from .matrix import moments
 
@@ -46,16 +59,83 @@ def test_free_widths_pay_for_their_scales(allocator):
     assert row.head_bytes == 48 + 48 + NORM_BYTES * (row.k_norms + 1)
 
 
-@pytest.mark.parametrize("bits", [1, 1.5, 2, 2.5, 3, 3.25, 4, 5.5, 8])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_template_planes_are_powers_of_two(head_dim, bits):
-    """What a tensor-core dot takes without padding; fractions may add single blocks."""
-    row = row_of(head_dim, bits, 2, 2, "template")
-    assert row.uniform_heads
-    if head_dim * bits % 8 == 0 and (head_dim // 2 * bits) % (head_dim // 16) == 0:
-        for plane in row.k[0].planes:
-            assert plane.num_elements & (plane.num_elements - 1) == 0
-            assert plane.num_planar == plane.num_elements  # no tail
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("shape", EXPECTED, ids=lambda s: "d{}-k{}v{}".format(*s))
+def test_rows_that_the_fast_kernels_read(shape, heads):
+    """Bytes that a kernel takes with one instruction lie together, at a multiple of their size up to 16."""
+    for allocator in ("template", "uniform"):
+        row = row_of(*shape, heads, allocator)
+        assert row.in_columns and row.uniform_heads and row.k[0].code_bits == int(shape[0] * shape[1])
+        places = row.places()
+        for layout, start in ((row.k[0], 0), (row.v, row.v_offset)):
+            for head in range(heads):
+                for part in layout.columns.bins:
+                    first = start + head * layout.code_bytes + part.offset
+                    at, stride = places[:, first : first + part.num_bytes]
+                    assert bool((stride == part.num_bytes).all())
+                    assert torch.equal(at, first * BLOCK_SLOTS + torch.arange(part.num_bytes, dtype=torch.int32))
+                    assert int(at[0]) % min(16, part.num_bytes) == 0
+        for head in range(heads):
+            first = row.norm_offset + 4 * head
+            at, stride = places[:, first : first + 4]
+            assert at.tolist() == [first * BLOCK_SLOTS + i for i in range(4)] and stride.tolist() == [4] * 4
+    for allocator in ("paper", "product"):
+        assert not row_of(*shape, heads, allocator).in_columns
+
+
+def test_fractions_and_odd_sizes_may_lie_in_planes():
+    assert row_of(128, 2.5, 2.5, 2, "template").in_columns
+    assert not row_of(80, 3, 3, 2, "template").in_columns  # 15 bits in each column
+    assert not row_of(80, 2.9, 2, 2, "uniform").in_columns
+
+
+@st.composite
+def row_layouts(draw) -> RowLayout:
+    """Heads alike in columns, alike in planes, and unlike."""
+    units = st.lists(st.integers(1, 8), min_size=1, max_size=8).map(lambda w: sorted(w, reverse=True))
+    size = draw(st.sampled_from([2, 16]))
+    heads = draw(st.integers(1, 3))
+    if draw(st.booleans()):
+        layout = CodeLayout(tuple(w for w in draw(units) for _ in range(size)))
+        k = (layout,) * heads
+    else:
+        k = tuple(CodeLayout((b,) * 16, (0,) * 7 + (h,) * 9) for h, b in enumerate(range(2, 2 + heads)))
+    return RowLayout.of(k, CodeLayout(tuple(w for w in draw(units) for _ in range(size))))
+
+
+@given(row_layouts())
+@settings(max_examples=100, deadline=None)
+def test_interleaving_gives_every_byte_a_place_of_its_own(row):
+    places = row.places().long()
+    every = torch.cat([places[0] + slot * places[1] for slot in range(BLOCK_SLOTS)])
+    assert every.sort().values.tolist() == list(range(BLOCK_SLOTS * row.row_bytes))
+    starts = [first for first, _ in row.sections]
+    assert starts == [sum(size for _, size in row.sections[:i]) for i in range(len(starts))]
+    assert sum(size for _, size in row.sections) == row.row_bytes
+
+
+@given(row_layouts(), st.data())
+@settings(max_examples=100, deadline=None)
+def test_gather_undoes_scatter_and_touches_no_other_slot(row, draw):
+    slots = torch.tensor(draw.draw(st.lists(st.integers(0, 47), unique=True, max_size=20)), dtype=torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 256, (len(slots), row.row_bytes), dtype=torch.uint8, generator=generator)
+    storage = torch.randint(0, 256, (48, row.row_bytes), dtype=torch.uint8, generator=generator)
+    before = storage.clone()
+    scatter_rows(row, storage, slots, rows)
+    assert torch.equal(gather_rows(row, storage, slots), rows)
+    others = torch.tensor([s for s in range(48) if s not in slots.tolist()], dtype=torch.int64)
+    assert torch.equal(gather_rows(row, storage, others), gather_rows(row, before, others))
+    # And byte by byte, as kernels find them.
+    places, flat = row.places().long(), storage.flatten()
+    for slot, want in zip(slots.tolist(), rows, strict=True):
+        at = slot // BLOCK_SLOTS * BLOCK_SLOTS * row.row_bytes + places[0] + slot % BLOCK_SLOTS * places[1]
+        assert torch.equal(flat[at], want)
+
+
+@pytest.mark.parametrize("wanted, slots", [(0, 0), (1, 16), (16, 16), (17, 32)])
+def test_whole_blocks(wanted, slots):
+    assert num_slots(wanted) == slots
 
 
 def test_parts_of_a_row_follow_each_other():

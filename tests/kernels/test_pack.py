@@ -5,15 +5,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_blockgtq.kernels.columns import COLUMNS
 from sglang_blockgtq.kernels.layout import PLANES, CodeLayout
 from sglang_blockgtq.kernels.pack import pack, unpack
 
 
 @st.composite
 def layouts(draw) -> CodeLayout:
-    """Any non-increasing widths 0..8 of an even number of channels."""
-    widths = draw(st.lists(st.integers(0, 8), min_size=1, max_size=40))
-    return CodeLayout(tuple(w for w in sorted(widths, reverse=True) for _ in range(2)))
+    """Any non-increasing widths 0..8 of an even number of channels, or of slots of 16 channels, as columns have."""
+    most, together = draw(st.sampled_from([(40, 2), (16, COLUMNS)]))
+    widths = draw(st.lists(st.integers(together == COLUMNS, 8), min_size=1, max_size=most))
+    return CodeLayout(tuple(w for w in sorted(widths, reverse=True) for _ in range(together)))
+
+
+def test_both_layouts_are_drawn():
+    kinds = set()
+
+    @given(layouts())
+    @settings(max_examples=100, deadline=None, database=None)
+    def draw(layout):
+        kinds.add(layout.columns is None)
+
+    draw()
+    assert kinds == {True, False}
 
 
 def random_codes(layout: CodeLayout, tokens: int, seed: int) -> torch.Tensor:

@@ -37,10 +37,11 @@ def register():
         set_kv_buffer(self, layer, loc_info, cache_k, cache_v, *args, **kwargs)
         if layer.layer_id not in LAYERS:
             return
-        rows = self.rows[self.local(layer.layer_id)]
-        for t, slot in enumerate(unwrap_write_loc(loc_info)[0].tolist()):
+        loc = unwrap_write_loc(loc_info)[0]
+        rows = self.gather(self.local(layer.layer_id), loc)
+        for t, slot in enumerate(loc.tolist()):
             both = torch.cat([cache_k[t].reshape(-1), cache_v[t].reshape(-1)]).float()
-            row = _digest(rows[slot])
+            row = _digest(rows[t])
             written[layer.layer_id, slot] = row
             emit(layer=layer.layer_id, key=_digest(both), row=row)
 
@@ -53,8 +54,9 @@ def register():
         new = set(forward_batch.out_cache_loc.tolist())
         pool, slots = self.token_to_kv_pool, [s for s in self.kv_indices.tolist() if s not in new]
         for layer in LAYERS:
-            for slot in slots:
-                if _digest(pool.rows[layer][slot]) != written.get((layer, slot)):
+            rows = pool.gather(layer, torch.tensor(slots, dtype=torch.int64))
+            for slot, row in zip(slots, rows, strict=True):
+                if _digest(row) != written.get((layer, slot)):
                     emit(corrupt=slot, layer=layer)
         emit(read=len(slots))
 
