@@ -2,27 +2,55 @@
 
 The definition is in :mod:`.naive`. Three launches: the query is turned to the stored channels; split-KV
 flash attention decodes tiles of codes in registers; the splits are merged and the output turned back.
-No dequantized key or value is ever written to memory, nothing synchronises with the host, and no
-allocation depends on a sequence length, so decode can be captured in a CUDA graph.
+No dequantized key or value is ever written to memory, nothing synchronises with the host, and neither a
+grid nor an allocation depends on a sequence length, so decode can be captured in a CUDA graph.
 
-The kernel is in :mod:`.flash`.
+Rows in columns (``uniform``, ``template``) are read by the kernel in :mod:`.decode`; any other, and a
+prefix, by the one in :mod:`.flash`, which takes every layout as data and is far slower.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
+
 import torch
 import triton
 
+from .decode import decode_kernel
 from .flash import attention_kernel
+from .merge_splits import CHUNK, merge_chunk_kernel, merge_row_kernel, merge_tile_kernel
 from .naive import merge_states
+from .splits import SPLIT_UNIT, num_splits
 from .tables import DeviceTables
 from .turn import merge_and_turn, turn
 
-__all__ = ["decode_attention", "merge_states", "prefix_attention"]
+__all__ = ["DecodeScratch", "decode_attention", "merge_states", "prefix_attention", "target_splits"]
 
-MIN_SPLIT = 32  # tokens; splits are multiples of it, as in SGLang's Triton backend
 MAX_PREFIX_SPLITS = 8
+MAX_Q_LEN = 8
 _QUERY_BYTES = 1 << 16  # of shared memory
+_LOG2E = 1.4426950408889634
+_ROWS_ALONE = 128  # output rows up to which each gets a merging program of its own
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Choices of the decode kernel, measured on an H100 (docs/kernels.md)."""
+
+    block_n: int = 32  # tokens of a tile
+    stages: int = 3  # of the asynchronous copies; words are one stage behind their slots
+    warps_per_sm: int = 16  # programs that are wanted; a program is one warp, and 12 run at a time
+    generic_per_sm: int = 4  # the same of the generic kernel, whose programs have 4 or 8 warps
+
+
+TUNING = Tuning()
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    # The interpreter has one; a few splits make its tests worth something.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _check(tables: DeviceTables, q: torch.Tensor) -> int:
@@ -38,33 +66,32 @@ def _check(tables: DeviceTables, q: torch.Tensor) -> int:
 
 def _attend(
     tables: DeviceTables,
-    q: torch.Tensor,
+    turned: torch.Tensor,
     rows: torch.Tensor,
     qo_indptr: torch.Tensor | None,
     kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
-    num_kv_splits: torch.Tensor | None,
     sm_scale: float,
-    max_q_len: int,
+    max_splits: int,
+    q_len: int,
     block_m: int,
+    grid: tuple[int, int, int],
     partial_out: torch.Tensor,
+    out_strides: tuple[int, int, int],
     partial_lse: torch.Tensor,
-    out: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn, attend, merge. partial_out ``[T, Hq, S, Dv]`` and partial_lse ``[T, Hq, S]`` are scratch."""
+    lse_strides: tuple[int, int, int],
+) -> None:
+    """The generic kernel. Strides of the partial results: token, query head, split."""
     k, v, row = tables.k, tables.v, tables.row
-    group = _check(tables, q)
+    group = turned.shape[1] // tables.heads
     scales = tables.check_rows(rows)
-    splits = partial_lse.shape[2]
     requests = kv_indptr.shape[0] - 1
-    turned = turn(k, q, group)
     wide = max(k.padded, v.padded) > 128 or block_m > 64
-    grid = (triton.cdiv(max_q_len * group, block_m) * splits, tables.heads, requests)
     attention_kernel[grid](
         turned,
         rows,
         scales,
-        tables.half_levels if q.is_cuda else tables.levels,
+        tables.half_levels if turned.is_cuda else tables.levels,
         k.fields,
         k.book,
         k.norm_index,
@@ -73,18 +100,19 @@ def _attend(
         qo_indptr,
         kv_indptr,
         kv_indices,
-        num_kv_splits,
-        splits,
+        requests,
+        max_splits,
         partial_out,
         partial_lse,
         sm_scale,
         row.row_bytes,
         row.norm_offset,
         row.norms,
+        tables.places,
         turned.stride(0),
         turned.stride(1),
-        *partial_out.stride()[:3],
-        *partial_lse.stride(),
+        *out_strides,
+        *lse_strides,
         GROUP=group,
         DIM=k.dim,
         PADDED=k.padded,
@@ -93,13 +121,14 @@ def _attend(
         K_MASKS=k.masks,
         V_MASKS=v.masks,
         K_NORMS=k.norms,
-        SPLIT_UNIT=MIN_SPLIT,
+        QUERIES=q_len,
+        REQUESTS=triton.next_power_of_2(requests),
+        SPLIT_UNIT=SPLIT_UNIT,
         BLOCK_M=block_m,
         BLOCK_N=32,
         num_warps=8 if wide else 4,
         num_stages=2,
     )
-    return out, merge_and_turn(v, partial_out, partial_lse, group, out)
 
 
 def _block_m(tables: DeviceTables) -> int:
@@ -110,6 +139,44 @@ def _block_m(tables: DeviceTables) -> int:
     return max(16, min(most, 1 << (fits.bit_length() - 1)))
 
 
+def _decode_rows(tables: DeviceTables, rows: int) -> tuple[int, int]:
+    """(rows of a decode tile, tiles) for ``rows`` query rows per KV head."""
+    if tables.k_columns is not None:
+        block = 8 if rows <= 8 else 16
+    else:
+        block = min(_block_m(tables), max(16, triton.next_power_of_2(rows)))
+    return block, triton.cdiv(rows, block)
+
+
+def target_splits(tables: DeviceTables, num_heads: int, q_len: int = 1) -> int:
+    """How many splits all requests of a batch are cut into together, for ``num_heads`` query heads.
+
+    A constant of the device and the model, so that it can stand in a CUDA graph.
+    """
+    _, tiles = _decode_rows(tables, num_heads // tables.heads * q_len)
+    per_sm = TUNING.generic_per_sm if tables.k_columns is None else TUNING.warps_per_sm
+    return max(1, _multiprocessors(tables.device) * per_sm // (tables.heads * tiles))
+
+
+@dataclass(frozen=True)
+class DecodeScratch:
+    """Partial results of the splits, to be kept from call to call: nothing else is allocated in decode.
+
+    out ``[S, q_len, Hq, Dv]`` and lse ``[S, q_len, Hq]`` float32, for S splits.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+    @classmethod
+    def of(cls, tables: DeviceTables, batch: int, num_heads: int, q_len: int = 1) -> DecodeScratch:
+        """Room for a batch of up to ``batch`` requests of one layer; layers of one shape may share it."""
+        splits = num_splits(batch, target_splits(tables, num_heads, q_len))
+        shape = splits, q_len, num_heads
+        new = lambda *size: torch.empty(*size, dtype=torch.float32, device=tables.device)  # noqa: E731
+        return cls(new(*shape, tables.v.dim), new(*shape))
+
+
 def decode_attention(
     tables: DeviceTables,
     q: torch.Tensor,
@@ -117,52 +184,177 @@ def decode_attention(
     kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
     sm_scale: float,
-    num_kv_splits: torch.Tensor | None = None,
-    max_kv_splits: int = 8,
-    partial_out: torch.Tensor | None = None,
-    partial_lse: torch.Tensor | None = None,
+    *,
+    q_len: int = 1,
+    turned: torch.Tensor | None = None,
+    target: int | None = None,
+    scratch: DecodeScratch | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One query ``[B, Hq, D]`` per request against its packed rows.
+    """The last ``q_len`` tokens of each request against its packed rows, their own among them.
 
-    rows ``[slots, row_bytes]`` uint8; kv_indptr ``[B + 1]`` and kv_indices (slots), int32 or int64.
-    num_kv_splits ``[B]`` int32 on the device, or None for max_kv_splits each. A request of n tokens is cut
-    into splits of ``cdiv(cdiv(n, num_kv_splits), 32) * 32`` tokens, at most max_kv_splits of them.
-    Scratch and result may be passed in, for CUDA graphs: partial_out ``[B, Hq, max_kv_splits, Dv]`` and
-    partial_lse ``[B, Hq, max_kv_splits]`` float32, out ``[B, Hq, Dv]``.
+    q ``[B * q_len, Hq, D]``, queries of a request one after another, each seeing the rows up to its own;
+    q_len 1 to 8 (more than one is what speculative decoding verifies). rows ``[slots, row_bytes]`` uint8,
+    interleaved (:mod:`.layout`). kv_indptr ``[B + 1]`` and kv_indices (slots), int32 or int64.
+    turned: q in stored channels as float32, where :func:`.encode.encode` has made it already.
+    target: splits wanted for all requests together, by default what fills the device (see :mod:`.splits`).
+    scratch and ``out [B * q_len, Hq, Dv]`` may be given, for CUDA graphs.
 
-    Returns out in q's dtype and the natural-log LSE ``[B, Hq]`` float32; zeros and -inf without tokens.
+    Returns out in q's dtype and the natural-log LSE ``[B * q_len, Hq]`` float32; zeros and -inf for a
+    query that sees nothing. Raises ValueError on other shapes.
     """
     group = _check(tables, q)
-    batch, heads = q.shape[:2]
-    if partial_out is None:
-        partial_out = q.new_empty((batch, heads, max_kv_splits, tables.v.dim), dtype=torch.float32)
-    if partial_lse is None:
-        partial_lse = q.new_empty((batch, heads, max_kv_splits), dtype=torch.float32)
-    if partial_out.shape != (batch, heads, max_kv_splits, tables.v.dim) or partial_lse.shape != partial_out.shape[:3]:
+    requests, num_heads = kv_indptr.shape[0] - 1, q.shape[1]
+    if not 1 <= q_len <= MAX_Q_LEN:
+        raise ValueError(f"q_len {q_len}: 1 to {MAX_Q_LEN} queries per request are supported")
+    if q.shape[0] != requests * q_len:
+        raise ValueError(f"q {tuple(q.shape)}: {q_len} queries for each of {requests} requests are needed")
+    if target is None:
+        target = target_splits(tables, num_heads, q_len)
+    splits = num_splits(requests, target)
+    if scratch is None:
+        new = lambda *size: q.new_empty(size, dtype=torch.float32)  # noqa: E731
+        scratch = DecodeScratch(new(splits, q_len, num_heads, tables.v.dim), new(splits, q_len, num_heads))
+    needed = q_len, num_heads, tables.v.dim
+    if scratch.out.shape[0] < splits or scratch.out.shape[1:] != needed or scratch.lse.shape != scratch.out.shape[:3]:
         raise ValueError(
-            f"partial_out {tuple(partial_out.shape)}, partial_lse {tuple(partial_lse.shape)}: "
-            f"{(batch, heads, max_kv_splits, tables.v.dim)} and that without its last size are needed"
+            f"scratch for {tuple(scratch.out.shape)}: at least {splits} splits of {needed} are needed, "
+            "and an lse without the last size"
         )
     if out is None:
-        out = q.new_empty((batch, heads, tables.v.dim))
-    if not batch:
-        return out, q.new_empty((0, heads), dtype=torch.float32)
-    return _attend(
-        tables,
-        q,
-        rows,
-        None,
+        out = q.new_empty((*q.shape[:2], tables.v.dim))
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    if not requests:
+        return out, lse
+    if turned is None:
+        turned = turn(tables.k, q, group)
+    _decode(tables, turned, rows, kv_indptr, kv_indices, sm_scale, q_len, target, splits, scratch)
+    _merge(tables, scratch, kv_indptr, q_len, target, out, lse)
+    return out, lse
+
+
+def _decode(
+    tables: DeviceTables,
+    turned: torch.Tensor,
+    rows: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    sm_scale: float,
+    q_len: int,
+    target: int,
+    splits: int,
+    scratch: DecodeScratch,
+) -> None:
+    row, num_heads = tables.row, turned.shape[1]
+    group, requests = num_heads // tables.heads, kv_indptr.shape[0] - 1
+    block_m, tiles = _decode_rows(tables, group * q_len)
+    if tables.k_columns is None:
+        out, lse = scratch.out, scratch.lse
+        _attend(
+            tables,
+            turned,
+            rows,
+            None,
+            kv_indptr,
+            kv_indices,
+            sm_scale,
+            target,
+            q_len,
+            block_m,
+            (tiles, tables.heads, splits),
+            out,
+            (out.stride(1), out.stride(2), out.stride(0)),
+            lse,
+            (lse.stride(1), lse.stride(2), lse.stride(0)),
+        )
+        return
+    tables.check_rows(rows)
+    k, v = tables.k_columns, tables.v_columns
+    # What linear codebooks leave for the end is done once for all slots of V, so they must be the same.
+    one_book = len(set(v.codebook)) == 1
+    decode_kernel[(tables.heads * tiles, splits)](
+        turned,
+        rows.view(torch.int16),
+        rows.view(torch.int32),
         kv_indptr,
         kv_indices,
-        num_kv_splits,
-        sm_scale,
-        1,
-        min(_block_m(tables), max(16, triton.next_power_of_2(group))),
-        partial_out,
-        partial_lse,
-        out,
+        tables.column_shifts,
+        scratch.out,
+        scratch.lse,
+        requests,
+        target,
+        sm_scale * _LOG2E,
+        turned.stride(0),
+        turned.stride(1),
+        ROW_BYTES=row.row_bytes,
+        K_STRIDE=row.k_code_bytes,
+        V_STRIDE=row.v_code_bytes,
+        V_OFFSET=row.v_offset,
+        NORM_OFFSET=row.norm_offset,
+        HEADS=tables.heads,
+        GROUP=group,
+        QUERIES=q_len,
+        V_DIM=tables.v.dim,
+        K_BINS=k.bins,
+        V_BINS=v.bins,
+        K_REPEAT=k.repeat,
+        V_REPEAT=v.repeat,
+        K_SLOTS=k.slots,
+        V_SLOTS=v.slots,
+        K_POLY=k.poly,
+        V_POLY=v.poly if one_book else v.codebook,
+        K_SLOPE=k.slope,
+        V_SLOPE=v.slope[0] if one_book else 1.0,
+        REQUESTS=triton.next_power_of_2(requests),
+        BLOCK_M=block_m,
+        BLOCK_N=TUNING.block_n,
+        STAGES=TUNING.stages,
+        ASM=turned.is_cuda,
+        num_warps=1,
+        num_stages=TUNING.stages,
     )
+
+
+def _merge(
+    tables: DeviceTables,
+    scratch: DecodeScratch,
+    kv_indptr: torch.Tensor,
+    q_len: int,
+    target: int,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    side, (tokens, num_heads) = tables.v, lse.shape
+    group, requests = num_heads // tables.heads, kv_indptr.shape[0] - 1
+    shared = {
+        "GROUP": group,
+        "QUERIES": q_len,
+        "DIM": side.dim,
+        "PADDED": side.padded,
+        "REQUESTS": triton.next_power_of_2(requests),
+    }
+    # With few requests a row has many splits, which 64 at a time spread over the device; with many, one program
+    # goes through them. The row that has more than its share, a long request among short ones, is slower then.
+    alone = tokens * num_heads <= _ROWS_ALONE and side.padded <= 128
+    spread = alone and target > CHUNK * requests
+    chunks = triton.cdiv(num_splits(requests, target), CHUNK) if spread else 1
+    block = max(4, min(CHUNK, triton.next_power_of_2(2 * target // requests)))
+    merge_chunk_kernel[(num_heads, tokens, chunks)](
+        scratch.out, scratch.lse, kv_indptr, requests, target, num_heads,
+        **{name: shared[name] for name in ("QUERIES", "DIM", "PADDED", "REQUESTS")},
+        BLOCK=block, WHOLE=not spread, num_warps=4 if block > 8 else 1,
+    )  # fmt: skip
+    if alone:
+        columns = min(32, side.padded)  # few rows share the matrix' columns out, to fill the device
+        merge_row_kernel[(num_heads, tokens, side.padded // columns)](
+            scratch.out, scratch.lse, side.back, kv_indptr, out, lse, requests, target, num_heads,
+            out.stride(0), out.stride(1), **shared, COLUMNS=columns, WHOLE=not spread, num_warps=4,
+        )  # fmt: skip
+    else:
+        merge_tile_kernel[(triton.cdiv(tokens * group, 16), tables.heads)](
+            scratch.out, scratch.lse, side.back, kv_indptr, out, lse, tokens * group, requests, target, num_heads,
+            out.stride(0), out.stride(1), **shared, ROWS=16, num_warps=4,
+        )  # fmt: skip
 
 
 def prefix_attention(
@@ -198,18 +390,21 @@ def prefix_attention(
     partial_out = q.new_empty((num_tokens, heads, num_kv_splits, tables.v.dim), dtype=torch.float32)
     # Tokens of no request are visited by no program.
     partial_lse = q.new_full((num_tokens, heads, num_kv_splits), -torch.inf, dtype=torch.float32)
-    return _attend(
+    _attend(
         tables,
-        q,
+        turn(tables.k, q, group),
         rows,
         qo_indptr,
         kv_indptr,
         kv_indices,
-        None,
         sm_scale,
-        max_q_len,
+        num_kv_splits,
+        1,
         block_m,
+        (triton.cdiv(max_q_len * group, block_m) * num_kv_splits, tables.heads, requests),
         partial_out,
+        partial_out.stride()[:3],
         partial_lse,
-        out,
+        partial_lse.stride(),
     )
+    return out, merge_and_turn(tables.v, partial_out, partial_lse, group, out)

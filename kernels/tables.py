@@ -7,13 +7,16 @@ same static structure.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from typing import Any
 
 import torch
 
-from .codebook import MAX_LEVELS
+from .codebook import MAX_LEVELS, codebook_table, polynomial
 from .codec import LayerCodec
-from .layout import NORM_BYTES, PLANES, CodeLayout, RowLayout
+from .columns import COLUMNS, WORD_BITS
+from .layout import BLOCK_SLOTS, NORM_BYTES, PLANES, CodeLayout, RowLayout
+from .plan import Cells, EncodePlan, split_bfloat16
 
 MIN_PADDED = 16  # the shortest side of a tensor-core dot
 
@@ -44,6 +47,8 @@ class SideTables:
     weight ``[H, P]`` float32: weight in the scale rule, 0 for channels that are not stored.
     into ``[H, P, P]`` float32: channel to stored channel, indexed (in, out): ``k_in`` or ``v_in``.
     back ``[H, P, P]`` float32: the matrix of the reading side, indexed (in, out): ``q_in`` or ``v_out``.
+    back_pieces ``[H, 2, P, P]`` bfloat16: the same, (out, in), as a sum of two, for bfloat16 queries.
+    plan: what encode needs besides.
     """
 
     fields: torch.Tensor
@@ -52,6 +57,8 @@ class SideTables:
     weight: torch.Tensor
     into: torch.Tensor
     back: torch.Tensor
+    back_pieces: torch.Tensor
+    plan: EncodePlan
     dim: int
     padded: int
     norms: int  # scales per head on this side
@@ -73,6 +80,7 @@ class SideTables:
         first_norm: int,
         code_bytes: int,
         offset: int,
+        cells: Cells,
     ) -> SideTables:
         dim = layouts[0].dim
         padded = padded_dim(dim)
@@ -85,14 +93,19 @@ class SideTables:
                 fields[h, p, :, :dim] = table
         widths = torch.tensor([layout.widths for layout in layouts], dtype=torch.int32)
         index = torch.tensor([layout.norm_index for layout in layouts], dtype=torch.int32)
-        used = {plane.name for layout in layouts for plane in layout.planes}
+        used = {name for p, (name, _) in enumerate(PLANES) if bool((fields[:, p, 0] >= 0).any())}
+        index = _pad_channels(index.masked_fill(widths == 0, -1), padded, -1)
+        weight = _pad_channels(weight.float().cpu() * (widths > 0), padded)
+        into, back = _pad_matrix(into.cpu(), padded), _pad_matrix(back.cpu(), padded)
         return cls(
             fields=fields,
             book=_pad_channels(widths * MAX_LEVELS, padded),
-            norm_index=_pad_channels(index.masked_fill(widths == 0, -1), padded, -1),
-            weight=_pad_channels(weight.float().cpu() * (widths > 0), padded),
-            into=_pad_matrix(into, padded),
-            back=_pad_matrix(back, padded),
+            norm_index=index,
+            weight=weight,
+            into=into,
+            back=back,
+            back_pieces=split_bfloat16(back),
+            plan=EncodePlan.of(layouts, weight, index, into, norms=norms, code_bytes=code_bytes, cells=cells),
             dim=dim,
             padded=padded,
             norms=norms,
@@ -105,11 +118,51 @@ class SideTables:
 
 
 @dataclass(frozen=True)
+class ColumnTables:
+    """The static structure of rows in columns, for kernels that are compiled for it. One side: keys or values.
+
+    bins: per bin (byte within a head's codes, words, log2 of the columns per word). repeat: columns per word.
+    slots: per slot the pieces, (bin, shift, width, position) after one another. codebook: per slot its polynomial.
+    poly: the same, empty where it is linear. slope: per slot the only coefficient where it is linear, else 1.
+    """
+
+    bins: tuple[tuple[int, int, int], ...]
+    repeat: tuple[int, ...]
+    slots: tuple[tuple[int, ...], ...]
+    codebook: tuple[tuple[float, ...], ...]
+    poly: tuple[tuple[float, ...], ...]
+    slope: tuple[float, ...]
+
+    @classmethod
+    def of(cls, layout: CodeLayout) -> ColumnTables:
+        columns = layout.columns
+        polys = [polynomial(bits) for bits in columns.widths]
+        return cls(
+            bins=tuple((b.offset, b.words, b.repeat.bit_length() - 1) for b in columns.bins),
+            repeat=tuple(b.repeat for b in columns.bins),
+            slots=tuple(
+                tuple(x for p in pieces for x in (p.bin, p.shift, p.width, p.position)) for pieces in columns.slots
+            ),
+            codebook=tuple(polys),
+            poly=tuple(p if len(p) > 1 else () for p in polys),
+            slope=tuple(1.0 if len(p) > 1 else p[0] for p in polys),
+        )
+
+
+def column_shifts() -> torch.Tensor:
+    """What precedes each column's bits in its word, int32 ``[4, 16]``, for 1, 2, 4 and 8 columns per word."""
+    column = torch.arange(COLUMNS, dtype=torch.int32)
+    return torch.stack([column // (COLUMNS // r) * (WORD_BITS // r) for r in (1, 2, 4, 8)]).int()
+
+
+@dataclass(frozen=True)
 class DeviceTables:
     """What the Triton kernels need to encode and read one layer, on one device.
 
     levels, thresholds ``[9, 256]`` float32; half_levels the levels in float16, for tensor-core dots.
-    search ``[F]`` float32: the factors of the scale search.
+    k_columns, v_columns: for rows in columns with the project's own codebooks, else None. column_shifts: see there.
+    places ``[2, row_bytes]`` int32: RowLayout.places().
+    search ``[F]`` float32: the factors of the scale search. cells: the codebooks as encode looks them up.
     """
 
     row: RowLayout
@@ -119,7 +172,12 @@ class DeviceTables:
     half_levels: torch.Tensor
     thresholds: torch.Tensor
     search: torch.Tensor
+    cells: Cells
     scale_rule: str
+    k_columns: ColumnTables | None
+    v_columns: ColumnTables | None
+    column_shifts: torch.Tensor
+    places: torch.Tensor
 
     @property
     def heads(self) -> int:
@@ -134,6 +192,9 @@ class DeviceTables:
         """Build the tables of one layer; once, at start-up. ``device`` defaults to the codec's."""
         row, device = codec.layout, codec.levels.device if device is None else torch.device(device)
         heads = row.heads
+        cells = Cells.of(codec.levels)
+        own_book = torch.allclose(codec.levels.float().cpu(), codebook_table(), rtol=0, atol=1e-5)
+        regular = own_book and row.in_columns
         k = SideTables.of(
             row.k,
             codec.k_weight,
@@ -143,6 +204,7 @@ class DeviceTables:
             first_norm=0,
             code_bytes=row.k_code_bytes,
             offset=0,
+            cells=cells,
         )
         v = SideTables.of(
             (row.v,) * heads,
@@ -153,6 +215,7 @@ class DeviceTables:
             first_norm=row.k_norms,
             code_bytes=row.v_code_bytes,
             offset=row.v_offset,
+            cells=cells,
         )
         return cls(
             row=row,
@@ -162,7 +225,12 @@ class DeviceTables:
             half_levels=codec.levels.to(device, torch.float16).contiguous(),
             thresholds=codec.boundaries().float().to(device).contiguous(),
             search=torch.tensor(codec.scale_search, dtype=torch.float32, device=device),
+            cells=_moved(cells, device),
             scale_rule=codec.scale_rule,
+            k_columns=ColumnTables.of(row.k[0]) if regular else None,
+            v_columns=ColumnTables.of(row.v) if regular else None,
+            column_shifts=column_shifts().to(device),
+            places=row.places().to(device),
         )
 
     def check_rows(self, rows: torch.Tensor) -> torch.Tensor:
@@ -171,15 +239,20 @@ class DeviceTables:
             raise ValueError(
                 f"rows {tuple(rows.shape)} {rows.dtype}: this layer's rows are [slots, {self.row.row_bytes}] uint8"
             )
+        if rows.shape[0] % BLOCK_SLOTS:
+            raise ValueError(f"rows {tuple(rows.shape)}: {rows.shape[0]} slots are no multiple of {BLOCK_SLOTS}")
         if not rows.is_contiguous():
             raise ValueError(f"rows with strides {rows.stride()}: a contiguous tensor is needed")
         assert self.row.row_bytes % NORM_BYTES == 0 and self.row.norm_offset % NORM_BYTES == 0
         return rows.view(torch.float16)
 
 
-def _moved(side: SideTables, device: torch.device) -> SideTables:
-    values = dict(vars(side))
+def _moved(tables: Any, device: torch.device) -> Any:
+    """A dataclass of tables with its tensors, those of tables in it included, on ``device``."""
+    values = dict(vars(tables))
     for name, value in values.items():
         if isinstance(value, torch.Tensor):
             values[name] = value.to(device).contiguous()
-    return SideTables(**values)
+        elif is_dataclass(value):
+            values[name] = _moved(value, device)
+    return type(tables)(**values)

@@ -1,0 +1,204 @@
+"""Decode attention over rows in columns: the kernel near the memory's speed.
+
+One warp is one program: it takes a split of a request's tokens for one KV head, and nothing in its loop
+waits for another warp. Both products are transposed (``K q^T`` and ``V^T P^T``), so the codes are always
+the 16-row operand of the tensor core and the GQA group its short side: eight columns instead of sixteen.
+Words go from memory to shared memory asynchronously, from there to registers in the operand's layout,
+and are turned into levels there, slot by slot (:mod:`.fields`). No level is ever stored.
+
+K's scales touch the logits, V's the probabilities. What the loop leaves is merged in :mod:`.merge_splits`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .address import block_base
+from .columns import COLUMNS
+from .fields import slot_levels, slot_offset
+from .layout import BLOCK_SLOTS
+from .splits import find_split
+
+_LN2 = tl.constexpr(0.6931471805599453)
+_COLUMNS = tl.constexpr(COLUMNS)
+_SLOTS = tl.constexpr(BLOCK_SLOTS)
+#: Probabilities reach float16 times this: the tail of a long softmax stays normal, and values up to a root mean
+#: square of 1,000 still fit.
+_LIFT = tl.constexpr(64.0)
+
+
+@triton.jit
+def _load_bin(rows16, slot, byte, WORDS: tl.constexpr, ROW_BYTES: tl.constexpr, AXIS: tl.constexpr):
+    """The words of the bin at byte ``byte`` of each row, 16 columns along AXIS."""
+    at = block_base(slot, ROW_BYTES // 2) + slot % _SLOTS * WORDS
+    word = tl.arange(0, WORDS)
+    bins = tl.load(rows16 + byte * (_SLOTS // 2) + (tl.expand_dims(at, AXIS) + tl.expand_dims(word, 1 - AXIS)))
+    REPEAT: tl.constexpr = _COLUMNS // WORDS
+    if REPEAT > 1:
+        # A word of a narrow bin once for every column that it serves: views, which cost nothing in registers.
+        bins = tl.expand_dims(bins, AXIS)
+        if AXIS == 1:
+            TOKENS: tl.constexpr = bins.shape[0]
+            bins = tl.reshape(tl.broadcast_to(bins, [TOKENS, REPEAT, WORDS]), [TOKENS, _COLUMNS])
+        else:
+            TOKENS: tl.constexpr = bins.shape[2]
+            bins = tl.reshape(tl.broadcast_to(bins, [REPEAT, WORDS, TOKENS]), [_COLUMNS, TOKENS])
+    return bins
+
+
+@triton.jit
+def load_words(rows16, slot, codes, BINS: tl.constexpr, ROW_BYTES: tl.constexpr, AXIS: tl.constexpr):
+    """A tile of words for each bin of one head, the columns along AXIS.
+
+    slot: where the tokens lie, int64. codes: the head's first byte within the row.
+    """
+    words = ()
+    for i in tl.static_range(len(BINS)):
+        words += (_load_bin(rows16, slot, codes + BINS[i][0], BINS[i][1], ROW_BYTES, AXIS),)
+    return words
+
+
+@triton.jit
+def load_shifts(column_shifts, BINS: tl.constexpr):
+    """Per bin, what precedes each column's bits in its word."""
+    shifts = ()
+    for i in tl.static_range(len(BINS)):
+        # Loaded, not computed: the compiler moves a load's layout conversion out of the loop, and nothing else's.
+        shifts += (tl.load(column_shifts + BINS[i][2] * _COLUMNS + tl.arange(0, _COLUMNS)),)
+    return shifts
+
+
+@triton.jit(
+    do_not_specialize=["num_requests", "target"],
+    do_not_specialize_on_alignment=["kv_indptr", "kv_indices"],
+)
+def decode_kernel(
+    q,  # float32 [B * QUERIES, Hq, DIM], turned
+    rows16,  # the rows as int16 and int32
+    rows32,
+    kv_indptr,
+    kv_indices,
+    column_shifts,  # int32 [4, 16]: for 1, 2, 4 and 8 columns per word
+    partial_out,  # float32 [splits, QUERIES, Hq, V_DIM]
+    partial_lse,  # float32 [splits, QUERIES, Hq]
+    num_requests,
+    target,
+    to_log2,
+    stride_qt,
+    stride_qh,
+    ROW_BYTES: tl.constexpr,
+    K_STRIDE: tl.constexpr,  # bytes of a head's codes
+    V_STRIDE: tl.constexpr,
+    V_OFFSET: tl.constexpr,
+    NORM_OFFSET: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    V_DIM: tl.constexpr,
+    K_BINS: tl.constexpr,
+    V_BINS: tl.constexpr,  # (byte, words, log2 of the columns per word)
+    K_REPEAT: tl.constexpr,
+    V_REPEAT: tl.constexpr,
+    K_SLOTS: tl.constexpr,  # pieces of each slot, (bin, shift, width, position) after one another
+    V_SLOTS: tl.constexpr,
+    K_POLY: tl.constexpr,  # the codebook of each slot, empty where it is linear
+    V_POLY: tl.constexpr,
+    K_SLOPE: tl.constexpr,  # of each slot's codebook where it is linear, else 1
+    V_SLOPE: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    head = tl.program_id(0) % HEADS
+    first_row = tl.program_id(0) // HEADS * BLOCK_M
+    split = tl.program_id(1)
+    request, begin, end = find_split(kv_indptr, num_requests, target, split, REQUESTS)
+    if request >= num_requests:
+        return
+    kv_start = tl.load(kv_indptr + request).to(tl.int64)
+    length = (tl.load(kv_indptr + request + 1) - kv_start).to(tl.int32)
+    end = tl.minimum(end, length)
+
+    m = first_row + tl.arange(0, BLOCK_M)
+    live_row = m < QUERIES * GROUP
+    query = m // GROUP
+    j = head * GROUP + m % GROUP
+    # A query sees the tokens up to its own; the last of the request is that of the last query.
+    seen = length - (QUERIES - 1 - query)
+    c = tl.arange(0, _COLUMNS)
+    q_at = (request * QUERIES + query).to(tl.int64) * stride_qt + j * stride_qh
+    operand = tl.float16 if ASM else tl.float32
+    # Each query is brought to at most 1 so that float16 holds it whatever the transform's gains.
+    top = tl.zeros([BLOCK_M], tl.float32)
+    raw = ()
+    for i in tl.static_range(len(K_SLOTS)):
+        part = tl.load(q + q_at[None, :] + (c + i * _COLUMNS)[:, None], mask=live_row[None, :], other=0.0)
+        top = tl.maximum(top, tl.max(tl.abs(part), 0))
+        raw += (part,)
+    top = tl.where(top > 0, top, 1.0)
+    qs = ()
+    start = tl.zeros([BLOCK_M], tl.float32)  # undoes the offsets of linear slots
+    for i in tl.static_range(len(K_SLOTS)):
+        part = (raw[i] * (K_SLOPE[i] / top)[None, :]).to(operand)
+        if len(K_POLY[i]) == 0:
+            start -= tl.sum(part.to(tl.float32), 0) * slot_offset(i, K_SLOTS, K_REPEAT, K_POLY)
+        qs += (part,)
+    to_log2 = top * to_log2
+
+    k_shifts = load_shifts(column_shifts, K_BINS)
+    v_shifts = load_shifts(column_shifts, V_BINS)
+
+    acc = ()
+    for _ in tl.static_range(len(V_SLOTS)):
+        acc += (tl.zeros([_COLUMNS, BLOCK_M], tl.float32),)
+    peak = tl.full([BLOCK_M], -1e30, tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    weight = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)  # of the values, where their codebook is linear
+    scale_at = (NORM_OFFSET + 4 * head) * (_SLOTS // 4)
+    for at in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        n = at + tl.arange(0, BLOCK_N)
+        slot = tl.load(kv_indices + kv_start + tl.minimum(n, end - 1)).to(tl.int64)
+        k_words = load_words(rows16, slot, head * K_STRIDE, K_BINS, ROW_BYTES, 1)
+        scales = tl.load(rows32 + scale_at + (block_base(slot, ROW_BYTES // 4) + slot % _SLOTS))
+        v_words = load_words(rows16, slot, V_OFFSET + head * V_STRIDE, V_BINS, ROW_BYTES, 0)
+        k_scale = (scales & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        v_scale = (scales >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+        logits = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) + start[None, :]
+        for i in tl.static_range(len(K_SLOTS)):
+            k = slot_levels(k_words, k_shifts, 1, i, K_SLOTS, K_REPEAT, K_POLY, ASM)
+            logits = tl.dot(k, qs[i], logits, input_precision="ieee")
+        logits = logits * k_scale[:, None] * to_log2[None, :]
+        if QUERIES == 1:
+            logits = tl.where((n < end)[:, None], logits, float("-inf"))
+        else:
+            logits = tl.where((n < end)[:, None] & (n[:, None] < seen[None, :]), logits, float("-inf"))
+
+        new_peak = tl.maximum(peak, tl.max(logits, 0))
+        keep = tl.exp2(peak - new_peak)
+        prob = tl.exp2(logits - new_peak[None, :])
+        total = total * keep[None, :] + prob  # summed over tokens once, behind the loop
+        peak = new_peak
+        weighted = (prob * (v_scale * _LIFT)[:, None]).to(operand)
+        if len(V_POLY[0]) == 0:
+            weight = weight * keep[None, :] + weighted.to(tl.float32)
+        sums = ()
+        for i in tl.static_range(len(V_SLOTS)):
+            v = slot_levels(v_words, v_shifts, 0, i, V_SLOTS, V_REPEAT, V_POLY, ASM)
+            sums += (tl.dot(v, weighted, acc[i] * keep[None, :], input_precision="ieee"),)
+        acc = sums
+
+    total = tl.sum(total, 0)
+    seen_any = total > 0  # not where a query sees nothing of this split
+    row = (split.to(tl.int64) * QUERIES + query) * (HEADS * GROUP) + j
+    scale = tl.where(seen_any, V_SLOPE / (tl.where(seen_any, total, 1.0) * _LIFT), 0.0)
+    weights = tl.sum(weight, 0)
+    for i in tl.static_range(len(V_SLOTS)):
+        to = row[None, :] * V_DIM + (c + i * _COLUMNS)[:, None]
+        value = acc[i] - (weights * slot_offset(i, V_SLOTS, V_REPEAT, V_POLY))[None, :]
+        tl.store(partial_out + to, value * scale[None, :], mask=live_row[None, :])
+    lse = tl.where(seen_any, (peak + tl.log2(tl.where(seen_any, total, 1.0))) * _LN2, float("-inf"))
+    tl.store(partial_lse + row, lse, mask=live_row)

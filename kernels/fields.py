@@ -1,0 +1,179 @@
+"""One slot of codes in columns, turned into float16 levels in registers.
+
+A word holds codes of many slots for two neighbouring elements of a tile at a time (32 bits). The
+field is put under the exponent of a float16 by one logic operation, so that it *is* a number, ``2^e +
+code * 2^s``; a subtraction centres it and the codebook's polynomial follows, all two at a time. This
+needs inline assembly, since the compiler does not pair 16-bit operations by itself.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_MANTISSA = tl.constexpr(10)
+_BIAS = tl.constexpr(15)
+
+
+@triton.constexpr_function
+def _pair(x):
+    """Twice the bits of ``x`` as a float16, rounded to nearest."""
+    sign = 0x8000 if x < 0 else 0
+    x = abs(x)
+    if x == 0:
+        return 0
+    e = 15
+    while x >= 2:
+        x /= 2
+        e += 1
+    while x < 1:
+        x *= 2
+        e -= 1
+    return (sign | ((e << 10) + int((x - 1) * 1024 + 0.5))) * 0x10001
+
+
+#: Right shifts that fields are looked for under, the same for all fields of a word, so that few shifts are made.
+_SHIFTS = tl.constexpr((0, 6, -1, 5, 7))
+
+
+@triton.constexpr_function
+def place_of(pieces, repeated):
+    """Bit at which the code is put under the exponent: 1 to 10 - bits, so that its half steps are numbers, too."""
+    shift, width = pieces[1], pieces[2]
+    if len(pieces) > 4:
+        return 1
+    # In a repeated bin every word is turned by its column's bits less one or five; else shifted as little as will do.
+    choices = (-1, -5, 0, 1, 2, 3, 4, 5, 6, 7) if repeated else _SHIFTS.value
+    places = [shift - by for by in choices if 1 <= shift - by and shift - by + width <= 10]
+    # A linear codebook leaves 2^(11 - place - bits) in each number: the less, the better for sums.
+    return max(places[:2]) if width <= 2 else places[0]
+
+
+@triton.constexpr_function
+def offset_of(pieces, repeated):
+    """What is left to subtract from the numbers of a slot of 1 or 2 bits: they are not centred, see slot_levels."""
+    bits = sum(pieces[2::4])
+    return 2.0 ** (11 - place_of(pieces, repeated) - bits) + (2**bits - 1) / 2**bits
+
+
+@triton.constexpr_function
+def _assembly(pieces, repeated, poly):
+    """Text and constraints. Inputs: a word for each piece, then the shift of each piece in a repeated bin."""
+    count = len(pieces) // 4
+    bits = sum(pieces[2::4])
+    at = place_of(pieces, repeated[0])
+    text, taken = "", 1 + count
+    constraints = "=r" + ",r" * count
+    spread = bits - 1  # y = (code - middle) / 2^(bits - 1)
+    top = (15 + 10 - at - spread) << 10
+    for i in range(count):
+        shift, width, position = pieces[4 * i + 1], pieces[4 * i + 2], pieces[4 * i + 3]
+        source = f"${i + 1}"
+        if repeated[i]:
+            text += f"shf.r.wrap.b32 w, {source}, {source}, ${taken}; "
+            source = "w"
+            taken += 2  # a 32-bit operand comes once for each of the two elements
+            constraints += ",r,r"
+        elif shift > at + position:
+            text += f"shr.u32 w, {source}, {shift - at - position}; "
+            source = "w"
+        elif shift < at + position:
+            text += f"shl.b32 w, {source}, {at + position - shift}; "
+            source = "w"
+        mask = (((1 << width) - 1) << (at + position)) * 0x10001
+        other = f"{top * 0x10001:#x}" if i == 0 else "t"
+        target = "$0" if len(poly) == 0 and i == count - 1 else "t"
+        text += f"lop3.b32 {target}, {source}, {mask:#x}, {other}, 0xEA; "  # (source & mask) | other
+    if len(poly) == 0:
+        return "{ .reg .b32 w, t; " + text + "}", constraints
+    middle = (top | (((1 << bits) - 1) << (at - 1))) * 0x10001
+    text += f"mov.b32 c, {middle:#x}; sub.rn.f16x2 t, t, c; "
+    text += f"mov.b32 y, {_pair(poly[len(poly) - 1]):#x}; mul.rn.f16x2 u, t, t; "
+    for i in range(len(poly) - 2, -1, -1):
+        text += f"mov.b32 c, {_pair(poly[i]):#x}; fma.rn.f16x2 y, y, u, c; "
+    return "{ .reg .b32 w, t, u, c, y; " + text + "mul.rn.f16x2 $0, y, t; }", constraints
+
+
+@triton.constexpr_function
+def assembly(pieces, repeated, poly):
+    return _assembly(pieces, repeated, poly)[0]
+
+
+@triton.constexpr_function
+def constraints(pieces, repeated, poly):
+    return _assembly(pieces, repeated, poly)[1]
+
+
+@triton.constexpr_function
+def _bits(pieces):
+    return sum(pieces[2::4])
+
+
+@triton.constexpr_function
+def _repeated(pieces, repeat):
+    return [repeat[b] > 1 for b in pieces[::4]]
+
+
+@triton.jit
+def slot_levels(
+    words,
+    column_shifts,
+    AXIS: tl.constexpr,
+    SLOT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    REPEAT: tl.constexpr,
+    POLYS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Levels of one slot, the shape of a tile of words; of a linear codebook, numbers ``y + offset``.
+
+    With a linear codebook the level is ``slope * y``. There the offset (:func:`offset_of`) is left in and the
+    slope out: both leave a sum of products as they are linear in it, once for all its terms.
+
+    words: a tile of 16-bit words for each bin, 16 columns along AXIS, repeated where a bin is narrow.
+    column_shifts: ``[16]`` int32 for each bin, what precedes a column's bits in its word.
+    SLOTS: per slot (bin, shift, width, position) of each piece, after one another. POLYS: per slot its codebook.
+    REPEAT: columns per word of each bin.
+    ASM: float16 by paired instructions; else the same in float32 and plain arithmetic, for the interpreter.
+    """
+    PIECES: tl.constexpr = SLOTS[SLOT]
+    POLY: tl.constexpr = POLYS[SLOT]
+    first = words[PIECES[0]]
+    repeated: tl.constexpr = _repeated(PIECES, REPEAT)
+    if ASM:
+        text: tl.constexpr = assembly(PIECES, repeated, POLY)
+        registers: tl.constexpr = constraints(PIECES, repeated, POLY)
+        at: tl.constexpr = place_of(PIECES, repeated[0])
+        args = ()
+        for i in tl.static_range(len(PIECES) // 4):
+            args += (words[PIECES[4 * i]],)
+        for i in tl.static_range(len(PIECES) // 4):
+            if repeated[i]:
+                shift = column_shifts[PIECES[4 * i]] + (PIECES[4 * i + 1] - PIECES[4 * i + 3] - at)
+                args += (tl.broadcast_to(tl.expand_dims(shift, 1 - AXIS), first.shape),)
+        return tl.inline_asm_elementwise(text, registers, args, dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        code = tl.zeros(first.shape, tl.int32)
+        for i in tl.static_range(len(PIECES) // 4):
+            word = words[PIECES[4 * i]].to(tl.int32) & 0xFFFF
+            if repeated[i]:
+                word = word >> tl.expand_dims(column_shifts[PIECES[4 * i]], 1 - AXIS)
+            code += ((word >> PIECES[4 * i + 1]) & ((1 << PIECES[4 * i + 2]) - 1)) << PIECES[4 * i + 3]
+        bits: tl.constexpr = _bits(PIECES)
+        y = (code.to(tl.float32) - ((1 << bits) - 1) / 2) / (1 << (bits - 1))
+        if len(POLY) == 0:
+            return y + offset_of(PIECES, repeated[0])
+        else:
+            x = tl.full(first.shape, POLY[len(POLY) - 1], tl.float32)
+            for i in tl.static_range(len(POLY) - 2, -1, -1):
+                x = x * (y * y) + POLY[i]
+            return x * y
+
+
+@triton.jit
+def slot_offset(SLOT: tl.constexpr, SLOTS: tl.constexpr, REPEAT: tl.constexpr, POLYS: tl.constexpr):
+    """What :func:`slot_levels` leaves in the numbers of a slot."""
+    PIECES: tl.constexpr = SLOTS[SLOT]
+    repeated: tl.constexpr = _repeated(PIECES, REPEAT)
+    offset: tl.constexpr = 0.0 if len(POLYS[SLOT]) > 0 else offset_of(PIECES, repeated[0])
+    return offset

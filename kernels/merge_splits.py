@@ -1,0 +1,180 @@
+"""Merge of decode attention's splits, exact by their log-sum-exp, and the turn of the result by ``v_out``.
+
+Both are linear in the splits' outputs, so the turn comes last and once. A first launch merges the splits of an output
+row, in the place of the first of them: 64 a program where requests are few and each has many, which spreads
+them over the GPU, or all of a row's. A second launch merges what is left and turns it: with one program for
+each row where rows are few, else 16 rows at a time, so that the matrix is read a sixteenth as often.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .splits import request_splits, splits_of
+
+CHUNK = 64  # splits that one program of the first launch merges
+_CHUNK = tl.constexpr(CHUNK)
+_PARTS = tl.constexpr(16)  # that the second launch takes at a time
+
+
+@triton.jit(
+    do_not_specialize=["num_requests", "target", "num_heads"],
+    do_not_specialize_on_alignment=["kv_indptr"],
+)
+def merge_chunk_kernel(
+    partial_out,  # float32 [splits, QUERIES, Hq, DIM]
+    partial_lse,  # float32 [splits, QUERIES, Hq]
+    kv_indptr,
+    num_requests,
+    target,
+    num_heads,
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    BLOCK: tl.constexpr,  # splits taken at a time
+    WHOLE: tl.constexpr,  # all splits of the row; else 64
+):
+    """The splits of a request and row, or 64 of them, into the place of the first."""
+    j, token, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS)
+    begin = chunk * _CHUNK
+    if begin >= count:
+        return
+    end = count
+    if not WHOLE:
+        end = tl.minimum(begin + _CHUNK, count)
+    channel = tl.arange(0, PADDED)
+    peak = -1e30
+    total = 0.0
+    merged = tl.zeros([PADDED], tl.float32)
+    for start in range(begin, end, BLOCK):
+        split = start + tl.arange(0, BLOCK)
+        live = split < end
+        row = ((first + split).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
+        state = tl.load(partial_lse + row, mask=live, other=float("-inf"))
+        mask = live[:, None] & (channel < DIM)[None, :]
+        part = tl.load(partial_out + row[:, None] * DIM + channel[None, :], mask=mask, other=0.0)
+        new_peak = tl.maximum(peak, tl.max(state, 0))
+        share = tl.exp(state - new_peak)
+        keep = tl.exp(peak - new_peak)
+        total = total * keep + tl.sum(share, 0)
+        merged = merged * keep + tl.sum(part * share[:, None], 0)
+        peak = new_peak
+    safe_total = tl.where(total > 0, total, 1.0)
+    lse = tl.where(total > 0, peak + tl.log(safe_total), float("-inf"))
+    to = ((first + begin).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
+    tl.store(partial_out + to * DIM + channel, merged / safe_total, mask=channel < DIM)
+    tl.store(partial_lse + to, lse)
+
+
+@triton.jit(
+    do_not_specialize=["num_requests", "target", "num_heads"],
+    do_not_specialize_on_alignment=["kv_indptr"],
+)
+def merge_row_kernel(
+    partial_out,
+    partial_lse,
+    matrix,  # float32 [H, PADDED, PADDED] (in, out)
+    kv_indptr,
+    out,
+    lse,
+    num_requests,
+    target,
+    num_heads,
+    stride_ot,
+    stride_oh,
+    WHOLE: tl.constexpr,  # merge_chunk_kernel has left one part of a row; else one for every 64 splits
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr,  # of the output, per program: they share the reading of the matrix
+    REQUESTS: tl.constexpr,
+):
+    j, token, first_column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * COLUMNS
+    channel = tl.arange(0, PADDED)
+    column = first_column + tl.arange(0, COLUMNS)
+    weights = tl.load(
+        matrix + (j // GROUP).to(tl.int64) * PADDED * PADDED + channel[:, None] * PADDED + column[None, :]
+    )
+    first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS)
+    if WHOLE:
+        count = tl.minimum(count, 1)
+    peak = -1e30
+    total = 0.0
+    merged = tl.zeros([PADDED], tl.float32)
+    for start in range(0, count, _PARTS * _CHUNK):
+        split = start + tl.arange(0, _PARTS) * _CHUNK
+        live = split < count
+        row = ((first + split).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
+        state = tl.load(partial_lse + row, mask=live, other=float("-inf"))
+        mask = live[:, None] & (channel < DIM)[None, :]
+        part = tl.load(partial_out + row[:, None] * DIM + channel[None, :], mask=mask, other=0.0)
+        new_peak = tl.maximum(peak, tl.max(state, 0))
+        share = tl.exp(state - new_peak)
+        keep = tl.exp(peak - new_peak)
+        total = total * keep + tl.sum(share, 0)
+        merged = merged * keep + tl.sum(part * share[:, None], 0)
+        peak = new_peak
+    safe_total = tl.where(total > 0, total, 1.0)
+    merged = merged / safe_total
+    merged_lse = tl.where(total > 0, peak + tl.log(safe_total), float("-inf"))
+    turned = tl.sum(merged[:, None] * weights, 0)
+    to = out + token.to(tl.int64) * stride_ot + j * stride_oh
+    tl.store(to + column, turned.to(out.dtype.element_ty), mask=column < DIM)
+    if first_column == 0:
+        tl.store(lse + token * num_heads + j, merged_lse)
+
+
+@triton.jit(
+    do_not_specialize=["num_rows", "num_requests", "target", "num_heads"],
+    do_not_specialize_on_alignment=["kv_indptr"],
+)
+def merge_tile_kernel(
+    partial_out,
+    partial_lse,
+    matrix,
+    kv_indptr,
+    out,
+    lse,
+    num_rows,  # tokens * GROUP
+    num_requests,
+    target,
+    num_heads,
+    stride_ot,
+    stride_oh,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    REQUESTS: tl.constexpr,
+):
+    BLOCK_K: tl.constexpr = 32 if PADDED >= 32 else PADDED
+    head = tl.program_id(1)
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = r < num_rows
+    token, j = r // GROUP, head * GROUP + r % GROUP
+    # Behind merge_chunk_kernel each row has one part, at its first split.
+    request = tl.where(live, token // QUERIES, -1)
+    index = tl.arange(0, REQUESTS)
+    _, count = request_splits(kv_indptr, num_requests, target, REQUESTS)
+    some = tl.sum(tl.where(index[None, :] == request[:, None], count[None, :], 0), 1) > 0
+    firsts = tl.sum(tl.where(index[None, :] < request[:, None], count[None, :], 0), 1)
+    state_at = (firsts.to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
+    state = tl.load(partial_lse + state_at, mask=some, other=float("-inf"))
+    some = some & (state > float("-inf"))
+
+    out_channel = tl.arange(0, PADDED)
+    tile = tl.zeros([ROWS, PADDED], tl.float32)
+    for start in range(0, DIM, BLOCK_K):
+        channel = start + tl.arange(0, BLOCK_K)
+        mask = some[:, None] & (channel < DIM)[None, :]
+        merged = tl.load(partial_out + state_at[:, None] * DIM + channel[None, :], mask=mask, other=0.0)
+        weights = tl.load(matrix + head * PADDED * PADDED + channel[:, None] * PADDED + out_channel[None, :])
+        tile = tl.dot(merged, weights, tile, input_precision="tf32x3")
+    to = out + (token.to(tl.int64) * stride_ot + j * stride_oh)[:, None] + out_channel[None, :]
+    tl.store(to, tile.to(out.dtype.element_ty), mask=live[:, None] & (out_channel < DIM)[None, :])
+    tl.store(lse + token * num_heads + j, state, mask=live)

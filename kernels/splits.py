@@ -1,0 +1,87 @@
+"""How decode attention is cut into splits: worked out by every program for itself, from the lengths alone.
+
+All requests are cut into pieces of one size, chosen so that their number is what the GPU runs at a time. Nothing
+is planned on the host or in another launch: the grid is fixed by the batch size, so a captured CUDA graph stays
+right whatever the lengths become, and only ``kv_indptr`` is read.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+SPLIT_UNIT = 32  # tokens
+_UNIT = tl.constexpr(SPLIT_UNIT)
+#: Below so many tokens a split, half as many splits are made: each has a start and an end of its own to pay for.
+WORTHWHILE = 256
+_WORTHWHILE = tl.constexpr(WORTHWHILE)
+_STEPS = 6  # sizes that are tried: the ideal one, and up to five eighths more
+_TRIES = tl.constexpr(_STEPS)
+
+
+def num_splits(batch: int, target: int) -> int:
+    """Most splits that a batch can take."""
+    return max(batch, target)
+
+
+def _unit(tokens: int) -> int:
+    return max(-(-tokens // SPLIT_UNIT), 1) * SPLIT_UNIT
+
+
+def split_lengths(lengths: torch.Tensor, target: int) -> tuple[int, torch.Tensor]:
+    """Twin of :func:`request_splits`: tokens of a split, and how many splits each request takes."""
+    total, batch = int(lengths.sum()), len(lengths)
+    if total < WORTHWHILE * target:
+        target = -(-target // 2)
+    ideal = -(-total // target)
+    size = _unit(-(-total // (target - batch)) if target > batch else total)
+    for k in reversed(range(_STEPS)):
+        trial = _unit(ideal + ideal * k // 8)
+        if int((-(-lengths // trial)).sum()) <= target:
+            size = trial
+    return size, -(-lengths // size)
+
+
+@triton.jit
+def request_splits(kv_indptr, num_requests, target, REQUESTS: tl.constexpr):
+    """Tokens of a split, and ``[REQUESTS]`` the number of splits of each request.
+
+    The size is the smallest tried one under which all requests together take at most ``target`` splits, so that
+    all of them run at once. Where there are that many requests, each is one split.
+    """
+    r = tl.arange(0, REQUESTS)
+    live = r < num_requests
+    start = tl.load(kv_indptr + r, mask=live, other=0)
+    length = (tl.load(kv_indptr + r + 1, mask=live, other=0) - start).to(tl.int32)
+    total = tl.sum(length, 0)
+    target = tl.where(total < target * _WORTHWHILE, tl.cdiv(target, 2), target)
+    ideal = tl.cdiv(total, target)
+    spare = tl.maximum(target - num_requests, 1)
+    size = tl.where(target > num_requests, tl.cdiv(total, spare), total)
+    size = tl.maximum(tl.cdiv(size, _UNIT), 1) * _UNIT
+    for i in tl.static_range(_TRIES):
+        trial = tl.maximum(tl.cdiv(ideal + ideal * (_TRIES - 1 - i) // 8, _UNIT), 1) * _UNIT
+        size = tl.where(tl.sum(tl.cdiv(length, trial), 0) <= target, trial, size)
+    return size, tl.cdiv(length, size)
+
+
+@triton.jit
+def find_split(kv_indptr, num_requests, target, split, REQUESTS: tl.constexpr):
+    """The request of a split (num_requests or more: there is no such split) and its tokens ``[begin, end)``."""
+    r = tl.arange(0, REQUESTS)
+    size, count = request_splits(kv_indptr, num_requests, target, REQUESTS)
+    upto = tl.cumsum(count, 0)
+    request = tl.sum((upto <= split).to(tl.int32), 0)
+    first = tl.sum(tl.where(r < request, count, 0), 0)
+    begin = (split - first) * size
+    return request, begin, begin + size
+
+
+@triton.jit
+def splits_of(kv_indptr, num_requests, target, request, REQUESTS: tl.constexpr):
+    """The first split of a request and their number."""
+    r = tl.arange(0, REQUESTS)
+    _, count = request_splits(kv_indptr, num_requests, target, REQUESTS)
+    first = tl.sum(tl.where(r < request, count, 0), 0)
+    return first, tl.sum(tl.where(r == request, count, 0), 0)
