@@ -1,7 +1,12 @@
-"""Encode new keys and values into packed rows, in one Triton kernel for each of them.
+"""Encode new keys and values into packed rows, in one Triton launch.
 
-The definition is :func:`sglang_blockgtq.kernels.naive.encode`. A token's bytes do not depend on the
-batch it comes in with: a program holds a fixed number of tokens and every sum runs over one token.
+The definition is :func:`sglang_blockgtq.kernels.naive.encode`. A program holds 64 rows of one head, keys or
+values, and a row's channels lie within one warp, so that its sums need no barrier. For large batches a row
+is a token, whose program tries one factor of the scale search after the other; for small ones it is a token
+and one of the factors, so that a handful of tokens keeps the whole GPU busy and takes one try's time.
+
+A token's bytes do not depend on the batch it comes in with: both ways run the same binary, every sum runs
+over one token in the same order, and the best factor is chosen by comparing the same numbers.
 """
 
 from __future__ import annotations
@@ -10,220 +15,334 @@ import torch
 import triton
 import triton.language as tl
 
+from .encode_rows import encode_rows
 from .tables import DeviceTables, SideTables
-from .turn import transform_tile
+from .turn import project_and_store
 
-BLOCK_T = 16  # tokens per program; a constant, since a row must not depend on the batch
-_FP16_MAX = tl.constexpr(65504.0)
-
-
-@triton.jit
-def _nearest(unit, thresholds, book, MAX_BITS: tl.constexpr):
-    """Code of every element: how many thresholds of its channel's codebook lie below it (binary search)."""
-    code = tl.zeros(unit.shape, tl.int32)
-    for i in tl.static_range(MAX_BITS):
-        step = 1 << (MAX_BITS - 1 - i)
-        threshold = tl.load(thresholds + book[None, :] + (code + (step - 1)))
-        code += tl.where(unit > threshold, step, 0)
-    return code
+BLOCK = 64  # rows per program; one number, since a token's bytes must not depend on the batch
+WARPS = 4
+REGISTERS = 168  # a thread: three programs on an SM. Wide heads and several scales need more
 
 
 # Numbers that differ between calls or layers are not specialised on: one binary serves them all.
-@triton.jit(
-    do_not_specialize=[
-        "num_factors",
-        "num_tokens",
-        "row_bytes",
-        "code_bytes",
-        "offset",
-        "norm_offset",
-        "row_norms",
-        "first_norm",
-    ],
-    do_not_specialize_on_alignment=["loc"],
-)
+_FREE = ["num_factors", "spread", "num_tokens", "row_bytes", "norm_offset", "row_norms", "heads"]
+_FREE += ["k_code_bytes", "k_offset", "k_first_norm", "v_code_bytes", "v_offset", "v_first_norm", "turn_rows"]
+
+
+@triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=["loc"])
 def _encode_kernel(
-    x,  # [T, H, DIM]
+    k,  # [T, H, DIM]
+    v,  # [T, H, V_DIM]
+    q,  # [T, H * GROUP, DIM], or None
+    turned,  # the same, float32
     rows,  # uint8
     scales,  # the same memory as float16
+    k_words,  # the same memory in words that a head's codes are whole numbers of
+    v_words,
     loc,
-    matrix,
-    fields,
-    book,
-    norm_index,
-    weight,
-    levels,
-    thresholds,
+    k_matrix,
+    k_channels,
+    k_inverse_counts,
+    k_place,
+    v_matrix,
+    v_channels,
+    v_inverse_counts,
+    v_place,
+    q_matrix,
+    cells,
     search,  # [num_factors]
     num_factors,
+    spread,  # rows per token: 1, or SLOTS with a factor each
     num_tokens,
-    stride_t,
-    stride_h,
+    turn_rows,  # num_tokens * GROUP
+    heads,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_qt,
+    stride_qh,
+    stride_tt,
+    stride_th,
     row_bytes,
-    code_bytes,
-    offset,
+    places,
     norm_offset,
     row_norms,
-    first_norm,
+    k_code_bytes,
+    k_offset,
+    k_first_norm,
+    v_code_bytes,
+    v_offset,
+    v_first_norm,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     NORMS: tl.constexpr,
-    MAX_BITS: tl.constexpr,
-    MASKS: tl.constexpr,
+    TILES: tl.constexpr,
+    PLACE_ROWS: tl.constexpr,
+    PLACE_BYTES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WORD: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V_PADDED: tl.constexpr,
+    V_TILES: tl.constexpr,
+    V_PLACE_ROWS: tl.constexpr,
+    V_PLACE_BYTES: tl.constexpr,
+    V_CHUNK: tl.constexpr,
+    V_WORD: tl.constexpr,
+    BOOKS: tl.constexpr,
+    COUNT: tl.constexpr,
+    INTERPRET: tl.constexpr,
     RULE: tl.constexpr,
-    LAST: tl.constexpr,  # this launch also clears the row's padding
-    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    GROUP: tl.constexpr,  # 0: no query
+    ROWS: tl.constexpr,
 ):
-    head = tl.program_id(1)
-    heads = tl.num_programs(1)
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = token < num_tokens
-    slot = tl.load(loc + token, mask=live, other=0).to(tl.int64)
-    channel = tl.arange(0, PADDED)
+    side, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    if side == 0:
+        if tl.program_id(0) * ROWS < num_tokens * spread:
+            encode_rows(
+                k,
+                rows,
+                scales,
+                k_words,
+                loc,
+                k_matrix,
+                k_channels,
+                k_inverse_counts,
+                k_place,
+                cells,
+                search,
+                num_factors,
+                spread,
+                num_tokens,
+                stride_kt,
+                stride_kh,
+                row_bytes,
+                places,
+                k_code_bytes,
+                k_offset,
+                norm_offset,
+                row_norms,
+                k_first_norm,
+                head,
+                heads,
+                DIM,
+                PADDED,
+                NORMS,
+                TILES,
+                PLACE_ROWS,
+                PLACE_BYTES,
+                CHUNK,
+                WORD,
+                BOOKS,
+                COUNT,
+                INTERPRET,
+                RULE,
+                SLOTS,
+                False,
+                ROWS,
+            )
+    elif side == 1:
+        if tl.program_id(0) * ROWS < num_tokens * spread:
+            encode_rows(
+                v,
+                rows,
+                scales,
+                v_words,
+                loc,
+                v_matrix,
+                v_channels,
+                v_inverse_counts,
+                v_place,
+                cells,
+                search,
+                num_factors,
+                spread,
+                num_tokens,
+                stride_vt,
+                stride_vh,
+                row_bytes,
+                places,
+                v_code_bytes,
+                v_offset,
+                norm_offset,
+                row_norms,
+                v_first_norm,
+                head,
+                heads,
+                V_DIM,
+                V_PADDED,
+                1,
+                V_TILES,
+                V_PLACE_ROWS,
+                V_PLACE_BYTES,
+                V_CHUNK,
+                V_WORD,
+                BOOKS,
+                COUNT,
+                INTERPRET,
+                RULE,
+                SLOTS,
+                True,
+                ROWS,
+            )
+    elif GROUP > 0:
+        project_and_store(
+            q,
+            q_matrix,
+            turned,
+            turn_rows,
+            stride_qt,
+            stride_qh,
+            stride_tt,
+            stride_th,
+            head,
+            tl.program_id(0),
+            0,
+            GROUP,
+            DIM,
+            PADDED,
+            ROWS,
+            PADDED,
+        )
 
-    at = token.to(tl.int64) * stride_t + head * stride_h
-    y = transform_tile(x, at, live, matrix + head * PADDED * PADDED, DIM, PADDED, BLOCK, "ieee")
-    index = tl.load(norm_index + head * PADDED + channel)
-    w = tl.load(weight + head * PADDED + channel)[None, :]
-    start = tl.load(book + head * PADDED + channel)
 
-    # Sums of squares are taken of y / max|y|, so that no input overflows or underflows them.
-    top = tl.max(tl.abs(y), 1)
-    u = y / tl.where(top > 0, top, 1.0)[:, None]
-    rms = tl.full([BLOCK, PADDED], 1.0, tl.float32)
-    for n in tl.static_range(NORMS):
-        member = (index == n)[None, :]
-        count = tl.maximum(tl.sum((index == n).to(tl.float32), 0), 1.0)
-        mean_square = tl.sum(tl.where(member, u * u, 0.0), 1) / count
-        rms = tl.where(member & (mean_square > 0)[:, None], tl.sqrt(mean_square)[:, None], rms)
-
-    # All groups are searched at once; error and scale of a group stand in each of its channels.
-    best_error = tl.full([BLOCK, PADDED], float("inf"), tl.float32)
-    best_scale = tl.zeros([BLOCK, PADDED], tl.float32)
-    best_code = tl.zeros([BLOCK, PADDED], tl.int32)
-    for i in range(num_factors):
-        code = _nearest(u / (rms * tl.load(search + i)), thresholds, start, MAX_BITS)
-        c = tl.load(levels + start[None, :] + code)
-        scale = tl.zeros([BLOCK, PADDED], tl.float32)
-        for n in tl.static_range(NORMS):
-            wn = tl.where((index == n)[None, :], w, 0.0)
-            yc = tl.sum(wn * u * c, 1)
-            cc = tl.sum(wn * c * c, 1)
-            cc = tl.where(cc > 0, cc, 1.0)  # a scale that this head does not have
-            if RULE == "lsq":
-                s = yc / cc
-            elif RULE == "norm":
-                s = tl.sqrt(tl.sum(wn * u * u, 1) / cc)
-            else:
-                s = tl.sum(wn * u * u, 1) / tl.where(yc > 0, yc, 1.0)
-            scale = tl.where((index == n)[None, :], s[:, None], scale)
-        # Summed as squares of residuals: the expanded form cancels at high widths.
-        residual = u - scale * c
-        error = tl.zeros([BLOCK, PADDED], tl.float32)
-        for n in tl.static_range(NORMS):
-            e = tl.sum(tl.where((index == n)[None, :], w, 0.0) * residual * residual, 1)
-            error = tl.where((index == n)[None, :], e[:, None], error)
-        better = error < best_error
-        best_error = tl.where(better, error, best_error)
-        best_scale = tl.where(better, scale, best_scale)
-        best_code = tl.where(better, code, best_code)
-
-    base = slot * row_bytes
-    for n in tl.static_range(NORMS):
-        member = (index == n)[None, :]
-        # The same number in every channel of the group; -1 where the head has no such group.
-        s = tl.max(tl.where(member, best_scale, -1.0), 1)
-        empty = tl.max(tl.where(member, tl.abs(u), 0.0), 1) == 0
-        s = tl.where(empty, 0.0, tl.minimum(s * top, _FP16_MAX))
-        at = (base + norm_offset) // 2 + head * row_norms + first_norm + n
-        tl.store(scales + at, s.to(tl.float16), mask=live)
-
-    # bytes = sum over planes of fields @ powers of two: exact in float16, since every sum is below 256.
-    BYTES: tl.constexpr = 32
-    first = offset + head * code_bytes
-    for at in range(0, code_bytes, BYTES):
-        byte = at + tl.arange(0, BYTES)
-        packed = tl.zeros([BLOCK, BYTES], tl.float32)
-        for p in tl.static_range(len(MASKS)):
-            if MASKS[p] > 0:
-                field = fields + (head * len(MASKS) + p) * 3 * PADDED + channel
-                goes_to = tl.load(field)
-                power = (1 << tl.load(field + PADDED)).to(tl.float16)
-                value = (best_code >> tl.load(field + 2 * PADDED)[None, :]) & MASKS[p]
-                place = tl.where(goes_to[:, None] == (first + byte)[None, :], power[:, None], 0.0).to(tl.float16)
-                packed = tl.dot(value.to(tl.float16), place, packed)
-        mask = live[:, None] & (byte < code_bytes)[None, :]
-        tl.store(rows + (base + first)[:, None] + byte[None, :], packed.to(tl.int32).to(tl.uint8), mask=mask)
-
-    if LAST:
-        if head == 0:
-            pad = tl.arange(0, 8)
-            zero = tl.zeros([BLOCK, 8], tl.uint8)
-            codes_end = offset + heads * code_bytes
-            norms_end = norm_offset + heads * row_norms * 2
-            here = codes_end + pad
-            tl.store(rows + base[:, None] + here[None, :], zero, mask=live[:, None] & (here < norm_offset)[None, :])
-            here = norms_end + pad
-            tl.store(rows + base[:, None] + here[None, :], zero, mask=live[:, None] & (here < row_bytes)[None, :])
-
-
-def _encode_side(
-    tables: DeviceTables, side: SideTables, name: str, x: torch.Tensor, rows: torch.Tensor, loc: torch.Tensor
-) -> None:
+def _check(tables: DeviceTables, side: SideTables, name: str, x: torch.Tensor, loc: torch.Tensor) -> None:
     if x.dim() != 3 or x.shape[1:] != (tables.heads, side.dim) or x.shape[0] != loc.shape[0]:
         raise ValueError(
             f"{name} {tuple(x.shape)}: [{loc.shape[0]}, {tables.heads}, {side.dim}] is needed (tokens as in loc)"
         )
     if x.stride(-1) != 1:
         raise ValueError(f"{name} with strides {x.stride()}: channels must be contiguous")
-    row = tables.row
-    _encode_kernel[(triton.cdiv(x.shape[0], BLOCK_T), tables.heads)](
-        x,
-        rows,
-        rows.view(torch.float16),
-        loc,
-        side.into,
-        side.fields,
-        side.book,
-        side.norm_index,
-        side.weight,
-        tables.levels,
-        tables.thresholds,
-        tables.search,
-        tables.search.shape[0],
-        x.shape[0],
-        x.stride(0),
-        x.stride(1),
-        row.row_bytes,
-        side.code_bytes,
-        side.offset,
-        row.norm_offset,
-        row.norms,
-        side.first_norm,
-        DIM=side.dim,
-        PADDED=side.padded,
-        NORMS=side.norms,
-        MAX_BITS=side.max_bits,
-        MASKS=side.masks,
-        RULE=tables.scale_rule,
-        LAST=side is tables.v,
-        BLOCK=BLOCK_T,
-        num_warps=8,
-    )
 
 
-def encode(tables: DeviceTables, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, loc: torch.Tensor) -> None:
+def _rows_per_token(tables: DeviceTables, tokens: int, device: torch.device) -> int:
+    """1, or a row for each factor of the scale search as long as all programs still run at once."""
+    slots = triton.next_power_of_2(tables.search.shape[0])
+    programs = triton.cdiv(tokens * slots, BLOCK) * 2 * tables.heads
+    count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return slots if slots <= BLOCK and programs <= 2 * count else 1
+
+
+def _words(side: SideTables, rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    for dtype in (torch.int32, torch.int16):
+        if not any(n % dtype.itemsize for n in (side.code_bytes, side.offset, rows.shape[1], rows.data_ptr())):
+            return rows.view(dtype), dtype.itemsize
+    return rows, 1
+
+
+def encode(
+    tables: DeviceTables,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: torch.Tensor,
+    loc: torch.Tensor,
+    q: torch.Tensor | None = None,
+    turned: torch.Tensor | None = None,
+) -> None:
     """Encode post-RoPE keys ``[T, H, D]`` and values ``[T, H, Dv]`` into ``rows[loc]``, every byte of them.
 
-    k, v bfloat16, float16 or float32, any strides with contiguous channels; rows ``[slots, row_bytes]``
-    uint8, contiguous; loc ``[T]`` int32 or int64, contiguous. Raises ValueError on other shapes.
+    k, v bfloat16, float16 or float32, any strides with contiguous channels; rows ``[slots, row_bytes]`` uint8,
+    contiguous and interleaved (:mod:`.layout`); loc ``[T]`` int32 or int64, contiguous. In the same launch, queries
+    ``q [T, G * H, D]`` may be brought to the stored channels of the keys, as :func:`.turn.turn` does, into ``turned``
+    of q's shape in float32. Raises ValueError on other shapes.
 
     Codes may differ from the float64 twin where a value lies on a threshold to float32 rounding.
     """
+    side, other = tables.k, tables.v
     tables.check_rows(rows)
+    _check(tables, side, "k", k, loc)
+    _check(tables, other, "v", v, loc)
+    if v.dtype != k.dtype:
+        raise ValueError(f"v is {v.dtype}, k is {k.dtype}: one dtype is needed")
     if not loc.is_contiguous():
         raise ValueError(f"loc with strides {loc.stride()}: a contiguous tensor is needed")
-    if not loc.shape[0]:
+    group = 0
+    if q is not None:
+        group = q.shape[1] // tables.heads
+        if q.shape != (len(loc), group * tables.heads, side.dim) or q.dtype != k.dtype or q.stride(2) != 1:
+            raise ValueError(
+                f"q {tuple(q.shape)} {q.dtype} with strides {q.stride()}: [{len(loc)}, a multiple of {tables.heads} "
+                f"heads, {side.dim}] {k.dtype} with contiguous channels is needed"
+            )
+        if turned is None or turned.shape != q.shape or turned.dtype != torch.float32 or turned.stride(2) != 1:
+            raise ValueError("turned: a float32 tensor of q's shape with contiguous channels is needed beside q")
+    tokens = loc.shape[0]
+    if not tokens:
         return
-    _encode_side(tables, tables.k, "k", k, rows, loc)
-    _encode_side(tables, tables.v, "v", v, rows, loc)
+    row, a, b = tables.row, side.plan, other.plan
+    spread = _rows_per_token(tables, tokens, k.device)
+    k_words, word = _words(side, rows)
+    v_words, v_word = _words(other, rows)
+    split = k.dtype == torch.bfloat16
+    blocks = triton.cdiv(max(tokens * spread, tokens * group), BLOCK)
+    _encode_kernel[(blocks, tables.heads * (3 if group else 2))](
+        k,
+        v,
+        q,
+        turned,
+        rows,
+        rows.view(torch.float16),
+        k_words,
+        v_words,
+        loc,
+        a.pieces if split else side.into,
+        a.channels,
+        a.inverse_counts,
+        a.place,
+        b.pieces if split else other.into,
+        b.channels,
+        b.inverse_counts,
+        b.place,
+        side.back_pieces if split else side.back,
+        tables.cells.table,
+        tables.search,
+        tables.search.shape[0],
+        spread,
+        tokens,
+        tokens * group,
+        tables.heads,
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        q.stride(0) if group else 0,
+        q.stride(1) if group else 0,
+        turned.stride(0) if group else 0,
+        turned.stride(1) if group else 0,
+        row.row_bytes,
+        tables.places,
+        row.norm_offset,
+        row.norms,
+        side.code_bytes,
+        side.offset,
+        side.first_norm,
+        other.code_bytes,
+        other.offset,
+        other.first_norm,
+        DIM=side.dim,
+        PADDED=side.padded,
+        NORMS=side.norms,
+        TILES=a.flat_tiles,
+        PLACE_ROWS=a.place.shape[1],
+        PLACE_BYTES=a.place.shape[2],
+        CHUNK=a.chunk,
+        WORD=word,
+        V_DIM=other.dim,
+        V_PADDED=other.padded,
+        V_TILES=b.flat_tiles,
+        V_PLACE_ROWS=b.place.shape[1],
+        V_PLACE_BYTES=b.place.shape[2],
+        V_CHUNK=b.chunk,
+        V_WORD=v_word,
+        BOOKS=tables.cells.magnitudes,
+        COUNT=tables.cells.count,
+        INTERPRET=triton.knobs.runtime.interpret,
+        RULE=tables.scale_rule,
+        SLOTS=triton.next_power_of_2(tables.search.shape[0]),
+        GROUP=group,
+        ROWS=BLOCK,
+        num_warps=WARPS,
+        num_stages=1,
+        maxnreg=REGISTERS if split and side.norms == 1 and max(side.padded, other.padded) <= 128 else None,
+    )

@@ -1,7 +1,7 @@
 """Matrices at the two ends of attention and before encoding, one d x d matrix for each KV head.
 
 :func:`turn` brings queries to the stored channels; :func:`merge_and_turn` merges the splits of an
-attention output and turns it back. Encode uses :func:`transform_tile` in its own kernel.
+attention output and turns it back. Encode uses :func:`project` in its own kernel.
 """
 
 from __future__ import annotations
@@ -13,23 +13,82 @@ import triton.language as tl
 from .tables import SideTables
 
 BLOCK = 16  # rows per program, the least a tensor-core dot takes
+#: The interpreter keeps bfloat16 as its bits and multiplies those; in float32 the products are the same.
+_WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def transform_tile(
-    x, at, live, matrix, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr
-):
-    """``[ROWS, PADDED]`` float32: the rows of DIM channels at ``x + at`` times ``matrix`` (in, out)."""
-    BLOCK_K: tl.constexpr = 32 if PADDED >= 32 else PADDED
-    out_channel = tl.arange(0, PADDED)
-    y = tl.zeros([ROWS, PADDED], tl.float32)
+def _project_chunk(part, matrix, at, PADDED: tl.constexpr, acc):
+    """``acc + part @ matrix[at]``: bfloat16 rows times a matrix in two bfloat16 pieces, others in tf32x3."""
+    if part.dtype == tl.bfloat16:
+        high, low = tl.load(matrix + at), tl.load(matrix + PADDED * PADDED + at)
+        if _WIDEN:
+            part, high, low = part.to(tl.float32), high.to(tl.float32), low.to(tl.float32)
+        acc = tl.dot(part, low, acc)
+        acc = tl.dot(part, high, acc)
+    else:
+        acc = tl.dot(part.to(tl.float32), tl.load(matrix + at), acc, input_precision="tf32x3")
+    return acc
+
+
+@triton.jit
+def project(x, at, live, matrix, head, first, TILES: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """The rows of DIM channels at ``x + at`` times the head's matrix (in, out): a tuple of float32 tiles.
+
+    TILES: ``plan.EncodePlan.flat_tiles``, of which only first channel, from ``first``, and size of each tile matter.
+    The matrix is ``[H, 2, PADDED, PADDED]`` bfloat16 pieces, (out, in), for bfloat16 rows, else float32
+    ``[H, PADDED, PADDED]``.
+    """
+    SPLIT: tl.constexpr = x.dtype.element_ty == tl.bfloat16
+    # All of a common matrix at once: it is one trip to the cache.
+    BLOCK_K: tl.constexpr = (PADDED if PADDED <= 128 else 64) if SPLIT else 32 if PADDED >= 32 else PADDED
+    matrix += head * PADDED * PADDED * (2 if SPLIT else 1)
+    ys = ()
+    for t in tl.static_range(len(TILES) // 6):
+        ys += (tl.full([live.shape[0], TILES[6 * t + 1]], 0.0, tl.float32),)
     for start in range(0, DIM, BLOCK_K):
         channel = start + tl.arange(0, BLOCK_K)
-        mask = live[:, None] & (channel < DIM)[None, :]
-        part = tl.load(x + at[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-        weights = tl.load(matrix + channel[:, None] * PADDED + out_channel[None, :])
-        y = tl.dot(part, weights, y, input_precision=PRECISION)
-    return y
+        part = tl.load(x + at[:, None] + channel[None, :], mask=live[:, None] & (channel < DIM)[None, :], other=0.0)
+        sums = ()
+        for t in tl.static_range(len(TILES) // 6):
+            out = first + TILES[6 * t] + tl.arange(0, TILES[6 * t + 1])
+            if SPLIT:
+                to = channel[:, None] + out[None, :] * PADDED
+            else:
+                to = channel[:, None] * PADDED + out[None, :]
+            sums += (_project_chunk(part, matrix, to, PADDED, ys[t]),)
+        ys = sums
+    return ys
+
+
+@triton.jit
+def project_and_store(
+    x,
+    matrix,
+    y,
+    num_rows,
+    stride_xt,
+    stride_xh,
+    stride_yt,
+    stride_yh,
+    head,
+    block,
+    first,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A block of ``y[t, j] = x[t, j] @ matrix[j // GROUP]``, float32: COLUMNS channels from ``first``."""
+    r = block * ROWS + tl.arange(0, ROWS)
+    token, j = (r // GROUP).to(tl.int64), head * GROUP + r % GROUP
+    live = r < num_rows
+    tiles: tl.constexpr = (0, COLUMNS, 0, 0, 0, 0)
+    tile = project(x, token * stride_xt + j * stride_xh, live, matrix, head, first, tiles, DIM, PADDED)[0]
+    channel = first + tl.arange(0, COLUMNS)
+    to = token * stride_yt + j * stride_yh
+    tl.store(y + to[:, None] + channel[None, :], tile, mask=live[:, None] & (channel < DIM)[None, :])
 
 
 # Numbers that differ between calls or layers are not specialised on: one binary serves them all.
@@ -47,17 +106,27 @@ def _turn_kernel(
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    """``y[t, j] = x[t, j] @ matrix[j // GROUP]``, float32."""
-    head = tl.program_id(1)
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token, j = (r // GROUP).to(tl.int64), r % GROUP
-    live = r < num_rows
-    at = token * stride_xt + (head * GROUP + j) * stride_xh
-    tile = transform_tile(x, at, live, matrix + head * PADDED * PADDED, DIM, PADDED, ROWS, "tf32x3")
-    channel = tl.arange(0, PADDED)
-    to = token * stride_yt + (head * GROUP + j) * stride_yh
-    tl.store(y + to[:, None] + channel[None, :], tile, mask=live[:, None] & (channel < DIM)[None, :])
+    head, first = tl.program_id(1), tl.program_id(2) * COLUMNS
+    project_and_store(
+        x,
+        matrix,
+        y,
+        num_rows,
+        stride_xt,
+        stride_xh,
+        stride_yt,
+        stride_yh,
+        head,
+        tl.program_id(0),
+        first,
+        GROUP,
+        DIM,
+        PADDED,
+        ROWS,
+        COLUMNS,
+    )
 
 
 @triton.jit(do_not_specialize=["num_rows", "max_splits"])
@@ -123,9 +192,11 @@ def turn(side: SideTables, x: torch.Tensor, group: int) -> torch.Tensor:
     """``x [T, group * H, dim]`` times the side's ``back`` matrices, float32."""
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     rows = x.shape[0] * group
-    _turn_kernel[(triton.cdiv(rows, BLOCK), side.back.shape[0])](
+    # Few rows are a matter of reading the matrix: its columns are spread over programs.
+    block, columns = (64, side.padded) if rows > 256 else (16, min(32, side.padded))
+    _turn_kernel[(triton.cdiv(rows, block), side.back.shape[0], side.padded // columns)](
         x,
-        side.back,
+        side.back_pieces if x.dtype == torch.bfloat16 else side.back,
         y,
         rows,
         x.stride(0),
@@ -135,7 +206,8 @@ def turn(side: SideTables, x: torch.Tensor, group: int) -> torch.Tensor:
         GROUP=group,
         DIM=side.dim,
         PADDED=side.padded,
-        ROWS=BLOCK,
+        ROWS=block,
+        COLUMNS=columns,
     )
     return y
 
