@@ -1,11 +1,12 @@
 """Attention over packed rows in Triton, for CUDA.
 
-Metadata, CUDA-graph buffers and split counts are SGLang's own Triton backend's; only where keys
-and values are read or written differs.
+Metadata and CUDA-graph buffers are SGLang's own Triton backend's; only where keys and values are
+read or written differs. On Hopper, extend reads an unpacked prefix (:mod:`.extend`).
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,17 +14,20 @@ from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from ..capture import refuse_extras
-from ..kernels.attention import decode_attention, merge_states, prefix_attention
+from ..kernels.attention import DecodeScratch, decode_attention, merge_states, prefix_attention
 from ..options import NAME
 from . import require_packed_pool
+from .extend import ExtendPlan, FlashExtend, flash_attention_3
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
 
+logger = logging.getLogger(__name__)
+
 
 class TritonPackedBackend(TritonAttnBackend):
-    """Reads only the metadata snapshot (kv_indptr, kv_indices, num_kv_splits): the overlap scheduler
-    rewrites req_to_token and seq_lens while a captured graph runs."""
+    """Reads only the metadata snapshot (kv_indptr, kv_indices): the overlap scheduler rewrites
+    req_to_token and seq_lens while a captured graph runs."""
 
     def __init__(self, runner: Any, *args: Any, **kwargs: Any):
         pool = require_packed_pool(runner)
@@ -32,6 +36,29 @@ class TritonPackedBackend(TritonAttnBackend):
         self.v_head_dim = pool.v_head_dim
         self.pool = pool
         self.quantized_chunk = pool.runtime.options.chunk_attention == "quantized"
+        # One for all layers and batch sizes, so that no captured graph keeps its own.
+        self.scratch = DecodeScratch.of(pool.tables[0], runner.req_to_token_pool.size, self.num_head)
+        self.flash = self._flash_extend(runner)
+        self._plan: tuple[Any, ExtendPlan] | None = None
+
+    def _flash_extend(self, runner: Any) -> FlashExtend | None:
+        """Chosen once: FlashAttention-3 over an unpacked prefix where it runs, else Triton over packed rows."""
+        pool = self.pool
+        attend, why = flash_attention_3(runner.device, runner.dtype, pool.head_dim, pool.v_head_dim)
+        if attend is None:
+            logger.info("%s: prefill attention in Triton over packed rows: %s", NAME, why)
+            return None
+        most = min(pool.size, runner.model_config.context_len)
+        flash = FlashExtend(pool.tables, attend, runner.dtype, most)
+        flash.warm_up(pool.rows)
+        logger.info(
+            "%s: prefill attention in FlashAttention-3 over a workspace of %d tokens (%.0f MiB): %s",
+            NAME,
+            flash.tokens,
+            flash.nbytes / (1 << 20),
+            why,
+        )
+        return flash
 
     def _save(self, layer: RadixAttention, forward_batch: Any, k: torch.Tensor, v: torch.Tensor) -> None:
         swa_loc = self.forward_metadata.swa_out_cache_loc
@@ -39,23 +66,23 @@ class TritonPackedBackend(TritonAttnBackend):
 
     def forward_decode(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):
         refuse_extras(kwargs)
-        if save_kv_cache:
-            self._save(layer, forward_batch, k, v)
         meta, i = self.forward_metadata, self.pool.local(layer.layer_id)
         q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        turned = None
+        if save_kv_cache:
+            turned = torch.empty_like(q3, dtype=torch.float32)
+            loc = KVWriteLoc.for_batch(forward_batch, swa_loc=meta.swa_out_cache_loc)
+            self.pool.set_kv_buffer(layer, loc, k, v, q=q3, turned=turned)
         out = q3.new_empty(q3.shape[0], layer.tp_q_head_num, layer.v_head_dim)
-        n = q3.shape[0]
         decode_attention(
             self.pool.tables[i],
             q3,
             self.pool.rows[i],
-            meta.kv_indptr[: n + 1],
+            meta.kv_indptr[: q3.shape[0] + 1],
             meta.kv_indices,
             layer.scaling,
-            num_kv_splits=meta.num_kv_splits,
-            max_kv_splits=self.max_kv_splits,
-            partial_out=meta.attn_logits[:n],
-            partial_lse=meta.attn_lse[:n],
+            turned=turned,
+            scratch=self.scratch,
             out=out,
         )
         return out.flatten(1)
@@ -67,6 +94,8 @@ class TritonPackedBackend(TritonAttnBackend):
             raise NotImplementedError(f"{NAME}: attention masks of speculative decoding are not supported")
         if save_kv_cache:
             self._save(layer, forward_batch, k, v)
+        if self.flash is not None:
+            return self._forward_extend_flash(q, k, v, layer, forward_batch)
         if self.quantized_chunk:
             k, v = (x.to(q.dtype) for x in self.pool.dequant(layer.layer_id, forward_batch.out_cache_loc))
         q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
@@ -116,4 +145,35 @@ class TritonPackedBackend(TritonAttnBackend):
         if target is None:
             return out
         target.copy_(out.view_as(target))
+        return target
+
+    def _extend_plan(self, layer: RadixAttention, forward_batch: Any) -> ExtendPlan:
+        """The batch's plan. The first layer always makes a new one: a metadata object may be refilled."""
+        meta = self.forward_metadata
+        if self._plan is None or self._plan[0] is not meta or layer.layer_id == self.pool.start_layer:
+            new = forward_batch.extend_seq_lens_cpu
+            plan = self.flash.plan(
+                forward_batch.extend_prefix_lens_cpu,
+                new,
+                meta.qo_indptr[: len(new) + 1],
+                meta.kv_indptr[: len(new) + 1],
+            )
+            self._plan = meta, plan
+        return self._plan[1]
+
+    def _forward_extend_flash(self, q, k, v, layer: RadixAttention, forward_batch) -> torch.Tensor:
+        i, plan = self.pool.local(layer.layer_id), self._extend_plan(layer, forward_batch)
+        rows = self.pool.rows[i]
+        q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        if self.quantized_chunk:
+            k3, v3 = self.flash.unpacked(i, rows, forward_batch.out_cache_loc)
+        else:
+            k3 = k.reshape(-1, layer.tp_k_head_num, layer.qk_head_dim)
+            v3 = v.reshape(-1, layer.tp_v_head_num, layer.v_head_dim)
+        # Between the pieces of a prefill graph the result belongs where the next piece reads it.
+        target = getattr(forward_batch, "_attn_output", None)
+        if target is None:
+            target = q.new_empty(q3.shape[0], layer.tp_q_head_num * layer.v_head_dim)
+        out = target.view(-1, layer.tp_q_head_num, layer.v_head_dim)
+        self.flash(i, plan, q3, k3, v3, rows, self.forward_metadata.kv_indices, layer.scaling, out)
         return target

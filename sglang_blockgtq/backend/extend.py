@@ -1,0 +1,259 @@
+"""Extend at the speed of a dense cache: the prefix is unpacked to a workspace that FlashAttention-3 reads.
+
+A prefix and chunk that fit the workspace together lie there one after the other, and one causal call sees
+them as it would a dense cache. A longer prefix goes through the workspace in pieces, each attended by the
+queries that have keys in it; the pieces and the chunk's own causal attention are merged by their LSE.
+
+Definition: :func:`..kernels.naive.extend_attention`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+
+from ..kernels.merge import merge_into
+from ..kernels.tables import DeviceTables
+from ..kernels.unpack import UnpackTables, unpack
+
+#: Bytes of the workspace, keys and values together: 64K tokens of 8 KV heads of 128 channels in 16 bits.
+WORKSPACE_BYTES = 256 << 20
+MAX_HEAD_DIM = 256  # of FlashAttention-3
+_ALIGN = 16  # bytes, of a row that its copy engine reads
+
+
+def flash_attention_3(
+    device: torch.device | str, dtype: torch.dtype, head_dim: int, v_head_dim: int
+) -> tuple[Callable | None, str]:
+    """FlashAttention-3's ``flash_attn_varlen_func`` as SGLang itself uses it, or None, and why."""
+    device = torch.device(device)
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return None, "not a Hopper GPU"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None, f"FlashAttention-3 does not take {dtype}"
+    if head_dim != v_head_dim or head_dim % 8 or head_dim > MAX_HEAD_DIM:
+        return None, f"FlashAttention-3 is not used for heads of {head_dim} and {v_head_dim} channels"
+    try:
+        from sgl_kernel.flash_attn import flash_attn_varlen_func
+    except ImportError as e:
+        return None, f"FlashAttention-3 cannot be imported ({e})"
+    return flash_attn_varlen_func, "Hopper GPU with FlashAttention-3"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some consecutive tokens of the flattened prefixes, and the requests that have keys among them."""
+
+    tokens: slice  # of kv_indices
+    queries: slice  # of the new tokens
+    cu_q: torch.Tensor  # int32, from the piece's first query
+    cu_k: torch.Tensor  # int32, from the piece's first token
+    max_q: int
+    max_k: int
+
+
+@dataclass(frozen=True)
+class ExtendPlan:
+    """Where everything lies in one batch; the same for all layers.
+
+    prefix, new: tokens of all requests. cu_q, cu_k: int32 ``[B + 1]``; cu_k counts prefix and chunk, and is None
+    when the workspace does not hold them together. prefix_to, chunk_to: places in the workspace, None where
+    they simply follow one another. pieces: empty unless the prefix goes in pieces.
+    """
+
+    prefix: int
+    new: int
+    cu_q: torch.Tensor
+    cu_k: torch.Tensor | None
+    max_q: int
+    max_k: int
+    prefix_to: torch.Tensor | None
+    chunk_to: torch.Tensor | None
+    pieces: tuple[Piece, ...]
+
+    @classmethod
+    def of(
+        cls,
+        prefix_lens: Sequence[int],
+        new_lens: Sequence[int],
+        qo_indptr: torch.Tensor,
+        kv_indptr: torch.Tensor,
+        workspace: int,
+    ) -> ExtendPlan:
+        """prefix_lens, new_lens: per request, on the host; qo_indptr, kv_indptr ``[B + 1]``: their sums, on the device.
+
+        workspace: its tokens. Nothing waits for the device.
+        """
+        kv, qo = [0, *accumulate(prefix_lens)], [0, *accumulate(new_lens)]
+        prefix, new, requests = kv[-1], qo[-1], len(prefix_lens)
+        cu_q, cu_kv = qo_indptr.int(), kv_indptr.int()
+        max_q = max(new_lens, default=0)
+        cu_k = prefix_to = chunk_to = None
+        max_k, pieces = max_q, ()
+        if not prefix:
+            cu_k = cu_q
+        elif prefix + new <= workspace:
+            cu_k = cu_kv + cu_q
+            max_k = max(a + b for a, b in zip(prefix_lens, new_lens, strict=True))
+            if requests > 1:
+                prefix_to = _places(cu_kv, cu_q[:-1], prefix)
+                chunk_to = _places(cu_q, cu_kv[1:], new)
+        else:
+            pieces = tuple(_pieces(kv, qo, cu_q, cu_kv, workspace))
+        return cls(prefix, new, cu_q, cu_k, max_q, max_k, prefix_to, chunk_to, pieces)
+
+
+def _places(indptr: torch.Tensor, shift: torch.Tensor, total: int) -> torch.Tensor:
+    """``t + shift[request of t]`` for every t below ``total``, int64."""
+    token = torch.arange(total, device=indptr.device)
+    return token + shift.long()[torch.searchsorted(indptr[1:].long().contiguous(), token, right=True)]
+
+
+def _pieces(kv: list[int], qo: list[int], cu_q: torch.Tensor, cu_kv: torch.Tensor, size: int):
+    """Cut the flattened prefix every ``size`` tokens. Requests without keys in a piece stay out at either end."""
+    for start in range(0, kv[-1], size):
+        stop = min(start + size, kv[-1])
+        first = bisect_right(kv, start) - 1
+        last = bisect_left(kv, stop)
+        if qo[first] == qo[last]:
+            continue
+        held = [min(b, stop) - max(a, start) for a, b in pairwise(kv[first : last + 1])]
+        yield Piece(
+            tokens=slice(start, stop),
+            queries=slice(qo[first], qo[last]),
+            cu_q=cu_q[first : last + 1] - qo[first],
+            cu_k=(cu_kv[first : last + 1] - start).clamp(0, stop - start),
+            max_q=max(b - a for a, b in pairwise(qo[first : last + 1])),
+            max_k=max(held),
+        )
+
+
+class FlashExtend:
+    """Extend attention of all layers of a pool, through one workspace.
+
+    tables: of each layer. attend: ``flash_attn_varlen_func`` or what behaves like it. max_tokens: most tokens
+    that the workspace is asked to hold; it never holds more than :data:`WORKSPACE_BYTES`.
+    """
+
+    def __init__(
+        self, tables: Sequence[DeviceTables], attend: Callable, dtype: torch.dtype, max_tokens: int, bytes_: int = 0
+    ):
+        first = tables[0]
+        per_token = first.heads * (first.k.dim + first.v.dim) * dtype.itemsize
+        self.tokens = max(1, min(max_tokens, (bytes_ or WORKSPACE_BYTES) // per_token))
+        self.layers = [UnpackTables.of(t) for t in tables]
+        self.attend = attend
+        # Requests share it in stream order. What is not written is not read either: every call sees its part alone.
+        self.k = torch.empty(self.tokens, first.heads, first.k.dim, dtype=dtype, device=first.device)
+        self.v = torch.empty(self.tokens, first.heads, first.v.dim, dtype=dtype, device=first.device)
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+    def warm_up(self, rows: Sequence[torch.Tensor]) -> None:
+        """Have every kernel compiled before the first request waits for it. rows: of each layer; slot 0 is read."""
+        slot = torch.zeros(1, dtype=torch.int64, device=self.k.device)
+        for layer, packed in zip(self.layers, rows, strict=True):
+            for dest in (None, slot):
+                unpack(layer, packed, slot, self.k, self.v, dest)
+        out = self.v[:1].float()
+        lse = out.new_zeros(out.shape[1], 1)
+        merge_into(out, lse.T, self.v[:1], lse.T)
+
+    def plan(
+        self,
+        prefix_lens: Sequence[int],
+        new_lens: Sequence[int],
+        qo_indptr: torch.Tensor,
+        kv_indptr: torch.Tensor,
+    ) -> ExtendPlan:
+        return ExtendPlan.of(prefix_lens, new_lens, qo_indptr, kv_indptr, self.tokens)
+
+    def unpacked(self, layer: int, rows: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values ``[N, H, D]`` of some slots, in memory of their own."""
+        k = self.k.new_empty(slots.shape[0], *self.k.shape[1:])
+        v = self.v.new_empty(slots.shape[0], *self.v.shape[1:])
+        unpack(self.layers[layer], rows, slots, k, v)
+        return k, v
+
+    def __call__(
+        self,
+        layer: int,
+        plan: ExtendPlan,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rows: torch.Tensor,
+        kv_indices: torch.Tensor,
+        sm_scale: float,
+        out: torch.Tensor,
+    ) -> None:
+        """New tokens against their packed prefix plus, causally, themselves.
+
+        q ``[T, Hq, D]``, k ``[T, H, D]``, v ``[T, H, Dv]`` in the workspace's dtype, T >= plan.new; rows of this
+        layer; kv_indices: the prefixes' slots. Writes all of ``out [T, Hq, Dv]``, zeros beyond plan.new.
+        """
+        new = plan.new
+        out[new:] = 0
+        if not new:
+            return
+        q, k, v, target = _readable(q[:new]), _readable(k[:new]), _readable(v[:new]), out[:new]
+        if not plan.prefix:
+            self._attend(q, k, v, plan.cu_q, plan.cu_q, plan.max_q, plan.max_k, sm_scale, True, target)
+        elif plan.cu_k is not None:
+            total = plan.prefix + new
+            keys, values = self.k[:total], self.v[:total]
+            unpack(self.layers[layer], rows, kv_indices[: plan.prefix], keys, values, plan.prefix_to)
+            if plan.chunk_to is None:
+                keys[plan.prefix :].copy_(k)
+                values[plan.prefix :].copy_(v)
+            else:
+                keys.index_copy_(0, plan.chunk_to, k)
+                values.index_copy_(0, plan.chunk_to, v)
+            self._attend(q, keys, values, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k, sm_scale, True, target)
+        else:
+            part, lse = self._attend(q, k, v, plan.cu_q, plan.cu_q, plan.max_q, plan.max_q, sm_scale, True, None)
+            merged = part.float()  # float32 between the pieces: they shall not be rounded once each
+            for piece in plan.pieces:
+                held = piece.tokens.stop - piece.tokens.start
+                keys, values = self.k[:held], self.v[:held]
+                unpack(self.layers[layer], rows, kv_indices[piece.tokens], keys, values)
+                mine = piece.queries
+                part, part_lse = self._attend(
+                    q[mine], keys, values, piece.cu_q, piece.cu_k, piece.max_q, piece.max_k, sm_scale, False, None
+                )
+                merge_into(merged[mine], lse[:, mine].T, part, part_lse.T)
+            target.copy_(merged)
+
+    def _attend(self, q, k, v, cu_q, cu_k, max_q, max_k, sm_scale, causal, out) -> tuple[torch.Tensor, torch.Tensor]:
+        """out ``[T, Hq, Dv]`` and lse ``[Hq, T]``, zeros and -inf for queries without keys.
+
+        num_splits = 0 lets FlashAttention fill the device, as SGLang's own backend does.
+        """
+        result = self.attend(
+            q=q,
+            k=k,
+            v=v,
+            cu_seqlens_q=cu_q,
+            cu_seqlens_k=cu_k,
+            max_seqlen_q=max_q,
+            max_seqlen_k=max_k,
+            softmax_scale=sm_scale,
+            causal=causal,
+            num_splits=0,
+            return_softmax_lse=True,
+            out=out,
+        )
+        return result[0], result[1]
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """``x [T, H, D]``, copied only if its copy engine could not read it in place."""
+    strides = (stride * x.element_size() for stride in x.stride()[:2])
+    in_place = x.stride(2) == 1 and x.data_ptr() % _ALIGN == 0 and not any(stride % _ALIGN for stride in strides)
+    return x if in_place else x.contiguous()
