@@ -15,20 +15,15 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
 from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 
-import requests
+from .launch import Server, ServerError, exit_on_sigterm, shown, wait_for
 
 #: name -> extra server arguments
 SETTINGS = {
@@ -44,56 +39,6 @@ SETTINGS = {
     "k2v2": ["--kv-quant-k-bits=2", "--kv-quant-v-bits=2"],
 }
 COLUMNS = ("setting", "device", "dtype", "bytes_per_token", "prefix_gap", "decode_gap", "cached_tokens", "generated")
-
-
-class Server:
-    """A launch_server process, stopped on exit from the with block."""
-
-    def __init__(self, model: str, *args: str):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = Path(tempfile.mkstemp(suffix=".log")[1])
-        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--port", str(port), *args]
-        with self.log.open("w") as out:
-            self.process = subprocess.Popen(
-                command,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONSAFEPATH": "1"},
-                start_new_session=True,
-            )
-
-    def __enter__(self) -> Server:
-        while "fired up" not in self.log.read_text(errors="replace"):
-            if self.process.poll() is not None:
-                tail = self.log.read_text(errors="replace").splitlines()[-30:]
-                raise SystemExit("the server died:\n" + "\n".join(tail))
-            time.sleep(1)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.killpg(self.process.pid, signal.SIGTERM)
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-    def generate(self, ids: list[int], new: int = 1, logprob_start: int = -1) -> dict:
-        body = {
-            "input_ids": ids,
-            "sampling_params": {"max_new_tokens": new, "temperature": 0, "ignore_eos": True},
-            "return_logprob": True,
-            "logprob_start_len": logprob_start,
-        }
-        response = requests.post(self.url + "/generate", json=body, timeout=1800)
-        response.raise_for_status()
-        return response.json()["meta_info"]
-
-    def logprobs(self, ids: list[int], start: int) -> tuple[list[float], int]:
-        meta = self.generate(ids, logprob_start=start)
-        return [lp for lp, *_ in meta["input_token_logprobs"][-(len(ids) - start - 1) :]], meta["cached_tokens"]
 
 
 class Transformers:
@@ -135,16 +80,17 @@ def measure(server: Server, reference: Server | Transformers, ids: list[int], pr
     }
 
 
-def write(out: Path, rows: list[dict], device: str) -> None:
+def write(out: Path, rows: list[dict], device: str, commit: str | None) -> None:
     """The CSV, and beside it a JSON file that says how it was made."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="") as f:
         writer = csv.DictWriter(f, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    if commit is None:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     meta = {
-        "command": "python -m benchmarks.server_agreement " + " ".join(sys.argv[1:]),
+        "command": "python -m benchmarks.server_agreement " + shown(" ".join(sys.argv[1:])),
         "commit": commit,
         "device": device,
         "versions": {name: version(name) for name in ("torch", "triton", "sglang")},
@@ -160,6 +106,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--together", action="store_true", help="start all servers at once, measure one after another")
+    parser.add_argument("--commit", help="commit to record, where there is no git")
     parser.add_argument("--out", type=Path, required=True)
     args, extra = parser.parse_known_args()
 
@@ -176,22 +124,39 @@ def main() -> None:
     def keep(row: dict) -> None:
         rows.append({"device": device, "dtype": args.dtype, **row})
         print(rows[-1], flush=True)
-        write(args.out, rows, device)  # after every setting: a run cut short keeps what it measured
+        write(args.out, rows, device, args.commit)  # after every setting: a run cut short keeps what it measured
 
+    def packed(stack: ExitStack, name: str) -> Server:
+        return stack.enter_context(Server(args.model_path, *common, "--kv-quant=blockgtq", *SETTINGS[name]))
+
+    exit_on_sigterm()
     with ExitStack() as stack:
+        reference: Server | Transformers
         if cuda:
             reference = stack.enter_context(Server(args.model_path, *common, "--attention-backend", "triton"))
+        early = {name: packed(stack, name) for name in args.settings} if args.together else {}
+        if cuda:
+            reference.wait()
+            wait_for(early.values(), 900)  # what went wrong is raised below, after the others were measured
             cold, _ = reference.logprobs(ids, prefix)
             reference.generate(ids[:prefix])
             warm, cached = reference.logprobs(ids, prefix)
             keep({"setting": "stock_cold_warm", "prefix_gap": round(gap(cold, warm), 5), "cached_tokens": cached})
         else:
             reference = Transformers(args.model_path)
+        failed: list[ServerError] = []
         for name in args.settings:
-            with Server(args.model_path, *common, "--kv-quant=blockgtq", *SETTINGS[name]) as server:
-                info = requests.get(server.url + "/server_info", timeout=60).json()["kv_quant"]
-                row = measure(server, reference, ids, prefix, args.new_tokens)
-            keep({"setting": name, "bytes_per_token": info["bytes_per_token"], **row})
+            with ExitStack() as own:
+                try:
+                    server = (early[name] if name in early else packed(own, name)).wait()
+                    row = measure(server, reference, ids, prefix, args.new_tokens)
+                except ServerError as e:
+                    failed.append(e)
+                    print(f"{name}: {e}", file=sys.stderr, flush=True)
+                    continue
+                keep({"setting": name, "bytes_per_token": server.info()["kv_quant"]["bytes_per_token"], **row})
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(args.settings)} settings were not measured")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""``python -m benchmarks.kernels --out FILE.csv``: check, time, write CSV and JSON. Needs a CUDA device."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from . import cases, record, run, timing
+
+
+def lengths(text: str) -> tuple[int, int]:
+    """``8x32K`` to (8, 32768). ArgumentTypeError for anything else."""
+    batch, x, context = text.lower().partition("x")
+    try:
+        tokens = int(context[:-1]) * 1024 if context.endswith("k") else int(context)
+        if x and int(batch) > 0 and tokens > 0:
+            return int(batch), tokens
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text}: BATCHxCONTEXT is needed, as in 8x32K")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="CSV to write; a .json of the same name tells how")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="GLOB",
+        help="cases whose SHAPE/KERNEL/METHOD matches one of these, e.g. 'qwen2.5-3b/decode/*' '*/template-k3v3'; "
+        "packed methods are named with their bits",
+    )
+    parser.add_argument("--lengths", nargs="+", type=lengths, metavar="BxN", help="e.g. 1x128K 32x8K; default: all")
+    parser.add_argument("--quick", action="store_true", help="three lengths, shuffled index")
+    parser.add_argument("--check", action="store_true", help="check results and compile kernels, time nothing")
+    parser.add_argument("--budget", type=float, default=285, help="seconds for everything (default 285)")
+    parser.add_argument("--pool-tokens", type=int, default=1 << 20, help="tokens of the pools (default 1048576)")
+    parser.add_argument("--commit", help="commit to record, where there is no git")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    started = time.monotonic()
+    try:
+        chosen = cases.cases(args.only, args.lengths, args.quick)
+    except ValueError as e:
+        print(e, file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():
+        print("benchmarks.kernels needs a CUDA device", file=sys.stderr)
+        return 2
+    torch.backends.cuda.matmul.allow_tf32 = False  # the reference is float32
+    gc.freeze()  # a collection before each capture is then quick
+    provenance = record.provenance(sys.argv[1:] if argv is None else argv, args.commit)
+    table = record.Table(args.out)
+    if not args.check:
+        copy, num_bytes = timing.copy_gbps()
+        table.add(run.copy_row(copy, num_bytes))
+        provenance["copy_gbps"] = round(table.rows[0].gbps, 1)
+        torch.cuda.empty_cache()
+    record.write_json(args.out, provenance)
+    ok = run.run(
+        chosen,
+        table,
+        "cuda",
+        deadline=started + args.budget,
+        pool_tokens=args.pool_tokens,
+        timer=None if args.check else timing.measure,
+    )
+    provenance["seconds"] = round(time.monotonic() - started, 1)
+    record.write_json(args.out, provenance)
+    print(f"{len(table.rows)} rows in {args.out}, {provenance['seconds']} s", flush=True)
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
