@@ -137,8 +137,9 @@ def _spread_rest(widths: list[int], rest: int, ranked: torch.Tensor, base: torch
 def template_widths(moments: Moments, bits: float) -> list[int]:
     """The multiset of block widths that fits the model best under the budget, widest first.
 
-    Judged by the mean over all heads of the expected error relative to uniform widths. One
-    template for all layers: one kernel binary.
+    Judged by the expected error relative to uniform widths: its mean over all heads and layers, and as much
+    by the worst layer's, since one layer that loses more than uniform widths do is not made up for by the
+    others. One template for all layers: one kernel binary.
     """
     blocks = moments.k.shape[-1]
     budget = block_budget(blocks, bits)
@@ -155,10 +156,12 @@ def template_widths(moments: Moments, bits: float) -> list[int]:
     candidates = template_candidates(budget // unit, units, slots // units)
     if not candidates:  # 15 bits a column, as 80 channels at 3 bits have, fill no words: any widths then, in planes
         candidates = template_candidates(budget // unit, units, slots=0)
-    return min(
-        ([w for w in candidate for _ in range(unit)] for candidate in candidates),
-        key=lambda widths: float((template_error(ranked, widths) / base).mean()),
-    )
+
+    def cost(widths: list[int]) -> float:
+        layers = (template_error(ranked, widths) / base).mean(-1)
+        return float(layers.mean() + layers.max())
+
+    return min(([w for w in candidate for _ in range(unit)] for candidate in candidates), key=cost)
 
 
 def _template(moments: Moments, bits: float) -> torch.Tensor:

@@ -21,11 +21,10 @@ _WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
 def _project_chunk(part, matrix, at, PADDED: tl.constexpr, acc):
     """``acc + part @ matrix[at]``: bfloat16 rows times a matrix in two bfloat16 pieces, others in tf32x3."""
     if part.dtype == tl.bfloat16:
-        high, low = tl.load(matrix + at), tl.load(matrix + PADDED * PADDED + at)
         if _WIDEN:
-            part, high, low = part.to(tl.float32), high.to(tl.float32), low.to(tl.float32)
-        acc = tl.dot(part, low, acc)
-        acc = tl.dot(part, high, acc)
+            part = part.to(tl.float32)
+        acc = tl.dot(part, tl.load(matrix + PADDED * PADDED + at).to(part.dtype), acc)
+        acc = tl.dot(part, tl.load(matrix + at).to(part.dtype), acc)
     else:
         acc = tl.dot(part.to(tl.float32), tl.load(matrix + at), acc, input_precision="tf32x3")
     return acc
