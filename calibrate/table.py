@@ -17,7 +17,7 @@ from ..kernels.codec import LayerCodec
 from ..kernels.layout import CodeLayout, RowLayout, uniform_layout
 from .rope import RopeBlocks
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _METADATA_KEY = "blockgtq"
 
 

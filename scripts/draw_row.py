@@ -15,18 +15,19 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Polygon, Rectangle
 
-from sglang_blockgtq.kernels.layout import NORM_BYTES, CodeLayout, Plane, RowLayout, uniform_layout
+from sglang_blockgtq.kernels.columns import COLUMNS
+from sglang_blockgtq.kernels.layout import NORM_BYTES, CodeLayout, RowLayout, uniform_layout
 
 OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "img" / "row.png"
 
 #: The widths that the template allocator gives SmolLM2-135M (head_dim 64) at 3 bits.
-WIDTHS = (6,) * 8 + (3,) * 32 + (2,) * 24
+WIDTHS = tuple(bits for bits in (5, 3, 2, 2) for _ in range(COLUMNS))
 HEADS = 3
 
-COLORS = {"hi": "#2a78d6", "lo": "#4a3aa7", "two": "#1baf7a", "one": "#eda100"}
+BIN_COLORS = {16: "#4a3aa7", 8: "#2a78d6", 4: "#1baf7a", 2: "#eda100"}
+SLOT_COLORS = ("#2a78d6", "#1baf7a", "#7fb2ea", "#8ed8bd")
 SCALE_COLOR, PAD_COLOR = "#e87ba4", "#d9d8d4"
 INK, MUTED, EDGE = "#1f1f1d", "#5f5e58", "#ffffff"
-FIELD_BITS = {4: "4-bit fields", 2: "2-bit fields", 1: "1-bit fields"}
 
 
 def box(ax: Axes, x: float, y: float, width: float, height: float, color: str, line: float = 0.8) -> None:
@@ -50,12 +51,12 @@ def zoom(ax: Axes, top: tuple[float, float], bottom: tuple[float, float], y_top:
 
 
 def draw_codes(ax: Axes, layout: CodeLayout, x: float, y: float, height: float) -> None:
-    for plane in layout.planes:
-        box(ax, x + plane.offset, y, plane.num_bytes, height, COLORS[plane.name])
+    for part in layout.columns.bins:
+        box(ax, x + part.offset, y, part.num_bytes, height, BIN_COLORS[part.bits])
 
 
 def draw_row(ax: Axes, row: RowLayout, y: float, height: float) -> None:
-    """The whole row, one unit per byte: planes coloured, heads bracketed, byte offsets below."""
+    """The whole row, one unit per byte: bins coloured, heads bracketed, byte offsets below."""
     parts = [("K", h * row.k_code_bytes, layout) for h, layout in enumerate(row.k)]
     parts += [("V", row.v_offset + h * row.v_code_bytes, row.v) for h in range(row.heads)]
     for i, (name, x, layout) in enumerate(parts):
@@ -74,38 +75,36 @@ def draw_row(ax: Axes, row: RowLayout, y: float, height: float) -> None:
 
 
 def draw_head(ax: Axes, layout: CodeLayout, x: float, y: float, unit: float, height: float) -> None:
-    """One head's code bytes, numbered, with the channels of every plane above them."""
-    for plane in layout.planes:
-        for byte in range(plane.offset, plane.offset + plane.num_bytes):
-            box(ax, x + byte * unit, y, unit, height, COLORS[plane.name])
-            label(ax, x + (byte + 0.5) * unit, y - 0.32, str(byte), fontsize=8, color=MUTED)
-        middle = x + (plane.offset + plane.num_bytes / 2) * unit
-        channels = ", ".join(f"{run.start}-{run.stop - 1}" for run in plane.runs)
-        if len(plane.runs) > 1:
-            channels = f"{plane.runs[0].start}-{plane.runs[-1].stop - 1}"
-        label(ax, middle, y + height + 0.75, f"{plane.name}: {FIELD_BITS[plane.width]}", weight="bold")
-        label(ax, middle, y + height + 0.28, f"channels {channels}", color=MUTED)
+    """One head's words, with the byte each starts at below and its columns inside."""
+    for i, part in enumerate(layout.columns.bins):
+        for word in range(part.words):
+            left = x + (part.offset + 2 * word) * unit
+            box(ax, left, y, 2 * unit, height, BIN_COLORS[part.bits])
+            numbers = [str(word + part.words * r) for r in range(part.repeat)]
+            columns = "\n".join(", ".join(numbers[i : i + 2]) for i in range(0, len(numbers), 2))
+            label(ax, left + unit, y + height / 2, columns, fontsize=7.5, color=EDGE, weight="bold", linespacing=1.1)
+            label(ax, left + unit, y - 0.32, str(part.offset + 2 * word), fontsize=8, color=MUTED)
+        middle = x + (part.offset + part.num_bytes / 2) * unit
+        label(ax, middle, y + height + 0.75, f"bin {i}: {part.bits} bits of each column", weight="bold")
+        label(ax, middle, y + height + 0.28, f"{part.words} words of {part.repeat} columns", color=MUTED)
 
 
-def element_channel(plane: Plane, element: int) -> int:
-    for run in plane.runs:
-        if element < run.stop - run.start:
-            return run.start + element
-        element -= run.stop - run.start
-    raise IndexError(element)
-
-
-def draw_byte(ax: Axes, plane: Plane, byte: int, x: float, y: float, unit: float, height: float) -> None:
-    """The bits of one byte, most significant left, with the channel each slot belongs to."""
-    for slot in reversed(range(plane.slots)):
-        left = x + (plane.slots - 1 - slot) * unit * plane.width
-        box(ax, left, y, unit * plane.width, height, COLORS[plane.name], line=1.6)
-        channel = element_channel(plane, byte + slot * plane.num_bytes)
-        low = slot * plane.width
-        label(ax, left + unit * plane.width / 2, y + height / 2, f"channel {channel}", weight="bold")
-        label(
-            ax, left + unit * plane.width / 2, y - 0.32, f"bits {low + plane.width - 1}-{low}", fontsize=8, color=MUTED
-        )
+def draw_word(ax: Axes, layout: CodeLayout, index: int, x: float, y: float, unit: float, height: float) -> None:
+    """The bits of the first word of a bin, most significant left, with the channel of each code."""
+    part = layout.columns.bins[index]
+    for repeat in range(part.repeat):
+        column = repeat * part.words
+        for slot, pieces in enumerate(layout.columns.slots):
+            for piece in pieces:
+                if piece.bin != index:
+                    continue
+                low = repeat * part.bits + piece.shift
+                left = x + (16 - low - piece.width) * unit
+                box(ax, left, y, unit * piece.width, height, SLOT_COLORS[slot % len(SLOT_COLORS)], line=1.6)
+                middle = left + unit * piece.width / 2
+                label(ax, middle, y + height / 2, f"channel {slot * COLUMNS + column}", weight="bold", fontsize=7.5)
+                bits = f"bits {low + piece.width - 1}-{low}" if piece.width > 1 else f"bit {low}"
+                label(ax, middle, y - 0.32, bits, fontsize=8, color=MUTED)
 
 
 def draw(path: Path) -> None:
@@ -128,25 +127,22 @@ def draw(path: Path) -> None:
     head_x = 0.0
     zoom(ax, (0, head.code_bytes), (head_x, head_x + head.code_bytes * unit), row_y, head_y + 2.25)
     draw_head(ax, head, head_x, head_y, unit, 1.0)
-    widths = [f"{stop - start} channels of {bits} bits" for start, stop, bits in head.groups]
+    widths = [f"channels {start}-{stop - 1}: {bits} bit{'s' * (bits > 1)}" for start, stop, bits in head.groups]
     label(
         ax,
-        head_x + head.code_bytes * unit + 4,
+        head_x + head.code_bytes * unit + 3,
         head_y + 0.8,
         "K head 0:\n" + "\n".join(widths),
         ha="left",
         linespacing=1.5,
     )
 
-    two = next(plane for plane in head.planes if plane.name == "two")
-    byte_x, byte_unit = 20.0, 9.0
-    first = head_x + two.offset * unit
-    zoom(ax, (first, first + unit), (byte_x, byte_x + 8 * byte_unit), head_y, byte_y + 1.0)
-    draw_byte(ax, two, 0, byte_x, byte_y, byte_unit, 1.0)
-    rule = (
-        f"byte {two.offset}, the first of W = {two.num_bytes}:\nelement e of the plane lies\nin byte e % W, slot e // W"
-    )
-    label(ax, byte_x + 8 * byte_unit + 3, byte_y + 0.5, rule, ha="left", linespacing=1.5)
+    part = head.columns.bins[0]
+    byte_x, bit_unit = 6.0, 6.4
+    zoom(ax, (head_x, head_x + 2 * unit), (byte_x, byte_x + 16 * bit_unit), head_y, byte_y + 1.0)
+    draw_word(ax, head, 0, byte_x, byte_y, bit_unit, 1.0)
+    rule = f"word 0 of bin 0:\ncolumns 0 and {part.words}.\nChannel 16 s + c is\nin column c of slot s"
+    label(ax, byte_x + 16 * bit_unit + 3, byte_y + 0.5, rule, ha="left", linespacing=1.5)
 
     figure.subplots_adjust(0.01, 0.01, 0.99, 0.99)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,19 +15,20 @@ import torch
 
 from sglang_blockgtq.calibrate.allocate import block_budget
 from sglang_blockgtq.kernels import naive
-from sglang_blockgtq.kernels.codebook import MAX_BITS, MIN_BITS
+from sglang_blockgtq.kernels.codebook import MAX_BITS, MIN_BITS, POLYNOMIAL, boundaries, distortion, lloyd_max
 from sglang_blockgtq.kernels.codec import LayerCodec
-from sglang_blockgtq.kernels.layout import NORM_BYTES, CodeLayout, RowLayout, uniform_layout
+from sglang_blockgtq.kernels.columns import COLUMNS
+from sglang_blockgtq.kernels.layout import BLOCK_SLOTS, NORM_BYTES, CodeLayout, RowLayout, uniform_layout
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "format.md"
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PRESETS = ((2, 2), (3, 2), (3, 3), (4, 4))
 
-#: The worked example: head_dim 128, K3V3, two heads, the widths the template allocator chose for
-#: SmolLM2-135M at 3 bits (an eighth of the channels at 6, half at 3, the rest at 2 bits).
+#: The worked example: head_dim 128, K3V3, two heads, widths that the template allocator may choose at 3 bits.
 EXAMPLE_HEADS = 2
-EXAMPLE_WIDTHS = (6,) * 16 + (3,) * 64 + (2,) * 48
-EXAMPLE_HEAD, EXAMPLE_CHANNEL = 1, 70
+EXAMPLE_WIDTHS = tuple(bits for bits in (6, 4, 3, 3, 2, 2, 2, 2) for _ in range(COLUMNS))
+EXAMPLE_HEAD, EXAMPLE_CHANNEL = 1, 90  # read by hand, of the keys
+CUT_CHANNEL = 123  # the same, of the values
 
 
 def row_layout(heads: int, widths: tuple[int, ...], v_bits: float) -> RowLayout:
@@ -74,59 +75,125 @@ def example_row() -> tuple[LayerCodec, torch.Tensor]:
     return codec, naive.encode(codec, k[None], v[None])[0]
 
 
-def planes() -> str:
-    layout = CodeLayout(EXAMPLE_WIDTHS)
+def bits_of(first: int, width: int) -> str:
+    return f"bit {first}" if width == 1 else f"bits {first + width - 1}-{first}"
+
+
+def columns() -> str:
+    """Where each slot of the example lies, keys and values."""
     lines = [
-        "| plane | bytes of the head's codes | W | elements | channels, and which bits of their code |",
-        "|:---|:---|---:|---:|:---|",
+        "| | slot | channels | width | bin | bits of the column's part | bits of the code |",
+        "|:---|---:|:---|---:|---:|:---|:---|",
     ]
-    for plane in layout.planes:
-        runs = []
-        for run in plane.runs:
-            top = run.position + plane.width - 1
-            bits = f"bit {top}" if plane.width == 1 else f"bits {top}-{run.position}"
-            runs.append(f"{run.start}-{run.stop - 1}: {bits}")
-        where = f"{plane.offset}-{plane.offset + plane.num_bytes - 1}"
-        lines.append(f"| {plane.name} | {where} | {plane.num_bytes} | {plane.num_elements} | {'; '.join(runs)} |")
+    for side, layout in (("K", CodeLayout(EXAMPLE_WIDTHS)), ("V", uniform_layout(len(EXAMPLE_WIDTHS), 3))):
+        for slot, (bits, pieces) in enumerate(zip(layout.columns.widths, layout.columns.slots, strict=True)):
+            for piece in pieces:
+                channels = f"{slot * COLUMNS}-{slot * COLUMNS + COLUMNS - 1}"
+                part = bits_of(piece.shift, piece.width)
+                code = "all" if piece.width == bits else bits_of(piece.position, piece.width)
+                lines.append(f"| {side} | {slot} | {channels} | {bits} | {piece.bin} | {part} | {code} |")
     return "\n".join(lines)
 
 
-def example() -> str:
-    """The packed row in hexadecimal, and the steps that read one channel out of it."""
-    codec, row = example_row()
-    layout, head, channel = codec.layout, EXAMPLE_HEAD, EXAMPLE_CHANNEL
-    code_layout = layout.k[head]
-    data = bytes(row.tolist())
-    dump = [f"{i:3d}  {data[i : i + 16].hex(' ')}" for i in range(0, len(data), 16)]
-    steps, code = [], 0
-    start = head * layout.k_code_bytes
-    for plane in code_layout.planes:
-        byte, shift, position = code_layout.field_table[plane.name][channel]
-        if byte < 0:
-            continue
-        mask = (1 << plane.width) - 1
-        field = data[start + byte] >> shift & mask
-        code |= field << position
-        low = next(run for run in plane.runs if run.start <= channel < run.stop)
-        element = channel - low.start + sum(r.stop - r.start for r in plane.runs if r.stop <= low.start)
-        steps.append(
-            f"* `{plane.name}`: element {element}; byte {start} + {plane.offset} + {element} % {plane.num_bytes} = "
-            f"**{start + byte}**, shift {element} // {plane.num_bytes} * {plane.width} = {shift}. "
-            f"`0x{data[start + byte]:02x} >> {shift} & {mask}` = **{field}**, worth {field} << {position}."
-        )
-    at = layout.norm_offset + head * layout.norms * NORM_BYTES
-    scale = float(naive._norms(codec, row[None])[0, head, 0])
-    level = float(codec.levels[code_layout.widths[channel], code])
-    steps += [
-        f"* Code = **{code}**; level {code} of the {code_layout.widths[channel]}-bit codebook is {level:.6f}.",
-        f"* Scale: bytes {at}-{at + 1}, `0x{data[at]:02x} 0x{data[at + 1]:02x}`, little-endian float16 "
-        f"`0x{data[at + 1]:02x}{data[at]:02x}` = {scale:.6f}.",
-        f"* Value = {scale:.6f} * {level:.6f} = **{scale * level:.5f}**.",
+def bins() -> str:
+    """The bins of the example's keys and values, which are the same."""
+    of_k, of_v = CodeLayout(EXAMPLE_WIDTHS).columns.bins, uniform_layout(len(EXAMPLE_WIDTHS), 3).columns.bins
+    assert of_k == of_v
+    lines = [
+        "| bin | bits of a column | bytes of the head's codes | words | columns in a word |",
+        "|---:|---:|:---|---:|---:|",
     ]
-    return "\n".join(["```", *dump, "```", "", *steps])
+    for i, part in enumerate(of_k):
+        where = f"{part.offset}-{part.offset + part.num_bytes - 1}"
+        lines.append(f"| {i} | {part.bits} | {where} | {part.words} | {part.repeat} |")
+    return "\n".join(lines)
 
 
-BLOCKS = {"sizes": sizes, "planes": planes, "example": example}
+def read_code(layout: CodeLayout, data: bytes, start: int, channel: int) -> tuple[int, list[str]]:
+    """The code of one channel of a head whose codes start at byte ``start``, and the steps to it."""
+    slot, column = divmod(channel, COLUMNS)
+    steps, code = [f"* Channel {channel} is column {column} of slot {slot}."], 0
+    for piece in layout.columns.slots[slot]:
+        part = layout.columns.bins[piece.bin]
+        word_at = start + part.offset + 2 * (column % part.words)
+        word = int.from_bytes(data[word_at : word_at + 2], "little")
+        above = column // part.words * part.bits
+        mask = (1 << piece.width) - 1
+        field = word >> above + piece.shift & mask
+        code |= field << piece.position
+        in_bin, low, pair = column % part.words, above + piece.shift, data[word_at : word_at + 2].hex(" ")
+        steps += [
+            f"* Bin {piece.bin}: word {column} % {part.words} = {in_bin}, "
+            f"at byte {start} + {part.offset} + 2 * {in_bin} = **{word_at}**: `{pair}`, little-endian `0x{word:04x}`.",
+            f"  The column's part starts at bit {column} // {part.words} * {part.bits} = {above}, the piece "
+            f"{piece.shift} above: `0x{word:04x} >> {low} & {mask}` = **{field}**, worth {field} << {piece.position}.",
+        ]
+    return code, steps
+
+
+def example() -> str:
+    """The packed row in hexadecimal, and the steps that read one key channel and one value channel out of it."""
+    codec, row = example_row()
+    layout, head = codec.layout, EXAMPLE_HEAD
+    data = bytes(row.tolist())
+    lines = ["```", *(f"{i:3d}  {data[i : i + 16].hex(' ')}" for i in range(0, len(data), 16)), "```"]
+    sides = (
+        ("K", layout.k[head], head * layout.k_code_bytes, EXAMPLE_CHANNEL),
+        ("V", layout.v, layout.v_offset + head * layout.v_code_bytes, CUT_CHANNEL),
+    )
+    for side, (name, codes, start, channel) in enumerate(sides):
+        code, steps = read_code(codes, data, start, channel)
+        at = layout.norm_offset + (head * layout.norms + side) * NORM_BYTES
+        scale = float(naive._norms(codec, row[None])[0, head, side])
+        bits = codes.widths[channel]
+        level = float(codec.levels[bits, code])
+        lines += ["", f"{name} of head {head}, channel {channel}:", "", *steps]
+        lines += [
+            f"* Code = **{code}**; level {code} of the {bits}-bit codebook is {level:.6f}.",
+            f"* Scale: bytes {at}-{at + 1}, `{data[at]:02x} {data[at + 1]:02x}`, little-endian float16 "
+            f"`0x{data[at + 1]:02x}{data[at]:02x}` = {scale:.6f}.",
+            f"* Value = {scale:.6f} * {level:.6f} = **{scale * level:.5f}**.",
+        ]
+    return "\n".join(lines)
+
+
+def sections() -> str:
+    """Sections of the example's rows, and where they lie in a block."""
+    layout = row_layout(EXAMPLE_HEADS, EXAMPLE_WIDTHS, 3)
+    names = [f"{side} head {h}, bin {b}" for side in "KV" for h in range(EXAMPLE_HEADS) for b in range(2)]
+    names += [f"scales of head {h}" for h in range(EXAMPLE_HEADS)]
+    lines = ["| section | bytes of the row | of each | bytes of the block |", "|:---|:---|---:|:---|"]
+    for name, (first, size) in zip(names, layout.sections, strict=True):
+        block = f"{first * BLOCK_SLOTS}-{(first + size) * BLOCK_SLOTS - 1}"
+        lines.append(f"| {name} | {first}-{first + size - 1} | {size} | {block} |")
+    return "\n".join(lines)
+
+
+def codebooks() -> str:
+    lines = ["| bits | c_0, c_1, ... of x | squared error | Lloyd-Max |", "|---:|:---|---:|---:|"]
+    for bits in range(MIN_BITS, MAX_BITS + 1):
+        c = ", ".join(f"{x:.6f}" for x in POLYNOMIAL[bits])
+        best, mine = lloyd_max_distortion(bits), distortion(bits)
+        lines.append(f"| {bits} | {c} | {mine:.4g} | {best:.4g} |")
+    return "\n".join(lines)
+
+
+def lloyd_max_distortion(bits: int) -> float:
+    """``1 - E[c^2]``, as every Lloyd-Max level is the mean of its cell."""
+    level = lloyd_max(bits)
+    edge = torch.cat([level.new_tensor([-40.0]), boundaries(level), level.new_tensor([40.0])])
+    cdf = 0.5 * torch.special.erfc(-edge / 2**0.5)
+    return float(1 - ((cdf[1:] - cdf[:-1]) * level**2).sum())
+
+
+BLOCKS = {
+    "bins": bins,
+    "columns": columns,
+    "example": example,
+    "sections": sections,
+    "codebooks": codebooks,
+    "sizes": sizes,
+}
 
 
 def rewrite(text: str) -> str:

@@ -13,8 +13,8 @@ from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.kernels import naive
-from sglang_blockgtq.kernels.codebook import lloyd_max
-from sglang_blockgtq.kernels.layout import CodeLayout
+from sglang_blockgtq.kernels.codebook import levels
+from sglang_blockgtq.kernels.layout import CodeLayout, gather_rows
 from sglang_blockgtq.kernels.pack import pack
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,23 +49,38 @@ def test_missing_marker_is_an_error():
         format_table.rewrite(DOC.read_text().replace("<!-- end sizes -->", ""))
 
 
-#: The page's rules, written out once more without the project's layout code: code bits -> fields
-#: (plane, position in the code), and the planes' widths in storage order.
-FIELDS = {2: [("two", 0)], 3: [("two", 1), ("one", 0)], 6: [("hi", 2), ("two", 0)]}
-PLANES = [("hi", 4), ("two", 2), ("one", 1)]
+def table_after(marker, text, columns):
+    """Rows of the generated table behind a marker, as lists of cells."""
+    block = text.split(f"<!-- {marker}: generated")[1].split(f"<!-- end {marker} -->")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines() if line[:1] == "|"]
+    assert all(len(row) == columns for row in rows)
+    return rows[2:]
 
 
-def decode_by_hand(data, widths):
-    """Codes of one head from its bytes; every plane of the example fills whole bytes."""
-    codes, offset = [0] * len(widths), 0
-    for name, width in PLANES:
-        members = [(c, dict(FIELDS[b])[name]) for c, b in enumerate(widths) if name in dict(FIELDS[b])]
-        size = len(members) * width // 8
-        for e, (channel, position) in enumerate(members):
-            field = data[offset + e % size] >> (e // size * width) & ((1 << width) - 1)
-            codes[channel] |= field << position
-        offset += size
-    assert offset == len(data)
+def span(cell):
+    """(first, number) of "bits 5-3", "bit 2" or "0-31"."""
+    numbers = sorted(int(x) for x in re.findall(r"\d+", cell))
+    return numbers[0], numbers[-1] - numbers[0] + 1
+
+
+def decode_by_hand(data, text, side):
+    """Codes of one head from its bytes by the page's rules and tables, without the project's layout code."""
+    bins = [(int(bits), span(where)) for _, bits, where, _, _ in table_after("bins", text, 5)]
+    codes = [0] * 128
+    for which, _, channels, width, number, part, code in table_after("columns", text, 7):
+        if which != side:
+            continue
+        bits, (offset, size) = bins[int(number)]
+        assert size == 2 * bits
+        shift, piece = span(part.removeprefix("bits ").removeprefix("bit "))
+        position = 0 if code == "all" else span(code)[0]
+        assert code != "all" or piece == int(width)
+        first, count = span(channels)
+        assert count == 16
+        for column in range(16):
+            (word,) = struct.unpack_from("<H", data, offset + 2 * (column % bits))
+            field = word >> (column // bits * bits + shift) & ((1 << piece) - 1)
+            codes[first + column] |= field << position
     return codes
 
 
@@ -74,20 +89,50 @@ def test_example_row_decodes_by_the_rules_of_the_page():
     lines = re.findall(r"^ *\d+  ((?:[0-9a-f]{2} ?)+)$", text, re.M)
     row = bytes.fromhex(" ".join(lines))
     assert len(row) == 200
-    widths = [6] * 16 + [3] * 64 + [2] * 48
+    widths = [bits for bits in (6, 4, 3, 3, 2, 2, 2, 2) for _ in range(16)]
     codec, packed = format_table.example_row()
     want_k, want_v = naive.decode_transformed(codec, packed[None])
     for head in range(2):
         k_scale, v_scale = struct.unpack_from("<ee", row, 192 + head * 4)
-        k = decode_by_hand(row[head * 48 : head * 48 + 48], widths)
-        v = decode_by_hand(row[96 + head * 48 : 96 + head * 48 + 48], [3] * 128)
-        k = torch.tensor([k_scale * lloyd_max(b)[c] for b, c in zip(widths, k, strict=True)])
-        v = torch.tensor([v_scale * lloyd_max(3)[c] for c in v])
-        torch.testing.assert_close(k, want_k[0, head].double(), rtol=1e-6, atol=0, check_dtype=False)
-        torch.testing.assert_close(v, want_v[0, head].double(), rtol=1e-6, atol=0, check_dtype=False)
-        if head == 1:
-            assert f"**{k[70]:.5f}**" in text
-    assert (37 * 70 + 11) % 64 / 16 - 31.5 / 16 == 0.59375
+        k = decode_by_hand(row[head * 48 : head * 48 + 48], text, "K")
+        v = decode_by_hand(row[96 + head * 48 : 96 + head * 48 + 48], text, "V")
+        k = torch.tensor([k_scale * levels_of_the_page(text, b)[c] for b, c in zip(widths, k, strict=True)])
+        v = torch.tensor([v_scale * levels_of_the_page(text, 3)[c] for c in v])
+        torch.testing.assert_close(k, want_k[0, head].double(), rtol=1e-5, atol=0, check_dtype=False)
+        torch.testing.assert_close(v, want_v[0, head].double(), rtol=1e-5, atol=0, check_dtype=False)
+    assert f"**{k[90]:.5f}**" in text and f"**{v[123]:.5f}**" in text
+    original = ((37 * 90 + 11) % 64 - 31.5) / 16, ((29 * 123 + 5) % 64 - 31.5) / 32
+    assert "were {} and {} before packing".format(*original) in text
+
+
+def levels_of_the_page(text, bits):
+    """Levels of a code from the page's coefficients."""
+    row = next(row for row in table_after("codebooks", text, 4) if int(row[0]) == bits)
+    coefficients = [float(c) for c in row[1].split(",")]
+    steps = [-1 + 2 * i / ((1 << bits) - 1) for i in range(1 << bits)]
+    return torch.tensor([sum(c * x ** (2 * i + 1) for i, c in enumerate(coefficients)) for x in steps]).double()
+
+
+def test_codebooks_of_the_page():
+    text = DOC.read_text()
+    for bits in range(1, 9):
+        torch.testing.assert_close(levels_of_the_page(text, bits), levels(bits), rtol=1e-5, atol=1e-7)
+
+
+def test_interleaving_by_the_rules_of_the_page():
+    """Rows laid out by the table of sections alone, read by the project."""
+    layout = format_table.row_layout(2, format_table.EXAMPLE_WIDTHS, 3)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 256, (32, 200), dtype=torch.uint8, generator=generator)
+    storage = bytearray(32 * 200)
+    for _, where, each, in_block in table_after("sections", DOC.read_text(), 4):
+        (first, size), (start, room) = span(where), span(in_block)
+        assert size == int(each) and room == 16 * size and start == 16 * first
+        for n in range(32):
+            at = n // 16 * 16 * 200 + first * 16 + n % 16 * size
+            storage[at : at + size] = bytes(rows[n, first : first + size].tolist())
+    held = torch.tensor(list(storage), dtype=torch.uint8).view(32, 200)
+    assert torch.equal(gather_rows(layout, held, torch.arange(32)), rows)
 
 
 def test_tail_example():

@@ -214,15 +214,26 @@ def test_template_is_the_best_candidate(make_moments, blocks, bits):
     uniform = template_error(ranked, [bits] * blocks)
 
     def relative(widths):
-        return float((template_error(ranked, widths) / uniform).mean())
+        """Mean over all heads and layers, and the worst layer's."""
+        layers = (template_error(ranked, widths) / uniform).mean(1)
+        return float(layers.mean() + layers.max())
 
     chosen = template_widths(moments, bits)
     units = blocks // 8
     others = [[w for w in c for _ in range(8)] for c in template_candidates(units * bits, units)]
     assert len(others) > 3 and relative(chosen) == pytest.approx(min(map(relative, others)))
-    assert relative(chosen) < 0.8
+    assert relative(chosen) < 2 * 0.8
 
 
 def test_even_energies_get_even_widths():
     equal = torch.ones(2, 2, 32, dtype=torch.float64)
     assert template_widths(Moments(equal, equal, equal[..., 0], 2048), 3) == [3] * 32
+
+
+def test_even_widths_that_fill_no_words_are_passed_over():
+    """Eight slots of 5 bits cannot be laid into 40 bits with two of them cut; the nearest that can are taken."""
+    equal = torch.ones(2, 2, 64, dtype=torch.float64)
+    assert columns_of((5,) * 8) is None
+    widths = template_widths(Moments(equal, equal, equal[..., 0], 2048), 5)
+    assert sum(widths) == 5 * 64 and max(widths) - min(widths) == 2
+    assert columns_of(tuple(widths[::8])) is not None

@@ -14,7 +14,7 @@ from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.kernels import naive
 from sglang_blockgtq.kernels.codebook import codebook_table
 from sglang_blockgtq.kernels.codec import LayerCodec
-from sglang_blockgtq.kernels.layout import CodeLayout, RowLayout, uniform_layout
+from sglang_blockgtq.kernels.layout import CodeLayout, RowLayout, scatter_rows, uniform_layout
 from sglang_blockgtq.kernels.tables import DeviceTables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,6 +26,7 @@ TOLERANCE = {"cpu": {"float32": 1e-5, "float16": 1e-3}, "cuda": {"float32": 3e-3
 class Case:
     """allocator "handmade" is a codec with every width 0..8, three scales and another layout in each head.
 
+    fast: whether codes lie in columns, which the fast kernels read, or in planes.
     order: how a request's tokens lie in the pool. lengths: packed tokens of each request.
     queries: query tokens of each request in an extend.
     """
@@ -41,6 +42,7 @@ class Case:
     lengths: tuple[int, ...] = (0, 1, 39, 4)
     queries: tuple[int, ...] = (2, 1, 3, 0)
     v_dim: int | None = None  # None: head_dim
+    fast: bool = True
 
     def __str__(self) -> str:
         bits = f"k{self.k_bits:g}v{self.v_bits:g}"
@@ -48,17 +50,23 @@ class Case:
         return f"{self.allocator}-{bits}-{dims}-h{self.heads}g{self.group}-{self.dtype}-{self.order}"
 
 
+_SLOW = {"fast": False}
 SMALL = [
     Case("template", 3, 3, 64, 2, 3),
     Case("template", 2.5, 2, 128, 1, 7, "float16", "pages"),
     Case("template", 4, 3, 192, 1, 1),
     Case("template", 3, 3, 256, 1, 4, "float16"),
-    Case("uniform", 2.5, 1, 80, 2, 4, "float16", "sorted"),
+    Case("uniform", 2.5, 1, 80, 2, 4, "float16", "sorted", **_SLOW),
     Case("uniform", 8, 8, 64, 1, 8, v_dim=48),
-    Case("paper", 3, 4, 64, 2, 6, "float16", "pages"),
-    Case("product", 3, 2.5, 96, 2, 3),
-    Case("product", 2, 2, 160, 1, 16, "float16"),
-    Case("handmade", 0, 5, 64, 2, 1),
+    Case("paper", 3, 4, 64, 2, 6, "float16", "pages", **_SLOW),
+    Case("product", 3, 2.5, 96, 2, 3, **_SLOW),
+    Case("product", 2, 2, 160, 1, 16, "float16", **_SLOW),
+    Case("handmade", 0, 5, 64, 2, 1, **_SLOW),
+    Case("template", 3, 3, 128, 2, 6, "float16"),
+    Case("uniform", 3, 2.25, 128, 1, 16, "float32", "pages"),  # a bin of 2 bits
+    Case("uniform", 2.5, 2.5, 64, 1, 2),
+    Case("uniform", 3, 7, 128, 3, 1),  # codes in two and three pieces
+    Case("template", 3, 3, 80, 1, 7, **_SLOW),  # slots of 16 channels, but 15 bits in a column
 ]
 
 _LONG = {"lengths": (0, 1, 31, 32, 33, 700, 5000), "queries": (5, 1, 40, 0, 1, 130, 17)}
@@ -67,12 +75,19 @@ LARGE = [
     Case("template", 2, 2, 128, 4, 7, "bfloat16", "pages", **_LONG),
     Case("template", 4, 4, 64, 3, 3, "float16", **_LONG),
     Case("template", 3, 3, 256, 2, 8, "bfloat16", **_LONG),
-    Case("uniform", 3, 3, 80, 2, 1, "float16", **_LONG),
+    Case("uniform", 3, 3, 80, 2, 1, "float16", **_LONG, **_SLOW),
     Case("uniform", 8, 8, 128, 2, 16, "bfloat16", **_LONG),
-    Case("paper", 3, 2, 128, 2, 6, "bfloat16", **_LONG),
-    Case("product", 3, 2.5, 128, 4, 4, "float16", "pages", **_LONG),
-    Case("product", 3, 3, 256, 1, 4, "bfloat16", **_LONG),
-    Case("handmade", 0, 5, 64, 2, 8, "float32", **_LONG),
+    Case("paper", 3, 2, 128, 2, 6, "bfloat16", **_LONG, **_SLOW),
+    Case("product", 3, 2.5, 128, 4, 4, "float16", "pages", **_LONG, **_SLOW),
+    Case("product", 3, 3, 256, 1, 4, "bfloat16", **_LONG, **_SLOW),
+    Case("handmade", 0, 5, 64, 2, 8, "float32", **_LONG, **_SLOW),
+    Case("template", 3, 2, 128, 2, 16, "bfloat16", "pages", **_LONG),
+    Case("template", 3, 2, 64, 2, 6, "float16", **_LONG),
+    Case("uniform", 3, 3, 128, 3, 1, "bfloat16", **_LONG),
+    Case("uniform", 3, 2.25, 128, 1, 16, "float16", "sorted", **_LONG),
+    Case("uniform", 2.5, 2.5, 64, 1, 2, "float16", **_LONG),
+    Case("uniform", 6, 7, 128, 1, 3, "float16", **_LONG),
+    Case("template", 4, 3, 192, 2, 1, "bfloat16", **_LONG),
 ]
 
 
@@ -95,7 +110,7 @@ class Data:
     k: torch.Tensor  # [sum(lengths), H, D]
     v: torch.Tensor
     packed: torch.Tensor  # [sum(lengths), row_bytes]
-    rows: torch.Tensor  # [slots, row_bytes], 0xFF where no token lies
+    rows: torch.Tensor  # [slots, row_bytes], interleaved, 0xFF where no token lies
     kv_indptr: torch.Tensor
     kv_indices: torch.Tensor
     qo_indptr: torch.Tensor
@@ -175,7 +190,7 @@ def data(case: Case) -> Data:
         slots = torch.randperm(pages * 16, generator=generator)[:tokens]
     slots = slots.to(DEVICE)
     rows = torch.full((pages * 16, codec.layout.row_bytes), 255, dtype=torch.uint8, device=DEVICE)
-    rows[slots] = packed
+    scatter_rows(codec.layout, rows, slots, packed)
 
     def indptr(lengths: tuple[int, ...]) -> torch.Tensor:
         return torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
@@ -196,6 +211,15 @@ def data(case: Case) -> Data:
         # Keeps softmax from being one-hot on these wide-spread synthetic heads.
         1.5 / float((q.float().square().mean() * k.float().square().mean() * case.head_dim).sqrt()),
     )
+
+
+@cache
+def decode_queries(case: Case, q_len: int = 1) -> torch.Tensor:
+    """``q_len`` queries for each request, ``[B * q_len, Hq, D]``: mixtures of the case's own."""
+    d = data(case)
+    generator = torch.Generator().manual_seed(5)
+    mixture = torch.randn(len(case.lengths) * q_len, len(d.q), generator=generator).to(DEVICE) / len(d.q) ** 0.5
+    return torch.einsum("ab,bhd->ahd", mixture, d.q.float()).to(d.q.dtype)
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -6,75 +6,222 @@ from functools import cache
 import pytest
 import torch
 
-from sglang_blockgtq.kernels import naive
-from sglang_blockgtq.kernels.attention import decode_attention, merge_states, prefix_attention
+from sglang_blockgtq.kernels import attention, naive
+from sglang_blockgtq.kernels.attention import DecodeScratch, decode_attention, merge_states, prefix_attention
 from sglang_blockgtq.kernels.encode import encode
+from sglang_blockgtq.kernels.layout import gather_rows, num_slots
+from sglang_blockgtq.kernels.splits import num_splits, split_lengths
 
-from .matrix import DEVICE, EVERY, LARGE, SMALL, TOLERANCE, Case, data, over, relative_error
+from .matrix import DEVICE, EVERY, LARGE, SMALL, TOLERANCE, Case, data, decode_queries, over, relative_error
 
-TEMPLATE, PRODUCT, HANDMADE = SMALL[0], SMALL[7], SMALL[9]
+TEMPLATE, PRODUCT, HANDMADE, CUT = SMALL[0], SMALL[7], SMALL[9], SMALL[13]
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch):
+    """The interpreter merges in tiles: a program for every output row takes it minutes. Other tests have those."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(attention, "_ROWS_ALONE", 0)
 
 
 def assert_same(got, want, tolerance: float) -> None:
+    """Within ``tolerance`` in every query head, since a whole would hide an error in a weak one."""
     (out, lse), (want_out, want_lse) = got, want
-    assert relative_error(out, want_out) < tolerance
+    for head in range(out.shape[1]):
+        assert relative_error(out[:, head], want_out[:, head]) < tolerance
     empty = want_lse == -torch.inf
     assert torch.equal(lse == -torch.inf, empty)
     assert bool((out[empty] == 0).all())
     torch.testing.assert_close(lse[~empty], want_lse[~empty], rtol=tolerance, atol=tolerance)
 
 
-def queries(case: Case) -> torch.Tensor:
-    """One query per request."""
-    d = data(case)
-    return d.q[: len(case.lengths)].contiguous()
-
-
 @cache
-def decoded_by_twin(case: Case):
-    d = data(case)
-    return naive.decode_attention(d.codec, queries(case), d.rows, d.kv_indptr, d.kv_indices, d.sm_scale)
+def decoded_by_twin(case: Case, q_len: int = 1):
+    d, q = data(case), decode_queries(case, q_len)
+    return naive.decode_attention(d.codec, q, d.rows, d.kv_indptr, d.kv_indices, d.sm_scale, q_len)
 
 
-def decode(case: Case, **options):
-    d = data(case)
-    return decode_attention(d.tables, queries(case), d.rows, d.kv_indptr, d.kv_indices, d.sm_scale, **options)
+def decode(case: Case, q_len: int = 1, **options):
+    d, q = data(case), decode_queries(case, q_len)
+    return decode_attention(d.tables, q, d.rows, d.kv_indptr, d.kv_indices, d.sm_scale, q_len=q_len, **options)
+
+
+TARGETS = 1, 8  # one split for each request, or two for the long one
+
+
+def scratch_of(case: Case, q_len: int, splits: int) -> DecodeScratch:
+    """Poisoned."""
+    shape = splits, q_len, case.heads * case.group
+    new = lambda *size: torch.full(size, torch.nan, device=DEVICE)  # noqa: E731
+    return DecodeScratch(new(*shape, case.v_dim or case.head_dim), new(*shape))
 
 
 @over(EVERY)
-def test_decode_matches_twin(case):
-    want = decoded_by_twin(case)
-    # Requests of one split, of splits that get no tokens, and of more splits than the grid has.
-    splits = (torch.arange(len(case.lengths), device=DEVICE) % 3 * 2 + 1).int()
-    got = decode(case, num_kv_splits=splits, max_kv_splits=3)
-    assert got[0].dtype == data(case).q.dtype
-    assert_same(got, want, TOLERANCE[DEVICE][case.dtype])
+def test_decode_matches_twin(case, monkeypatch):
+    d = data(case)
+    assert (d.tables.k_columns is not None) == (d.tables.v_columns is not None) == case.fast
+    # The other kernel is not there.
+    monkeypatch.setattr(attention, "attention_kernel" if case.fast else "decode_kernel", None)
+    for target in (None, *TARGETS):
+        got = decode(case, target=target)
+        assert got[0].dtype == d.q.dtype
+        assert_same(got, decoded_by_twin(case), TOLERANCE[DEVICE][case.dtype])
 
 
-@over([TEMPLATE, *LARGE])
-def test_number_of_splits_does_not_matter(case):
-    want = decoded_by_twin(case)
-    asked = torch.full((len(case.lengths),), 9, dtype=torch.int32, device=DEVICE)  # more than the grid has
-    for most in (1, 2, 8):
-        assert_same(decode(case, max_kv_splits=most), want, TOLERANCE[DEVICE][case.dtype])
-        assert_same(decode(case, num_kv_splits=asked, max_kv_splits=most), want, TOLERANCE[DEVICE][case.dtype])
+def with_q_len(*pairs: tuple[Case, int]):
+    """Some pairs of a case and its queries per request for the interpreter, which is slow, and all on a GPU."""
+    params = [pytest.param(case, q_len, id=f"{case}-q{q_len}") for case, q_len in pairs]
+    large = [(case, q_len) for case in LARGE for q_len in (2, 5, 8)]
+    params += [pytest.param(case, q_len, id=f"{case}-q{q_len}", marks=pytest.mark.gpu) for case, q_len in large]
+    return pytest.mark.parametrize("case, q_len", params)
 
 
-@over([TEMPLATE, *LARGE])
-def test_decode_writes_into_given_buffers(case):
+# 6 to 24 rows for a KV head: one tile of 8, one of 16, and two.
+@with_q_len((TEMPLATE, 2), (TEMPLATE, 5), (TEMPLATE, 8), (PRODUCT, 8), (HANDMADE, 5), (SMALL[1], 2), (SMALL[5], 3))
+def test_several_queries_of_a_request(case, q_len):
+    """Each sees the tokens up to its own, and none at all if the request is too short."""
+    want = decoded_by_twin(case, q_len)
+    lse = want[1].view(-1, q_len, case.heads * case.group)
+    assert case.lengths[1] == 1 and bool((lse[1, :-1] == -torch.inf).all()) and bool(lse[1, -1].isfinite().all())
+    # Tokens 32 and up are a split of their own, of which the first of eight queries sees nothing.
+    assert_same(decode(case, q_len, target=8), want, TOLERANCE[DEVICE][case.dtype])
+
+
+@pytest.mark.parametrize("alone", [0, 1 << 30], ids=["tile", "row"])
+@over([TEMPLATE, SMALL[3], SMALL[5], PRODUCT, *LARGE])
+def test_both_merging_kernels(case, alone, monkeypatch):
+    if alone and data(case).tables.v.padded > 128:
+        pytest.skip("rows of so many channels are merged in tiles")
+    monkeypatch.setattr(attention, "_ROWS_ALONE", alone)
+    monkeypatch.setattr(attention, "merge_tile_kernel" if alone else "merge_row_kernel", None)
+    for q_len in (1, 2) if case in LARGE else (2,):
+        assert_same(decode(case, q_len, target=8), decoded_by_twin(case, q_len), TOLERANCE[DEVICE][case.dtype])
+
+
+@pytest.mark.parametrize("rising", [True, False])
+@over([SMALL[1], TEMPLATE, PRODUCT])
+def test_a_later_tile_with_greater_logits(case, rising):
+    """What was summed up before must shrink by as much: tokens lie in the order of their logits, in one split."""
+    d, q = data(case), decode_queries(case)
+    request = case.lengths.index(max(case.lengths))
+    part = slice(int(d.kv_indptr[request]), int(d.kv_indptr[request + 1]))
+    k, _ = naive.decode(d.codec, d.packed[part])
+    order = (k[:, 0] @ q[request, 0].float()).argsort(descending=not rising)
+    slots, indptr = d.kv_indices[part][order], torch.tensor([0, len(order)], dtype=torch.int32, device=DEVICE)
+    args = q[request : request + 1], d.rows, indptr, slots, d.sm_scale
+    want = naive.decode_attention(d.codec, *args)
+    assert_same(decode_attention(d.tables, *args, target=1), want, TOLERANCE[DEVICE][case.dtype])
+
+
+@over([TEMPLATE, PRODUCT, *LARGE])
+def test_more_splits_wanted_than_tokens(case):
+    assert_same(decode(case, target=sum(case.lengths) + 5), decoded_by_twin(case), TOLERANCE[DEVICE][case.dtype])
+
+
+@pytest.mark.parametrize("q_len", [1, 8])
+@over([TEMPLATE, PRODUCT, *LARGE])
+def test_decode_writes_into_given_buffers(case, q_len):
     """What a CUDA graph needs; the buffers are poisoned, so reading beyond what was written shows."""
-    d, q = data(case), queries(case)
-    batch, heads = q.shape[:2]
-    partial_out = torch.full((batch, heads, 4, case.head_dim), torch.nan, device=DEVICE)
-    partial_lse = torch.full((batch, heads, 4), torch.nan, device=DEVICE)
-    out = torch.full_like(q, torch.nan)
-    got, lse = decode(case, max_kv_splits=4, partial_out=partial_out, partial_lse=partial_lse, out=out)
+    q = decode_queries(case, q_len)
+    splits = num_splits(len(case.lengths), 9)
+    scratch = scratch_of(case, q_len, splits + 3)
+    out = torch.full((*q.shape[:2], case.v_dim or case.head_dim), torch.nan, dtype=q.dtype, device=DEVICE)
+    got, lse = decode(case, q_len, target=9, scratch=scratch, out=out)
     assert got is out
-    assert_same((out, lse), decoded_by_twin(case), TOLERANCE[DEVICE][case.dtype])
-    with pytest.raises(ValueError, match=r"partial_out .* are needed"):
-        decode(case, max_kv_splits=5, partial_out=partial_out, partial_lse=partial_lse)
+    assert_same((out, lse), decoded_by_twin(case, q_len), TOLERANCE[DEVICE][case.dtype])
+    with pytest.raises(ValueError, match=rf"at least {splits + 4} splits of"):
+        decode(case, q_len, target=splits + 4, scratch=scratch)
+
+
+@pytest.mark.parametrize("q_len", [1, 3])
+@over([TEMPLATE, PRODUCT, *LARGE])
+def test_splits_are_those_of_their_twin(case, q_len, monkeypatch):
+    """What each split leaves is the attention over the tokens that ``split_lengths`` gives it, and nothing more."""
+    monkeypatch.setattr(attention, "_merge", lambda *_: None)  # which works in place
+    d, q = data(case), decode_queries(case, q_len)
+    target, tolerance = 9, 1e-4 if DEVICE == "cpu" else 2e-2
+    scratch = scratch_of(case, q_len, num_splits(len(case.lengths), target) + 1)
+    decode(case, q_len, target=target, scratch=scratch)
+    size, counts = split_lengths(torch.tensor(case.lengths), target)
+    rows = gather_rows(d.codec.layout, d.rows, d.kv_indices.long())
+    split = 0
+    for b, (length, count) in enumerate(zip(case.lengths, counts.tolist(), strict=True)):
+        k, _ = naive.decode(d.codec, rows[d.kv_indptr[b] : d.kv_indptr[b + 1]])
+        k = k.repeat_interleave(case.group, 1)
+        for begin in range(0, length, size):
+            for i in range(q_len):
+                end = min(begin + size, length - (q_len - 1 - i))
+                logits = torch.einsum("hd,nhd->hn", q[b * q_len + i].float(), k[begin : max(begin, end)]) * d.sm_scale
+                got = scratch.lse[split, i]
+                torch.testing.assert_close(got, logits.logsumexp(-1), rtol=tolerance, atol=tolerance)
+            split += 1
+        assert count == len(range(0, length, size))
+    assert max(counts) > 1 and split < scratch.lse.shape[0]
+    assert bool(scratch.lse[:split].isnan().logical_not().all()) and bool(scratch.lse[split:].isnan().all())
+    assert bool(scratch.out[:split].isfinite().all()) and bool(scratch.out[split:].isnan().all())
+
+
+def test_scratch_fits_every_batch_up_to_its_own():
+    d = data(TEMPLATE)
+    for q_len in (1, 2):
+        scratch = DecodeScratch.of(d.tables, len(TEMPLATE.lengths), d.q.shape[1], q_len)
+        got = decode(TEMPLATE, q_len, scratch=scratch)
+        assert_same(got, decoded_by_twin(TEMPLATE, q_len), TOLERANCE[DEVICE]["float32"])
+        got = decode_attention(
+            d.tables,
+            decode_queries(TEMPLATE, q_len)[: 2 * q_len],
+            d.rows,
+            d.kv_indptr[:3],
+            d.kv_indices,
+            d.sm_scale,
+            q_len=q_len,
+            scratch=scratch,
+        )
+        want = (x[: 2 * q_len] for x in decoded_by_twin(TEMPLATE, q_len))
+        assert_same(got, want, TOLERANCE[DEVICE]["float32"])
+
+
+@over([TEMPLATE, PRODUCT, *LARGE])
+def test_a_turned_query_is_taken_as_it_is(case):
+    """Encode may have turned it already; then q itself is not read."""
+    d, q = data(case), decode_queries(case)
+    turned = torch.einsum("thgd,hed->thge", q.float().unflatten(1, (case.heads, -1)), d.codec.q_in).flatten(1, 2)
+    got = decode_attention(
+        d.tables, torch.full_like(q, torch.nan), d.rows, d.kv_indptr, d.kv_indices, d.sm_scale, turned=turned
+    )
+    assert_same(got, decoded_by_twin(case), TOLERANCE[DEVICE][case.dtype])
+
+
+def test_a_batch_of_nothing():
+    d = data(TEMPLATE)
+    out, lse = decode_attention(d.tables, d.q[:0], d.rows, d.kv_indptr[:1], d.kv_indices, d.sm_scale)
+    assert out.shape == (0, *d.q.shape[1:]) and lse.shape == (0, d.q.shape[1])
+    empty = torch.zeros_like(d.kv_indptr)
+    out, lse = decode_attention(
+        d.tables, decode_queries(TEMPLATE), d.rows, empty, d.kv_indices[:0], d.sm_scale, target=5
+    )
+    assert bool((out == 0).all()) and bool((lse == -torch.inf).all())
+
+
+@pytest.mark.parametrize("case", [TEMPLATE, CUT], ids=str)
+def test_wrong_shapes_are_refused(case):
+    d, q = data(case), decode_queries(case)
+    rest = d.kv_indptr, d.kv_indices, d.sm_scale
     with pytest.raises(ValueError, match=rf"\[tokens, a multiple of {case.heads} heads, {case.head_dim}\]"):
-        decode_attention(d.tables, q[..., :-2], d.rows, d.kv_indptr, d.kv_indices, d.sm_scale)
+        decode_attention(d.tables, q[..., :-2], d.rows, *rest)
+    with pytest.raises(ValueError, match="channels must be contiguous"):
+        decode_attention(d.tables, q.mT.contiguous().mT, d.rows, *rest)
+    with pytest.raises(ValueError, match=r"2 queries for each of 4 requests"):
+        decode_attention(d.tables, q, d.rows, *rest, q_len=2)
+    for q_len in (0, 9):
+        with pytest.raises(ValueError, match=f"q_len {q_len}: 1 to 8"):
+            decode_attention(d.tables, q, d.rows, *rest, q_len=q_len)
+    with pytest.raises(ValueError, match="no multiple of 16"):
+        decode_attention(d.tables, q, d.rows[:-1], *rest)
+    with pytest.raises(ValueError, match=rf"\[slots, {d.codec.layout.row_bytes}\] uint8"):
+        decode_attention(d.tables, q, d.rows[:, :-8], *rest)
+    with pytest.raises(ValueError, match="contiguous tensor"):
+        decode_attention(d.tables, q, d.rows.T.contiguous().T, *rest)
 
 
 @over(EVERY)
@@ -121,13 +268,13 @@ def test_extend_is_dense_attention_over_decoded_keys(case):
         assert relative_error(out[qo[b] : qo[b + 1]], dense) < TOLERANCE[DEVICE][case.dtype]
 
 
-@pytest.mark.parametrize("case", [TEMPLATE, PRODUCT], ids=str)
+@pytest.mark.parametrize("case", [PRODUCT, HANDMADE], ids=str)
 def test_float16_operands_are_accurate_enough(case):
-    """The GPU's operand type, in the interpreter too: within 1 % of the twin, with gains far from 1."""
+    """The generic kernel's operands on a GPU, in the interpreter too, with gains far from 1. See test_fields."""
     d = data(case)
     half = replace(d.tables, levels=d.tables.half_levels)
     for gain in (1.0, 1e4):
-        q, sm_scale = queries(case) * gain, d.sm_scale / gain
+        q, sm_scale = decode_queries(case) * gain, d.sm_scale / gain
         got = decode_attention(half, q, d.rows, d.kv_indptr, d.kv_indices, sm_scale)
         assert 0 < relative_error(got[0], decoded_by_twin(case)[0])
         assert_same(got, decoded_by_twin(case), 3e-3)
@@ -137,31 +284,46 @@ def test_slots_beyond_two_gib():
     """Byte offsets of far slots do not fit 32 bits. The memory is only reserved: no page but the last is touched."""
     d = data(TEMPLATE)
     row_bytes, tokens = d.codec.layout.row_bytes, len(d.k)
-    slots = (1 << 31) // row_bytes + 2 * tokens
+    slots = num_slots((1 << 31) // row_bytes + 2 * tokens)
     rows = torch.zeros(slots, row_bytes, dtype=torch.uint8, device=DEVICE)
     loc = torch.arange(slots - tokens, slots, device=DEVICE)
     encode(d.tables, d.k, d.v, rows, loc)
-    assert torch.equal(rows[slots - tokens :], d.packed)
-    got = decode_attention(d.tables, queries(TEMPLATE), rows, d.kv_indptr, loc, d.sm_scale)
-    assert_same(got, decoded_by_twin(TEMPLATE), TOLERANCE[DEVICE]["float32"])
+    assert torch.equal(gather_rows(d.codec.layout, rows, loc), d.packed)
+    for kernel in (d.tables, replace(d.tables, k_columns=None, v_columns=None)):
+        got = decode_attention(kernel, decode_queries(TEMPLATE), rows, d.kv_indptr, loc, d.sm_scale)
+        assert_same(got, decoded_by_twin(TEMPLATE), TOLERANCE[DEVICE]["float32"])
+
+
+@over([TEMPLATE, SMALL[3], *(case for case in LARGE if case.fast)])
+def test_the_generic_kernel_reads_columns_too(case):
+    """As it does for a prefix."""
+    d = data(case)
+    tables = replace(d.tables, k_columns=None, v_columns=None)
+    got = decode_attention(
+        tables, decode_queries(case, 2), d.rows, d.kv_indptr, d.kv_indices, d.sm_scale, q_len=2, target=8
+    )
+    assert_same(got, decoded_by_twin(case, 2), TOLERANCE[DEVICE][case.dtype])
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("q_len", [1, 4])
 @over(LARGE)
-def test_decode_in_a_cuda_graph_follows_new_lengths(case):
+def test_decode_in_a_cuda_graph_follows_new_lengths(case, q_len):
     """Captured once with one set of lengths, replayed with another; nothing may ask the device while capturing."""
-    d, q = data(case), queries(case)
-    splits = torch.full((len(case.lengths),), 4, dtype=torch.int32, device="cuda")
+    d, q = data(case), decode_queries(case, q_len)
     kv_indptr = torch.zeros_like(d.kv_indptr)
     kv_indices = d.kv_indices.clone()
+    scratch = DecodeScratch.of(d.tables, len(case.lengths), q.shape[1], q_len)
 
     def step():
-        return decode_attention(d.tables, q, d.rows, kv_indptr, kv_indices, d.sm_scale, splits, 8)
+        return decode_attention(d.tables, q, d.rows, kv_indptr, kv_indices, d.sm_scale, q_len=q_len, scratch=scratch)
 
     step()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = step()
     kv_indptr.copy_(d.kv_indptr)
+    scratch.out.fill_(torch.nan)
+    scratch.lse.fill_(torch.nan)
     graph.replay()
-    assert_same(got, decoded_by_twin(case), TOLERANCE["cuda"][case.dtype])
+    assert_same(got, decoded_by_twin(case, q_len), TOLERANCE["cuda"][case.dtype])

@@ -1,18 +1,25 @@
 """The Triton encode against the naive twin."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 
+from sglang_blockgtq.kernels import encode as encode_module
 from sglang_blockgtq.kernels import naive
+from sglang_blockgtq.kernels.codebook import boundaries, codebook_table
 from sglang_blockgtq.kernels.encode import encode
-from sglang_blockgtq.kernels.layout import NORM_BYTES
-from sglang_blockgtq.kernels.pack import unpack
+from sglang_blockgtq.kernels.layout import NORM_BYTES, gather_rows
+from sglang_blockgtq.kernels.pack import pack, unpack
+from sglang_blockgtq.kernels.plan import Cells, split_bfloat16
+from sglang_blockgtq.kernels.turn import turn
 
 from .matrix import DEVICE, EVERY, LARGE, SMALL, Case, Data, data, over, relative_error
 
 TEMPLATE, HANDMADE = SMALL[0], SMALL[9]
+#: bfloat16 takes a matrix of its own, in two pieces.
+BFLOAT16 = [replace(case, dtype="bfloat16") for case in (TEMPLATE, SMALL[2], SMALL[7])]
 
 
 def codes_and_scales(d: Data, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,9 +34,14 @@ def codes_and_scales(d: Data, rows: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def run(d: Data, k: torch.Tensor, v: torch.Tensor, loc: torch.Tensor) -> torch.Tensor:
-    rows = torch.empty(d.rows.shape, dtype=torch.uint8, device=DEVICE)
-    encode(d.tables, k, v, rows, loc)
-    return rows
+    """A pool that held 0xFF in every byte, after the kernel encoded these tokens."""
+    storage = torch.full_like(d.rows, 255)
+    encode(d.tables, k, v, storage, loc)
+    return storage
+
+
+def rows_at(d: Data, storage: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    return gather_rows(d.codec.layout, storage, slots.long())
 
 
 @cache
@@ -39,14 +51,15 @@ def encoded(case: Case) -> torch.Tensor:
     return run(d, d.k, d.v, d.kv_indices)
 
 
-@over(EVERY)
+@over([*EVERY, *BFLOAT16])
 def test_matches_twin(case):
     d = data(case)
-    rows = encoded(case)
-    got = rows[d.kv_indices.long()]
-    untouched = torch.ones(len(rows), dtype=torch.bool, device=DEVICE)
+    storage = encoded(case)
+    got = rows_at(d, storage, d.kv_indices)
+    untouched = torch.ones(len(storage), dtype=torch.bool, device=DEVICE)
     untouched[d.kv_indices.long()] = False
-    assert bool((rows[untouched] == 255).all())
+    assert bool(untouched.any())
+    assert bool((rows_at(d, storage, untouched.nonzero()[:, 0]) == 255).all())
 
     codes, scales = codes_and_scales(d, got)
     want_codes, want_scales = codes_and_scales(d, d.packed)
@@ -82,7 +95,7 @@ def test_exact_where_codes_are_well_separated(case):
         )
         stable &= (codes_and_scales(d, naive.encode(d.codec, k, v))[0] == want).all(-1)
     assert stable.double().mean() > 0.7
-    codes, scales = codes_and_scales(d, encoded(case)[d.kv_indices.long()])
+    codes, scales = codes_and_scales(d, rows_at(d, encoded(case), d.kv_indices))
     assert torch.equal(codes[stable], want[stable])
     ulp = torch.finfo(torch.float16).eps
     torch.testing.assert_close(scales[stable].float(), want_scales[stable].float(), rtol=ulp, atol=6e-8)
@@ -95,8 +108,90 @@ def test_a_token_does_not_depend_on_its_batch(case):
     assert torch.equal(run(d, d.k.flip(0), d.v.flip(0), d.kv_indices.flip(0)), batch)
     for token in (0, 17, 43):
         alone = run(d, d.k[token : token + 1], d.v[token : token + 1], d.kv_indices[token : token + 1])
-        slot = d.kv_indices[token]
-        assert torch.equal(alone[slot], batch[slot])
+        slots = torch.arange(len(batch), device=DEVICE)
+        mine = slots == d.kv_indices[token]
+        assert torch.equal(rows_at(d, alone, slots[mine]), rows_at(d, batch, slots[mine]))
+        assert bool((rows_at(d, alone, slots[~mine]) == 255).all())
+
+
+@over([c for c in SMALL if c.allocator != "uniform"])
+def test_a_row_for_each_factor_gives_the_same_bytes(case, monkeypatch):
+    """Small batches spread a token's scale search over rows of the program, large ones do not."""
+    d = data(case)
+    slots = []
+    for spread in (False, True):
+
+        def rows_per_token(tables, tokens, device, spread=spread):
+            slots.append(1 << (len(tables.search) - 1).bit_length() if spread else 1)
+            return slots[-1]
+
+        monkeypatch.setattr(encode_module, "_rows_per_token", rows_per_token)
+        assert torch.equal(run(d, d.k, d.v, d.kv_indices), encoded(case))
+    assert slots == [1, 1 if case.allocator == "paper" else 8]
+
+
+@over([TEMPLATE, *BFLOAT16, *LARGE])
+def test_turns_queries_in_the_same_launch(case):
+    d = data(case)
+    tokens = min(len(d.k), len(d.q))
+    k, v, q, loc = d.k[:tokens], d.v[:tokens], d.q[:tokens], d.kv_indices[:tokens]
+    rows, turned = torch.full_like(d.rows, 255), torch.empty(q.shape, device=DEVICE)
+    encode(d.tables, k, v, rows, loc, q, turned)
+    assert torch.equal(rows, run(d, k, v, loc))
+    heads = d.codec.q_in.shape[0]
+    want = torch.einsum("thgd,hed->thge", q.double().unflatten(1, (heads, -1)), d.codec.q_in.double()).flatten(1, 2)
+    assert relative_error(turned, want) < 1e-5
+    assert relative_error(turn(d.tables.k, q, case.group), want) < 1e-5
+    with pytest.raises(ValueError, match="turned: a float32 tensor"):
+        encode(d.tables, k, v, rows, loc, q)
+
+
+@over(SMALL)
+def test_plan_places_codes_as_pack_does(case):
+    """The shifted codes times ``place``, modulo 256, are the packed bytes."""
+    d = data(case)
+    row = d.codec.layout
+    for side, layouts in ((d.tables.k, row.k), (d.tables.v, (row.v,) * row.heads)):
+        for h, layout in enumerate(layouts):
+            generator = torch.Generator().manual_seed(h)
+            codes = torch.zeros(5, side.padded, dtype=torch.int64)
+            widths = torch.tensor(layout.widths)
+            codes[:, : layout.dim] = torch.randint(0, 256, (5, layout.dim), generator=generator) % (1 << widths)
+            total = torch.zeros(5, side.plan.place.shape[2], dtype=torch.int64)
+            for tile in side.plan.tiles:
+                part = codes[:, tile.start : tile.start + tile.size]
+                for p in range(tile.positions.bit_length()):
+                    line = tile.line + p * tile.size
+                    total += (part >> p) @ side.plan.place[h, line : line + tile.size].cpu().long()
+            want = pack(layout, codes[:, : layout.dim])
+            assert torch.equal((total & 255)[:, : layout.code_bytes].to(torch.uint8), want)
+            assert not (total & 255)[:, layout.code_bytes :].any()
+
+
+def test_cells_find_the_nearest_level():
+    levels = codebook_table().float()
+    cells = Cells.of(levels)
+    for bits in range(1, 9):
+        book = levels[bits, : 1 << bits]
+        edges = boundaries(book)
+        near = torch.stack([edges.nextafter(edges - 1), edges, edges.nextafter(edges + 1)]).abs().flatten()
+        a = torch.cat([torch.linspace(0, 20, 10_001), near])
+        edge, below, above, code = cells.table[bits, (a * cells.scales[bits]).long().clamp(max=cells.count - 1)].T
+        half = len(book) // 2
+        want = torch.bucketize(a, edges[half:])
+        assert torch.equal((code + (a > edge)).long(), want)
+        assert torch.equal(torch.where(a > edge, above, below), book[half + want])
+    levels[3, 0] -= 1
+    with pytest.raises(ValueError, match="3 bits is not symmetric"):
+        Cells.of(levels)
+
+
+def test_bfloat16_pieces_keep_the_matrix():
+    matrix = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
+    pieces = split_bfloat16(matrix).double()
+    error = (pieces.sum(1).mT - matrix).abs()
+    assert bool((error <= matrix.abs() * 2.0**-17).all())
+    assert not bool((error <= matrix.abs() * 2.0**-20).all())
 
 
 def test_strided_views_and_int32_loc():
@@ -112,7 +207,7 @@ def test_strided_views_and_int32_loc():
     assert torch.equal(run(d, k, v, loc), encoded(TEMPLATE))
 
 
-@over([TEMPLATE, HANDMADE, *LARGE])
+@over([TEMPLATE, HANDMADE, BFLOAT16[0], *LARGE])
 def test_zero_and_huge_vectors(case):
     d = data(case)
     k, v = d.k[:4].clone(), d.v[:4].clone()
@@ -120,7 +215,8 @@ def test_zero_and_huge_vectors(case):
     huge = 1e25 if case.dtype != "float16" else 1e3  # float16 inputs cannot hold more
     k[1], v[1] = k[1] * huge, v[1] * huge
     k[2], v[2] = k[2] * 1e-12, v[2] * 1e-12
-    rows = run(d, k, v, torch.arange(4, device=DEVICE))[:4]
+    loc = torch.arange(4, device=DEVICE)
+    rows = rows_at(d, run(d, k, v, loc), loc)
     scales = codes_and_scales(d, rows)[1].float()
     assert bool((scales[0] == 0).all())
     assert bool(torch.isfinite(scales).all())

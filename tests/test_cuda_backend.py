@@ -1,0 +1,131 @@
+"""How the CUDA backend calls its extend on FlashAttention-3; the attention itself is tested with the kernels."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sglang_blockgtq.backend.cuda import TritonPackedBackend
+from sglang_blockgtq.backend.extend import FlashExtend
+
+HEADS, GROUP, DIM, LAYERS = 2, 3, 16, 3
+
+
+class Recorder:
+    """In FlashExtend's place: keeps what it is called with and writes which layer it was."""
+
+    def __init__(self):
+        self.calls, self.plans = [], 0
+
+    def plan(self, prefix_lens, new_lens, qo_indptr, kv_indptr):
+        self.plans += 1
+        return FlashExtend.plan(SimpleNamespace(tokens=100), prefix_lens, new_lens, qo_indptr, kv_indptr)
+
+    def unpacked(self, layer, rows, slots):
+        return torch.full((2, len(slots), HEADS, DIM), 7.0).unbind()
+
+    def __call__(self, layer, plan, q, k, v, rows, kv_indices, sm_scale, out):
+        self.calls.append((layer, plan, q, k, v, rows))
+        out.fill_(layer)
+
+
+@pytest.fixture
+def backend():
+    backend = TritonPackedBackend.__new__(TritonPackedBackend)
+    backend.flash, backend._plan, backend.quantized_chunk = Recorder(), None, False
+    backend.saved = []
+    backend.pool = SimpleNamespace(
+        rows=[f"rows {i}" for i in range(LAYERS)],
+        start_layer=4,
+        local=lambda layer_id: layer_id - 4,
+        set_kv_buffer=lambda layer, loc, k, v: backend.saved.append(layer.layer_id),
+    )
+    backend.forward_metadata = metadata([3, 0], [2, 4])
+    return backend
+
+
+def metadata(prefix, new):
+    def indptr(lengths, dtype):
+        return torch.tensor([0, *lengths], dtype=dtype).cumsum(0).to(dtype)
+
+    return SimpleNamespace(
+        custom_mask=None,
+        swa_out_cache_loc=None,
+        qo_indptr=indptr([*new, 0], torch.int64),  # longer than the batch, as a shared buffer may be
+        kv_indptr=indptr([*prefix, 0], torch.int32),
+        kv_indices=torch.arange(sum(prefix)),
+    )
+
+
+def batch(prefix=(3, 0), new=(2, 4), output=None):
+    return SimpleNamespace(
+        extend_prefix_lens_cpu=list(prefix),
+        extend_seq_lens_cpu=list(new),
+        out_cache_loc=torch.arange(sum(new)),
+        _attn_output=output,
+    )
+
+
+def extend(backend, layer_id, forward_batch, **kwargs):
+    layer = SimpleNamespace(layer_id=layer_id, tp_q_head_num=HEADS * GROUP, tp_k_head_num=HEADS, tp_v_head_num=HEADS)
+    layer.qk_head_dim = layer.v_head_dim = DIM
+    layer.scaling = 0.5
+    tokens = sum(forward_batch.extend_seq_lens_cpu)
+    q, k = torch.randn(tokens, HEADS * GROUP * DIM), torch.randn(tokens, HEADS, DIM)
+    return TritonPackedBackend.forward_extend(backend, q, k, k, layer, forward_batch, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _loc(monkeypatch):
+    monkeypatch.setattr(
+        "sglang_blockgtq.backend.cuda.KVWriteLoc", SimpleNamespace(for_batch=lambda batch, swa_loc: None)
+    )
+
+
+def test_one_plan_for_all_layers_of_a_batch(backend):
+    forward_batch = batch()
+    for layer_id in (4, 5, 6):
+        out = extend(backend, layer_id, forward_batch)
+        assert out.shape == (6, HEADS * GROUP * DIM) and bool((out == layer_id - 4).all())
+    assert backend.flash.plans == 1 and backend.saved == [4, 5, 6]
+    assert [call[5] for call in backend.flash.calls] == backend.pool.rows
+    plan = backend.flash.calls[0][1]
+    assert (plan.prefix, plan.new) == (3, 6) and plan.cu_k.tolist() == [0, 5, 9]
+
+
+def test_the_next_batch_gets_its_own_plan(backend):
+    """Even in the same metadata object, refilled; and in another one when the first layer is elsewhere."""
+    extend(backend, 4, batch())
+    meta = backend.forward_metadata
+    vars(meta).update(vars(metadata([1, 1], [5, 5])))
+    extend(backend, 4, batch((1, 1), (5, 5)))
+    assert backend.flash.calls[-1][1].cu_k.tolist() == [0, 6, 12]
+    backend.forward_metadata = metadata([0, 0], [1, 2])
+    extend(backend, 5, batch((0, 0), (1, 2)))
+    assert backend.flash.calls[-1][1].cu_q.tolist() == [0, 1, 3]
+
+
+def test_result_goes_where_the_graph_reads_it(backend):
+    output = torch.full((6, HEADS * GROUP * DIM), torch.nan)
+    got = extend(backend, 5, batch(output=output))
+    assert got.data_ptr() == output.data_ptr() and bool((output == 1).all())
+
+
+def test_quantized_chunk_is_read_from_its_rows(backend):
+    backend.quantized_chunk = True
+    extend(backend, 4, batch())
+    _, _, _, k, v, _ = backend.flash.calls[0]
+    assert k.shape == v.shape == (6, HEADS, DIM) and bool((k == 7).all()) and bool((v == 7).all())
+
+
+def test_saving_is_the_callers_choice(backend):
+    extend(backend, 4, batch(), save_kv_cache=False)
+    assert backend.saved == [] and len(backend.flash.calls) == 1
+
+
+def test_masks_are_refused(backend):
+    backend.forward_metadata.custom_mask = torch.ones(1)
+    with pytest.raises(NotImplementedError, match="speculative"):
+        extend(backend, 4, batch())
