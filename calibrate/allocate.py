@@ -16,7 +16,7 @@ from ..kernels.codec import NO_SEARCH, SCALE_SEARCH
 from ..kernels.columns import COLUMNS, columns_of
 from .moments import Moments
 
-TEMPLATE_UNITS = 8  # a template divides the head in eighths, or in slots of 16 channels where those are larger
+TEMPLATE_UNITS = 8  # a template divides the head in at most so many equal parts, of whole slots of 16 channels
 TEMPLATE_WIDTHS = 4  # and uses at most so many different widths
 
 
@@ -150,7 +150,7 @@ def template_widths(moments: Moments, bits: float) -> list[int]:
     if blocks % slot:
         return _spread_rest([MIN_BITS] * blocks, budget - MIN_BITS * blocks, ranked, base)
     slots = blocks // slot
-    units = TEMPLATE_UNITS if slots % TEMPLATE_UNITS == 0 else slots
+    units = max(n for n in range(1, TEMPLATE_UNITS + 1) if slots % n == 0)
     # What does not make a bit more for a whole unit is not spent: it would cost the rows their columns.
     unit = blocks // units
     candidates = template_candidates(budget // unit, units, slots // units)
