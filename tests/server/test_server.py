@@ -49,7 +49,7 @@ def test_server_info(server):
     assert info["bytes_per_token"] == 30 * 160
     assert info["bf16_bytes_per_token"] == 30 * 3 * 256
     assert info["bytes_per_token_head"] == 52
-    assert info["pool_bytes"] == (6000 + 1) * 30 * 160
+    assert info["pool_bytes"] == 6016 * 30 * 160  # 6,000 and the padding slot, in whole blocks of 16
     assert info["max_total_num_tokens"] == 6000
     assert len(info["table_hash"]) == 64
 
