@@ -18,6 +18,18 @@ _CHUNK = tl.constexpr(CHUNK)
 _PARTS = tl.constexpr(16)  # that the second launch takes at a time
 
 
+@triton.jit
+def _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM: tl.constexpr):
+    """Take the parts at ``row [S]`` into a running softmax: its peak, total and merged output ``[PADDED]``."""
+    state = tl.load(partial_lse + row, mask=live, other=float("-inf"))
+    mask = live[:, None] & (channel < DIM)[None, :]
+    part = tl.load(partial_out + row[:, None] * DIM + channel[None, :], mask=mask, other=0.0)
+    new_peak = tl.maximum(peak, tl.max(state, 0))
+    share = tl.exp(state - new_peak)
+    keep = tl.exp(peak - new_peak)
+    return new_peak, total * keep + tl.sum(share, 0), merged * keep + tl.sum(part * share[:, None], 0)
+
+
 @triton.jit(
     do_not_specialize=["num_requests", "target", "num_heads"],
     do_not_specialize_on_alignment=["kv_indptr"],
@@ -53,15 +65,7 @@ def merge_chunk_kernel(
         split = start + tl.arange(0, BLOCK)
         live = split < end
         row = ((first + split).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
-        state = tl.load(partial_lse + row, mask=live, other=float("-inf"))
-        mask = live[:, None] & (channel < DIM)[None, :]
-        part = tl.load(partial_out + row[:, None] * DIM + channel[None, :], mask=mask, other=0.0)
-        new_peak = tl.maximum(peak, tl.max(state, 0))
-        share = tl.exp(state - new_peak)
-        keep = tl.exp(peak - new_peak)
-        total = total * keep + tl.sum(share, 0)
-        merged = merged * keep + tl.sum(part * share[:, None], 0)
-        peak = new_peak
+        peak, total, merged = _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM)
     safe_total = tl.where(total > 0, total, 1.0)
     lse = tl.where(total > 0, peak + tl.log(safe_total), float("-inf"))
     to = ((first + begin).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
@@ -109,15 +113,7 @@ def merge_row_kernel(
         split = start + tl.arange(0, _PARTS) * _CHUNK
         live = split < count
         row = ((first + split).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
-        state = tl.load(partial_lse + row, mask=live, other=float("-inf"))
-        mask = live[:, None] & (channel < DIM)[None, :]
-        part = tl.load(partial_out + row[:, None] * DIM + channel[None, :], mask=mask, other=0.0)
-        new_peak = tl.maximum(peak, tl.max(state, 0))
-        share = tl.exp(state - new_peak)
-        keep = tl.exp(peak - new_peak)
-        total = total * keep + tl.sum(share, 0)
-        merged = merged * keep + tl.sum(part * share[:, None], 0)
-        peak = new_peak
+        peak, total, merged = _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM)
     safe_total = tl.where(total > 0, total, 1.0)
     merged = merged / safe_total
     merged_lse = tl.where(total > 0, peak + tl.log(safe_total), float("-inf"))

@@ -63,7 +63,6 @@ class SideTables:
     padded: int
     norms: int  # scales per head on this side
     first_norm: int  # index of the side's first scale among the head's
-    max_bits: int
     code_bytes: int  # per head
     offset: int  # first byte of head 0 within the row
     masks: tuple[int, ...]  # per plane the mask of its field, 0 where no channel has one
@@ -110,7 +109,6 @@ class SideTables:
             padded=padded,
             norms=norms,
             first_norm=first_norm,
-            max_bits=int(widths.max()),
             code_bytes=code_bytes,
             offset=offset,
             masks=tuple((1 << width) - 1 if name in used else 0 for name, width in PLANES),
@@ -159,7 +157,7 @@ def column_shifts() -> torch.Tensor:
 class DeviceTables:
     """What the Triton kernels need to encode and read one layer, on one device.
 
-    levels, thresholds ``[9, 256]`` float32; half_levels the levels in float16, for tensor-core dots.
+    levels ``[9, 256]`` float32; half_levels the levels in float16, for tensor-core dots.
     k_columns, v_columns: for rows in columns with the project's own codebooks, else None. column_shifts: see there.
     places ``[2, row_bytes]`` int32: RowLayout.places().
     search ``[F]`` float32: the factors of the scale search. cells: the codebooks as encode looks them up.
@@ -170,7 +168,6 @@ class DeviceTables:
     v: SideTables
     levels: torch.Tensor
     half_levels: torch.Tensor
-    thresholds: torch.Tensor
     search: torch.Tensor
     cells: Cells
     scale_rule: str
@@ -223,7 +220,6 @@ class DeviceTables:
             v=_moved(v, device),
             levels=codec.levels.float().to(device).contiguous(),
             half_levels=codec.levels.to(device, torch.float16).contiguous(),
-            thresholds=codec.boundaries().float().to(device).contiguous(),
             search=torch.tensor(codec.scale_search, dtype=torch.float32, device=device),
             cells=_moved(cells, device),
             scale_rule=codec.scale_rule,
