@@ -18,6 +18,7 @@ import torch
 import triton
 
 from .decode import decode_kernel
+from .dependent import dependent
 from .flash import attention_kernel
 from .merge_splits import CHUNK, merge_chunk_kernel, merge_row_kernel, merge_tile_kernel
 from .naive import merge_states
@@ -162,7 +163,8 @@ def target_splits(tables: DeviceTables, num_heads: int, q_len: int = 1) -> int:
 class DecodeScratch:
     """Partial results of the splits, to be kept from call to call: nothing else is allocated in decode.
 
-    out ``[S, q_len, Hq, Dv]`` and lse ``[S, q_len, Hq]`` float32, for S splits.
+    out ``[S, q_len, Hq, Dv]``, float16 or float32, and lse ``[S, q_len, Hq]`` float32, for S splits. A partial output
+    is a mean of values: float16 loses nothing that the codes have kept, and what is written and read again is half.
     """
 
     out: torch.Tensor
@@ -171,10 +173,14 @@ class DecodeScratch:
     @classmethod
     def of(cls, tables: DeviceTables, batch: int, num_heads: int, q_len: int = 1) -> DecodeScratch:
         """Room for a batch of up to ``batch`` requests of one layer; layers of one shape may share it."""
-        splits = num_splits(batch, target_splits(tables, num_heads, q_len))
-        shape = splits, q_len, num_heads
-        new = lambda *size: torch.empty(*size, dtype=torch.float32, device=tables.device)  # noqa: E731
-        return cls(new(*shape, tables.v.dim), new(*shape))
+        return cls.for_splits(tables, num_splits(batch, target_splits(tables, num_heads, q_len)), num_heads, q_len)
+
+    @classmethod
+    def for_splits(cls, tables: DeviceTables, splits: int, num_heads: int, q_len: int = 1) -> DecodeScratch:
+        shape, device = (splits, q_len, num_heads), tables.device
+        dtype = torch.float16 if device.type == "cuda" else torch.float32  # as the kernels' dots
+        out = torch.empty(*shape, tables.v.dim, dtype=dtype, device=device)
+        return cls(out, torch.empty(shape, dtype=torch.float32, device=device))
 
 
 def decode_attention(
@@ -213,8 +219,7 @@ def decode_attention(
         target = target_splits(tables, num_heads, q_len)
     splits = num_splits(requests, target)
     if scratch is None:
-        new = lambda *size: q.new_empty(size, dtype=torch.float32)  # noqa: E731
-        scratch = DecodeScratch(new(splits, q_len, num_heads, tables.v.dim), new(splits, q_len, num_heads))
+        scratch = DecodeScratch.for_splits(tables, splits, num_heads, q_len)
     needed = q_len, num_heads, tables.v.dim
     if scratch.out.shape[0] < splits or scratch.out.shape[1:] != needed or scratch.lse.shape != scratch.out.shape[:3]:
         raise ValueError(
@@ -310,6 +315,8 @@ def _decode(
         BLOCK_N=TUNING.block_n,
         STAGES=TUNING.stages,
         ASM=turned.is_cuda,
+        DEPENDENT=dependent(tables.device),
+        launch_pdl=dependent(tables.device),
         num_warps=1,
         num_stages=TUNING.stages,
     )
@@ -332,6 +339,8 @@ def _merge(
         "DIM": side.dim,
         "PADDED": side.padded,
         "REQUESTS": triton.next_power_of_2(requests),
+        "DEPENDENT": dependent(tables.device),
+        "launch_pdl": dependent(tables.device),
     }
     # With few requests a row has many splits, which 64 at a time spread over the device; with many, one program
     # goes through them. The row that has more than its share, a long request among short ones, is slower then.
@@ -341,7 +350,7 @@ def _merge(
     block = max(4, min(CHUNK, triton.next_power_of_2(2 * target // requests)))
     merge_chunk_kernel[(num_heads, tokens, chunks)](
         scratch.out, scratch.lse, kv_indptr, requests, target, num_heads,
-        **{name: shared[name] for name in ("QUERIES", "DIM", "PADDED", "REQUESTS")},
+        **{name: value for name, value in shared.items() if name != "GROUP"},
         BLOCK=block, WHOLE=not spread, num_warps=4 if block > 8 else 1,
     )  # fmt: skip
     if alone:

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .address import block_base
 from .columns import COLUMNS
+from .dependent import wait_and_release
 from .fields import slot_levels, slot_offset
 from .layout import BLOCK_SLOTS
 from .splits import find_split
@@ -80,7 +81,7 @@ def decode_kernel(
     kv_indptr,
     kv_indices,
     column_shifts,  # int32 [4, 16]: for 1, 2, 4 and 8 columns per word
-    partial_out,  # float32 [splits, QUERIES, Hq, V_DIM]
+    partial_out,  # float16 or float32 [splits, QUERIES, Hq, V_DIM]
     partial_lse,  # float32 [splits, QUERIES, Hq]
     num_requests,
     target,
@@ -111,11 +112,13 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     ASM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     head = tl.program_id(0) % HEADS
     first_row = tl.program_id(0) // HEADS * BLOCK_M
     split = tl.program_id(1)
     request, begin, end = find_split(kv_indptr, num_requests, target, split, REQUESTS)
+    wait_and_release(DEPENDENT)
     if request >= num_requests:
         return
     kv_start = tl.load(kv_indptr + request).to(tl.int64)

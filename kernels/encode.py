@@ -15,12 +15,17 @@ import torch
 import triton
 import triton.language as tl
 
+from .dependent import dependent
+from .encode_few import encode_few_kernel
 from .encode_rows import encode_rows
+from .layout import NORM_BYTES
 from .tables import DeviceTables, SideTables
+from .turn import BLOCK as TURN_BLOCK
 from .turn import project_and_store
 
 BLOCK = 64  # rows per program; one number, since a token's bytes must not depend on the batch
 WARPS = 4
+FEW_VECTORS = 128  # keys of a batch, heads times tokens, up to which the kernel for a few tokens takes it
 REGISTERS = 168  # a thread: three programs on an SM. Wide heads and several scales need more
 
 
@@ -44,10 +49,12 @@ def _encode_kernel(
     k_channels,
     k_inverse_counts,
     k_place,
+    k_pack,
     v_matrix,
     v_channels,
     v_inverse_counts,
     v_place,
+    v_pack,
     q_matrix,
     cells,
     search,  # [num_factors]
@@ -82,6 +89,7 @@ def _encode_kernel(
     PLACE_BYTES: tl.constexpr,
     CHUNK: tl.constexpr,
     WORD: tl.constexpr,
+    BINS: tl.constexpr,
     V_DIM: tl.constexpr,
     V_PADDED: tl.constexpr,
     V_TILES: tl.constexpr,
@@ -89,6 +97,7 @@ def _encode_kernel(
     V_PLACE_BYTES: tl.constexpr,
     V_CHUNK: tl.constexpr,
     V_WORD: tl.constexpr,
+    V_BINS: tl.constexpr,
     BOOKS: tl.constexpr,
     COUNT: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -110,6 +119,7 @@ def _encode_kernel(
                 k_channels,
                 k_inverse_counts,
                 k_place,
+                k_pack,
                 cells,
                 search,
                 num_factors,
@@ -134,6 +144,7 @@ def _encode_kernel(
                 PLACE_BYTES,
                 CHUNK,
                 WORD,
+                BINS,
                 BOOKS,
                 COUNT,
                 INTERPRET,
@@ -154,6 +165,7 @@ def _encode_kernel(
                 v_channels,
                 v_inverse_counts,
                 v_place,
+                v_pack,
                 cells,
                 search,
                 num_factors,
@@ -178,6 +190,7 @@ def _encode_kernel(
                 V_PLACE_BYTES,
                 V_CHUNK,
                 V_WORD,
+                V_BINS,
                 BOOKS,
                 COUNT,
                 INTERPRET,
@@ -225,10 +238,89 @@ def _rows_per_token(tables: DeviceTables, tokens: int, device: torch.device) -> 
 
 
 def _words(side: SideTables, rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    if side.plan.few is not None:
+        return rows.view(torch.int16), 2
     for dtype in (torch.int32, torch.int16):
         if not any(n % dtype.itemsize for n in (side.code_bytes, side.offset, rows.shape[1], rows.data_ptr())):
             return rows.view(dtype), dtype.itemsize
     return rows, 1
+
+
+def _few(tables: DeviceTables, tokens: int) -> bool:
+    """Whether a batch goes to the kernel for a few tokens, each of whose programs reads a matrix of its own."""
+    return tables.k_columns is not None and tokens * tables.heads <= FEW_VECTORS
+
+
+def _encode_few(
+    tables: DeviceTables,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: torch.Tensor,
+    loc: torch.Tensor,
+    q: torch.Tensor | None,
+    turned: torch.Tensor | None,
+    tokens: int,
+    group: int,
+) -> None:
+    row, a, b = tables.row, tables.k.plan.few, tables.v.plan.few
+    channels = min(32, tables.k.padded)  # of the queries, a program: few rows share the reading of the matrix
+    blocks = 2 * tokens + triton.cdiv(tokens * group, TURN_BLOCK) * (tables.k.padded // channels)
+    wide = max(tables.k.padded, tables.v.padded) >= 128
+    encode_few_kernel[(blocks * tables.heads,)](
+        k,
+        v,
+        q,
+        turned,
+        rows.view(torch.int16),
+        rows.view(torch.float16),
+        loc,
+        tables.k.into,
+        a.fields,
+        a.pack,
+        tables.v.into,
+        b.fields,
+        b.pack,
+        tables.k.back_pieces if k.dtype == torch.bfloat16 else tables.k.back,
+        tables.search,
+        tables.search.shape[0],
+        tokens,
+        tokens * group,
+        tables.heads,
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        q.stride(0) if group else 0,
+        q.stride(1) if group else 0,
+        turned.stride(0) if group else 0,
+        turned.stride(1) if group else 0,
+        row.row_bytes,
+        row.norm_offset,
+        row.norm_offset + row.heads * row.norms * NORM_BYTES,
+        0,
+        row.k_code_bytes,
+        row.v_offset,
+        row.v_code_bytes,
+        DIM=tables.k.dim,
+        PADDED=tables.k.padded,
+        BITS=a.bits,
+        BINS=a.bins,
+        V_DIM=tables.v.dim,
+        V_PADDED=tables.v.padded,
+        V_BITS=b.bits,
+        V_BINS=b.bins,
+        RULE=tables.scale_rule,
+        FACTORS=triton.next_power_of_2(tables.search.shape[0]),
+        ROW_NORMS=row.norms,
+        GROUP=group,
+        ROWS=TURN_BLOCK,
+        CHANNELS=channels,
+        DEPENDENT=dependent(rows.device),
+        launch_pdl=dependent(rows.device),
+        num_warps=8 if wide else 4,
+        num_stages=1,
+        maxnreg=128,
+    )
 
 
 def encode(
@@ -270,6 +362,9 @@ def encode(
     tokens = loc.shape[0]
     if not tokens:
         return
+    if _few(tables, tokens):
+        _encode_few(tables, k, v, rows, loc, q, turned, tokens, group)
+        return
     row, a, b = tables.row, side.plan, other.plan
     spread = _rows_per_token(tables, tokens, k.device)
     k_words, word = _words(side, rows)
@@ -290,10 +385,12 @@ def encode(
         a.channels,
         a.inverse_counts,
         a.place,
+        a.few and a.few.pack,
         b.pieces if split else other.into,
         b.channels,
         b.inverse_counts,
         b.place,
+        b.few and b.few.pack,
         side.back_pieces if split else side.back,
         tables.cells.table,
         tables.search,
@@ -328,6 +425,7 @@ def encode(
         PLACE_BYTES=a.place.shape[2],
         CHUNK=a.chunk,
         WORD=word,
+        BINS=a.few.bins if a.few else (),
         V_DIM=other.dim,
         V_PADDED=other.padded,
         V_TILES=b.flat_tiles,
@@ -335,6 +433,7 @@ def encode(
         V_PLACE_BYTES=b.place.shape[2],
         V_CHUNK=b.chunk,
         V_WORD=v_word,
+        V_BINS=b.few.bins if b.few else (),
         BOOKS=tables.cells.magnitudes,
         COUNT=tables.cells.count,
         INTERPRET=triton.knobs.runtime.interpret,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .dependent import wait_and_release
 from .splits import request_splits, splits_of
 
 CHUNK = 64  # splits that one program of the first launch merges
@@ -23,7 +24,7 @@ def _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM
     """Take the parts at ``row [S]`` into a running softmax: its peak, total and merged output ``[PADDED]``."""
     state = tl.load(partial_lse + row, mask=live, other=float("-inf"))
     mask = live[:, None] & (channel < DIM)[None, :]
-    part = tl.load(partial_out + row[:, None] * DIM + channel[None, :], mask=mask, other=0.0)
+    part = tl.load(partial_out + row[:, None] * DIM + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     new_peak = tl.maximum(peak, tl.max(state, 0))
     share = tl.exp(state - new_peak)
     keep = tl.exp(peak - new_peak)
@@ -35,7 +36,7 @@ def _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM
     do_not_specialize_on_alignment=["kv_indptr"],
 )
 def merge_chunk_kernel(
-    partial_out,  # float32 [splits, QUERIES, Hq, DIM]
+    partial_out,  # float16 or float32 [splits, QUERIES, Hq, DIM]
     partial_lse,  # float32 [splits, QUERIES, Hq]
     kv_indptr,
     num_requests,
@@ -47,11 +48,13 @@ def merge_chunk_kernel(
     REQUESTS: tl.constexpr,
     BLOCK: tl.constexpr,  # splits taken at a time
     WHOLE: tl.constexpr,  # all splits of the row; else 64
+    DEPENDENT: tl.constexpr,
 ):
     """The splits of a request and row, or 64 of them, into the place of the first."""
     j, token, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS)
     begin = chunk * _CHUNK
+    wait_and_release(DEPENDENT)
     if begin >= count:
         return
     end = count
@@ -96,6 +99,7 @@ def merge_row_kernel(
     PADDED: tl.constexpr,
     COLUMNS: tl.constexpr,  # of the output, per program: they share the reading of the matrix
     REQUESTS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     j, token, first_column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * COLUMNS
     channel = tl.arange(0, PADDED)
@@ -106,6 +110,7 @@ def merge_row_kernel(
     first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS)
     if WHOLE:
         count = tl.minimum(count, 1)
+    wait_and_release(DEPENDENT)
     peak = -1e30
     total = 0.0
     merged = tl.zeros([PADDED], tl.float32)
@@ -147,6 +152,7 @@ def merge_tile_kernel(
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     REQUESTS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     BLOCK_K: tl.constexpr = 32 if PADDED >= 32 else PADDED
     head = tl.program_id(1)
@@ -160,6 +166,7 @@ def merge_tile_kernel(
     some = tl.sum(tl.where(index[None, :] == request[:, None], count[None, :], 0), 1) > 0
     firsts = tl.sum(tl.where(index[None, :] < request[:, None], count[None, :], 0), 1)
     state_at = (firsts.to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
+    wait_and_release(DEPENDENT)
     state = tl.load(partial_lse + state_at, mask=some, other=float("-inf"))
     some = some & (state > float("-inf"))
 
@@ -169,6 +176,7 @@ def merge_tile_kernel(
         channel = start + tl.arange(0, BLOCK_K)
         mask = some[:, None] & (channel < DIM)[None, :]
         merged = tl.load(partial_out + state_at[:, None] * DIM + channel[None, :], mask=mask, other=0.0)
+        merged = merged.to(tl.float32)
         weights = tl.load(matrix + head * PADDED * PADDED + channel[:, None] * PADDED + out_channel[None, :])
         tile = tl.dot(merged, weights, tile, input_precision="tf32x3")
     to = out + (token.to(tl.int64) * stride_ot + j * stride_oh)[:, None] + out_channel[None, :]

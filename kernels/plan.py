@@ -6,17 +6,20 @@ A kernel is compiled for the tiles (a static structure, the same in every head) 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import comb
 from typing import NamedTuple
 
 import torch
 
-from .codebook import MAX_BITS, MAX_LEVELS, boundaries
+from .codebook import MAX_BITS, MAX_LEVELS, boundaries, polynomial
+from .columns import COLUMNS, WORD_BITS
 from .layout import CodeLayout
 
 TILE = 16  # channels; the shortest inner side of a float16 dot
 MAX_TILE = 64  # a wider one needs more registers at once when codes are made of it
 MAX_CHAIN_BITS = 4  # up to here the nearest level is found by comparing with every threshold
 CHANNEL_FIELDS = ("weight", "norm", "cell_start", "cell_scale", "half")
+COEFFICIENTS = 4  # of a codebook's polynomial, zeros included
 
 
 class Tile(NamedTuple):
@@ -28,6 +31,7 @@ class Tile(NamedTuple):
     flat: bool  # they all share one weight
     line: int  # first row in ``place``: ``size`` rows for each bit position
     positions: int  # bit p is set where some code is shifted by p
+    bins: int = 0  # bit b is set where some code enters bin b, of rows in columns
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class EncodePlan:
     channels ``[H, 5, P]`` float32: weight, norm index (-1: not stored), start and scale of the cells, half the
         number of levels.
     inverse_counts ``[H, norms]`` float32: one over the number of channels of a scale, 0 without any.
+    few: the same for a few tokens, where rows lie in columns.
     place ``[H, rows, bytes]`` float16: per tile and bit position p, what ``code >> p`` of each channel adds to
         each byte of the head's codes, modulo 256. ``bytes`` is a multiple of ``chunk``.
     """
@@ -48,10 +53,11 @@ class EncodePlan:
     inverse_counts: torch.Tensor
     place: torch.Tensor
     chunk: int
+    few: FewPlan | None
 
     @property
     def flat_tiles(self) -> tuple[int, ...]:
-        """The tiles as one tuple of integers, six for each: a constant that every Triton takes."""
+        """The tiles as one tuple of integers, seven for each: a constant that every Triton takes."""
         return tuple(int(n) for tile in self.tiles for n in tile)
 
     @classmethod
@@ -65,6 +71,7 @@ class EncodePlan:
         norms: int,
         code_bytes: int,
         cells: Cells,
+        in_columns: bool,
     ) -> EncodePlan:
         """weight, norm_index ``[H, P]`` and matrix ``[H, P, P]`` (in, out), as SideTables has them."""
         heads, padded = norm_index.shape
@@ -72,11 +79,16 @@ class EncodePlan:
         widths[:, : layouts[0].dim] = torch.tensor([layout.widths for layout in layouts])
         # A warpgroup's product wants 64 columns: with fewer, Triton 3.6 reads this operand wrongly from shared memory.
         chunk = 64
-        moves = [_moves(layout) for layout in layouts]
-        tiles, blocks, lines = [], [], 0
+        few = FewPlan.of(layouts, weight, norm_index) if in_columns else None
+        moves = [] if few else [_moves(layout) for layout in layouts]
+        tiles, blocks, lines = [], [torch.zeros(heads, 1, chunk)] if few else [], 0
         for start, size, bits in _tiles(widths):
             part = slice(start, start + size)
             flat = bool((weight[:, part] == weight[:, start : start + 1]).all()) and bits > 0
+            if few:
+                bins = sum(1 << b for b in range(len(few.bins)) if bool((few.pack[:, b, part] >> 8).any()))
+                tiles.append(Tile(start, size, bits, flat, 0, 0, bins))
+                continue
             block = torch.zeros(MAX_BITS, heads, size, -(-code_bytes // chunk) * chunk)
             for h, move in enumerate(moves):
                 for c, p, byte, amount in move:
@@ -95,7 +107,60 @@ class EncodePlan:
             inverse_counts=torch.where(counts > 0, 1 / counts.clamp(min=1), 0.0),
             place=torch.cat(blocks, 1).half(),
             chunk=chunk,
+            few=few,
         )
+
+
+@dataclass(frozen=True)
+class FewPlan:
+    """What :mod:`.encode_few` needs, all of it per channel. H KV heads, P padded channels.
+
+    fields ``[H, 12, P]`` float32: weight; part in the mean of squares; half the number of levels; its inverse; the
+        coefficients of the thresholds' polynomial, which has threshold j at ``j / half``; those of the levels'.
+    pack ``[H, bins, P]`` int32: what of a code enters its column's part of a bin: ``position + 16 shift + 256 mask``.
+    bins: (byte within the head's codes, words, columns per word) of each. bits: of the widest code.
+    """
+
+    fields: torch.Tensor
+    pack: torch.Tensor
+    bins: tuple[tuple[int, int, int], ...]
+    bits: int
+
+    @classmethod
+    def of(cls, layouts: tuple[CodeLayout, ...], weight: torch.Tensor, norm_index: torch.Tensor) -> FewPlan:
+        """layouts: of a row in columns. Its heads have the same bins, as these depend on the sum of bits alone."""
+        columns = [layout.columns for layout in layouts]
+        assert all(c.bins == columns[0].bins for c in columns) and int(norm_index.max()) == 0
+        heads, padded = norm_index.shape
+        bins = tuple((b.offset, b.words, b.repeat) for b in columns[0].bins)
+        fields = torch.zeros(heads, 4 + 2 * COEFFICIENTS, padded, dtype=torch.float64)
+        fields[:, 0] = weight
+        fields[:, 1] = (norm_index == 0) / (norm_index == 0).sum(-1, keepdim=True)
+        fields[:, 2:4] = 1
+        pack = torch.zeros(heads, len(bins), padded, dtype=torch.int32)
+        for h, head in enumerate(columns):
+            for slot, (width, pieces) in enumerate(zip(head.widths, head.slots, strict=True)):
+                where, half = slice(slot * COLUMNS, (slot + 1) * COLUMNS), 1 << (width - 1)
+                level = polynomial(width)
+                fields[h, 2, where], fields[h, 3, where] = half, 1 / half
+                for i, (edge, middle) in enumerate(zip(_thresholds(level, 0.5 / half), level, strict=True)):
+                    fields[h, 4 + i, where], fields[h, 4 + COEFFICIENTS + i, where] = edge, middle
+                for piece in pieces:
+                    _, _, repeat = bins[piece.bin]
+                    column = torch.arange(COLUMNS, dtype=torch.int32)
+                    shift = piece.shift + column // (COLUMNS // repeat) * (WORD_BITS // repeat)
+                    pack[h, piece.bin, where] = piece.position | shift << 4 | ((1 << piece.width) - 1) << 8
+        return cls(fields.float(), pack, bins, max(max(c.widths) for c in columns))
+
+
+def _thresholds(level: tuple[float, ...], delta: float) -> list[float]:
+    """Coefficients of the odd polynomial ``(L(z - delta) + L(z + delta)) / 2``: midpoints of neighbouring levels."""
+    out = [0.0] * len(level)
+    for i, c in enumerate(level):
+        n = 2 * i + 1
+        for k in range(0, n, 2):
+            out[(n - k) // 2] += c * comb(n, k) * delta**k
+    return out
 
 
 def _tiles(widths: torch.Tensor) -> list[tuple[int, int, int]]:

@@ -10,6 +10,9 @@ import triton.language as tl
 
 from .nearest import nearest
 
+FP16_MAX = 65504.0
+TINY = 1e-30  # below it a vector counts as zero: its float16 scale would be, too
+
 
 @triton.jit
 def to_channels(values, norm, NORMS: tl.constexpr):
@@ -105,23 +108,23 @@ def try_factor(
     """Per scale the weighted sums of e e and e c, with c the scaled codewords of u and e what they miss."""
     ees = (tl.zeros(factor.shape, tl.float32),) * NORMS
     ecs = (tl.zeros(factor.shape, tl.float32),) * NORMS
-    for t in tl.static_range(len(TILES) // 6):
+    for t in tl.static_range(len(TILES) // 7):
         a = tl.abs(us[t])
         c, _ = nearest(
             a,
             factor[:, None],
             channels,
             cells,
-            TILES[6 * t],
-            TILES[6 * t + 1],
-            TILES[6 * t + 2],
+            TILES[7 * t],
+            TILES[7 * t + 1],
+            TILES[7 * t + 2],
             PADDED,
             BOOKS,
             COUNT,
             INTERPRET,
         )
         e = a - c
-        ee, ec = sums(e, e, c, channels, TILES[6 * t], TILES[6 * t + 1], TILES[6 * t + 3], PADDED, NORMS)
+        ee, ec = sums(e, e, c, channels, TILES[7 * t], TILES[7 * t + 1], TILES[7 * t + 3], PADDED, NORMS)
         ees, ecs = add(ees, ee, NORMS), add(ecs, ec, NORMS)
     return ees, ecs
 

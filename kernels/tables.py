@@ -80,6 +80,7 @@ class SideTables:
         code_bytes: int,
         offset: int,
         cells: Cells,
+        in_columns: bool,
     ) -> SideTables:
         dim = layouts[0].dim
         padded = padded_dim(dim)
@@ -104,7 +105,9 @@ class SideTables:
             into=into,
             back=back,
             back_pieces=split_bfloat16(back),
-            plan=EncodePlan.of(layouts, weight, index, into, norms=norms, code_bytes=code_bytes, cells=cells),
+            plan=EncodePlan.of(
+                layouts, weight, index, into, norms=norms, code_bytes=code_bytes, cells=cells, in_columns=in_columns
+            ),
             dim=dim,
             padded=padded,
             norms=norms,
@@ -202,6 +205,7 @@ class DeviceTables:
             code_bytes=row.k_code_bytes,
             offset=0,
             cells=cells,
+            in_columns=row.in_columns,
         )
         v = SideTables.of(
             (row.v,) * heads,
@@ -213,6 +217,7 @@ class DeviceTables:
             code_bytes=row.v_code_bytes,
             offset=row.v_offset,
             cells=cells,
+            in_columns=row.in_columns,
         )
         return cls(
             row=row,

@@ -43,14 +43,14 @@ def project(x, at, live, matrix, head, first, TILES: tl.constexpr, DIM: tl.const
     BLOCK_K: tl.constexpr = (PADDED if PADDED <= 128 else 64) if SPLIT else 32 if PADDED >= 32 else PADDED
     matrix += head * PADDED * PADDED * (2 if SPLIT else 1)
     ys = ()
-    for t in tl.static_range(len(TILES) // 6):
-        ys += (tl.full([live.shape[0], TILES[6 * t + 1]], 0.0, tl.float32),)
+    for t in tl.static_range(len(TILES) // 7):
+        ys += (tl.full([live.shape[0], TILES[7 * t + 1]], 0.0, tl.float32),)
     for start in range(0, DIM, BLOCK_K):
         channel = start + tl.arange(0, BLOCK_K)
         part = tl.load(x + at[:, None] + channel[None, :], mask=live[:, None] & (channel < DIM)[None, :], other=0.0)
         sums = ()
-        for t in tl.static_range(len(TILES) // 6):
-            out = first + TILES[6 * t] + tl.arange(0, TILES[6 * t + 1])
+        for t in tl.static_range(len(TILES) // 7):
+            out = first + TILES[7 * t] + tl.arange(0, TILES[7 * t + 1])
             if SPLIT:
                 to = channel[:, None] + out[None, :] * PADDED
             else:
@@ -83,7 +83,7 @@ def project_and_store(
     r = block * ROWS + tl.arange(0, ROWS)
     token, j = (r // GROUP).to(tl.int64), head * GROUP + r % GROUP
     live = r < num_rows
-    tiles: tl.constexpr = (0, COLUMNS, 0, 0, 0, 0)
+    tiles: tl.constexpr = (0, COLUMNS, 0, 0, 0, 0, 0)
     tile = project(x, token * stride_xt + j * stride_xh, live, matrix, head, first, tiles, DIM, PADDED)[0]
     channel = first + tl.arange(0, COLUMNS)
     to = token * stride_yt + j * stride_yh

@@ -49,11 +49,11 @@ def decode(case: Case, q_len: int = 1, **options):
 TARGETS = 1, 8  # one split for each request, or two for the long one
 
 
-def scratch_of(case: Case, q_len: int, splits: int) -> DecodeScratch:
+def scratch_of(case: Case, q_len: int, splits: int, dtype: torch.dtype = torch.float32) -> DecodeScratch:
     """Poisoned."""
     shape = splits, q_len, case.heads * case.group
-    new = lambda *size: torch.full(size, torch.nan, device=DEVICE)  # noqa: E731
-    return DecodeScratch(new(*shape, case.v_dim or case.head_dim), new(*shape))
+    out = torch.full((*shape, case.v_dim or case.head_dim), torch.nan, dtype=dtype, device=DEVICE)
+    return DecodeScratch(out, torch.full(shape, torch.nan, device=DEVICE))
 
 
 @over(EVERY)
@@ -131,6 +131,13 @@ def test_decode_writes_into_given_buffers(case, q_len):
     assert_same((out, lse), decoded_by_twin(case, q_len), TOLERANCE[DEVICE][case.dtype])
     with pytest.raises(ValueError, match=rf"at least {splits + 4} splits of"):
         decode(case, q_len, target=splits + 4, scratch=scratch)
+
+
+@over([TEMPLATE, SMALL[3], *LARGE])
+def test_partial_results_may_be_float16(case):
+    splits = num_splits(len(case.lengths), 9)
+    got = decode(case, target=9, scratch=scratch_of(case, 1, splits, torch.float16))
+    assert_same(got, decoded_by_twin(case), max(2e-3, TOLERANCE[DEVICE][case.dtype]))
 
 
 @pytest.mark.parametrize("q_len", [1, 3])
