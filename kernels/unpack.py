@@ -18,8 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 
+from .launch import Launch
 from .tables import DeviceTables, SideTables
 from .unpack_columns import MAX_CHANNELS, unpack_columns_kernel
 from .unpack_fields import unpack_fields_kernel
@@ -118,6 +118,95 @@ def _channel_fields(side: SideTables, widths: tuple[tuple[int, ...], ...]) -> to
     return torch.tensor(padded, dtype=torch.int32).mT.contiguous()
 
 
+class Unpacker:
+    """Unpacking of one layer's rows. What all calls share is looked at once; a call takes the host little time.
+
+    rows ``[slots, row_bytes]`` uint8, kept. ValueError unless they are this layer's.
+    """
+
+    def __init__(self, layer: UnpackTables, rows: torch.Tensor):
+        self.tables, self.rows = layer.tables, rows
+        scales = layer.tables.check_rows(rows)
+        if layer.tables.k_columns is None:
+            self.parts, self.launch = 1, _launch_fields(layer, rows, scales)
+        else:
+            widest = max(layer.tables.k.dim, layer.tables.v.dim)
+            self.parts, self.launch = -(-widest // MAX_CHANNELS), _launch_columns(layer, rows)
+
+    def __call__(
+        self,
+        indices: torch.Tensor,
+        k_out: torch.Tensor,
+        v_out: torch.Tensor,
+        dest: torch.Tensor | None = None,
+        chunk: tuple[torch.Tensor, torch.Tensor] | None = None,
+        chunk_dest: torch.Tensor | None = None,
+    ) -> None:
+        """Keys and values of the slots ``indices [N]`` into ``k_out [M, H, D]`` and ``v_out [M, H, Dv]``.
+
+        indices, dest, chunk_dest: int32 or int64, on the device. Token n goes to place ``dest[n]``, or n; the other
+        places stay as they are. k_out and v_out in any float type; float16 saturates. chunk: ``k [T, H, D]`` and
+        ``v [T, H, Dv]`` of the type of k_out and v_out, copied in the same launch to the places ``chunk_dest``, or
+        N and on. ValueError for shapes that are not this layer's.
+        """
+        heads, tokens, copied = self.tables.heads, indices.shape[0], 0
+        places, stride_kt, stride_kh = self._strides("k_out", k_out, self.tables.k)
+        v_places, stride_vt, stride_vh = self._strides("v_out", v_out, self.tables.v)
+        k = v = None
+        stride_ckt = stride_ckh = stride_cvt = stride_cvh = 0
+        if chunk is not None:
+            k, v = chunk
+            copied, stride_ckt, stride_ckh = self._strides("chunk's k", k, self.tables.k)
+            v_copied, stride_cvt, stride_cvh = self._strides("chunk's v", v, self.tables.v)
+            if copied != v_copied or k.dtype != k_out.dtype or v.dtype != v_out.dtype:
+                raise ValueError(
+                    f"chunk of {copied} {k.dtype} keys and {v_copied} {v.dtype} values: one number of both, "
+                    f"{k_out.dtype} and {v_out.dtype}, is needed"
+                )
+        for name, to, count in (("dest", dest, tokens), ("chunk_dest", chunk_dest, copied)):
+            if to is not None and (to.dim() != 1 or to.shape[0] != count):
+                raise ValueError(f"{name} {tuple(to.shape)}: one place for each of {count} tokens is needed")
+        needed = max(tokens if dest is None else 0, tokens + copied if copied and chunk_dest is None else 0)
+        if min(places, v_places) < needed:
+            raise ValueError(f"k_out and v_out have {places} and {v_places} places for {needed} tokens")
+        if not tokens + copied:
+            return
+        tiles, programs = _tiles(tokens, heads)
+        self.launch(
+            (heads, programs + -(-copied // TOKENS), 2 * self.parts),
+            indices=indices,
+            dest=dest,
+            num_tokens=tokens,
+            tiles=tiles,
+            programs=programs,
+            chunk_k=k,
+            chunk_v=v,
+            chunk_dest=chunk_dest,
+            chunk_tokens=copied,
+            stride_ckt=stride_ckt,
+            stride_ckh=stride_ckh,
+            stride_cvt=stride_cvt,
+            stride_cvh=stride_cvh,
+            k_out=k_out,
+            v_out=v_out,
+            stride_kt=stride_kt,
+            stride_kh=stride_kh,
+            stride_vt=stride_vt,
+            stride_vh=stride_vh,
+        )
+
+    def _strides(self, name: str, x: torch.Tensor, side: SideTables) -> tuple[int, int, int]:
+        """(tokens, stride of a token, stride of a head)"""
+        tokens, *rest = x.shape
+        *strides, channel = x.stride()
+        if rest != [self.tables.heads, side.dim] or channel != 1:
+            raise ValueError(
+                f"{name} {tuple(x.shape)} with strides {x.stride()}: [tokens, {self.tables.heads}, {side.dim}] "
+                "with contiguous channels is needed for these rows"
+            )
+        return tokens, *strides
+
+
 def unpack(
     layer: UnpackTables,
     rows: torch.Tensor,
@@ -125,71 +214,32 @@ def unpack(
     k_out: torch.Tensor,
     v_out: torch.Tensor,
     dest: torch.Tensor | None = None,
+    chunk: tuple[torch.Tensor, torch.Tensor] | None = None,
+    chunk_dest: torch.Tensor | None = None,
 ) -> None:
-    """Keys and values of the slots ``indices [N]`` into ``k_out [M, H, D]`` and ``v_out [M, H, Dv]``.
-
-    rows ``[slots, row_bytes]`` uint8; indices, dest: int32 or int64, on the device. Token n goes to place
-    ``dest[n]``, or n; the other places stay as they are. k_out and v_out in any float type; float16 saturates.
-    ValueError for shapes that are not this layer's.
-    """
-    tables, k, v = layer.tables, layer.k.side, layer.v.side
-    scales = tables.check_rows(rows)
-    for name, out, side in (("k_out", k_out, k), ("v_out", v_out, v)):
-        if out.shape[1:] != (tables.heads, side.dim) or out.stride(2) != 1:
-            raise ValueError(
-                f"{name} {tuple(out.shape)} with strides {out.stride()}: [places, {tables.heads}, {side.dim}] "
-                "with contiguous channels is needed for these rows"
-            )
-    num_tokens = indices.shape[0]
-    if dest is not None and dest.shape != indices.shape:
-        raise ValueError(f"dest {tuple(dest.shape)}: one place for each of {num_tokens} indices is needed")
-    if dest is None and min(k_out.shape[0], v_out.shape[0]) < num_tokens:
-        raise ValueError(f"k_out and v_out have {k_out.shape[0]} and {v_out.shape[0]} places for {num_tokens} tokens")
-    if not num_tokens:
-        return
-    if tables.k_columns is None:
-        _unpack_fields(layer, rows, scales, indices, k_out, v_out, dest)
-    else:
-        _unpack_columns(layer, rows, indices, k_out, v_out, dest)
+    """:class:`Unpacker` for a single use."""
+    Unpacker(layer, rows)(indices, k_out, v_out, dest, chunk, chunk_dest)
 
 
 def _tiles(num_tokens: int, heads: int) -> tuple[int, int]:
     """(tiles of a program, programs) for one side of one head."""
-    blocks = triton.cdiv(num_tokens, TOKENS)
+    blocks = -(-num_tokens // TOKENS)
     tiles = max(1, min(TUNING.max_tiles, blocks * heads * 2 // TUNING.programs))
-    return tiles, triton.cdiv(blocks, tiles)
+    return tiles, -(-blocks // tiles)
 
 
-def _unpack_columns(
-    layer: UnpackTables,
-    rows: torch.Tensor,
-    indices: torch.Tensor,
-    k_out: torch.Tensor,
-    v_out: torch.Tensor,
-    dest: torch.Tensor | None,
-) -> None:
+def _launch_columns(layer: UnpackTables, rows: torch.Tensor) -> Launch:
     tables, row = layer.tables, layer.tables.row
     k, v, k_columns, v_columns = tables.k, tables.v, tables.k_columns, tables.v_columns
-    tiles, programs = _tiles(indices.shape[0], tables.heads)
-    parts = triton.cdiv(max(k.dim, v.dim), MAX_CHANNELS)
-    unpack_columns_kernel[(tables.heads, programs, 2 * parts)](
-        rows.view(torch.int16),
-        rows.view(torch.int32),
-        tables.column_shifts,
-        indices,
-        dest,
-        indices.shape[0],
-        tiles,
-        k_out,
-        layer.k.matrix,
-        layer.k.gain,
-        v_out,
-        layer.v.matrix,
-        layer.v.gain,
-        k_out.stride(0),
-        k_out.stride(1),
-        v_out.stride(0),
-        v_out.stride(1),
+    return Launch(
+        unpack_columns_kernel,
+        rows16=rows.view(torch.int16),
+        rows32=rows.view(torch.int32),
+        column_shifts=tables.column_shifts,
+        k_matrix=layer.k.matrix,
+        k_gain=layer.k.gain,
+        v_matrix=layer.v.matrix,
+        v_gain=layer.v.gain,
         ROW_BYTES=row.row_bytes,
         K_STRIDE=row.k_code_bytes,
         V_STRIDE=row.v_code_bytes,
@@ -216,50 +266,32 @@ def _unpack_columns(
     )
 
 
-def _unpack_fields(
-    layer: UnpackTables,
-    rows: torch.Tensor,
-    scales: torch.Tensor,
-    indices: torch.Tensor,
-    k_out: torch.Tensor,
-    v_out: torch.Tensor,
-    dest: torch.Tensor | None,
-) -> None:
+def _launch_fields(layer: UnpackTables, rows: torch.Tensor, scales: torch.Tensor) -> Launch:
     tables, row = layer.tables, layer.tables.row
-    k, v, num_tokens = tables.k, tables.v, indices.shape[0]
-    tiles, programs = _tiles(num_tokens, tables.heads)
-    unpack_fields_kernel[(tables.heads, programs, 2)](
-        rows,
-        scales,
-        layer.levels,
-        tables.places,
-        indices,
-        dest,
-        num_tokens,
-        tiles,
-        k_out,
-        layer.k.fields,
-        k.book,
-        k.norm_index,
-        layer.k.matrix,
-        layer.k.gain,
-        v_out,
-        layer.v.fields,
-        v.book,
-        v.norm_index,
-        layer.v.matrix,
-        layer.v.gain,
-        row.row_bytes,
-        k.code_bytes,
-        v.code_bytes,
-        v.offset,
-        row.norm_offset,
-        row.norms,
-        v.first_norm,
-        k_out.stride(0),
-        k_out.stride(1),
-        v_out.stride(0),
-        v_out.stride(1),
+    k, v = tables.k, tables.v
+    return Launch(
+        unpack_fields_kernel,
+        rows=rows,
+        scales=scales,
+        levels=layer.levels,
+        places=tables.places,
+        k_fields=layer.k.fields,
+        k_book=k.book,
+        k_norm_index=k.norm_index,
+        k_matrix=layer.k.matrix,
+        k_gain=layer.k.gain,
+        v_fields=layer.v.fields,
+        v_book=v.book,
+        v_norm_index=v.norm_index,
+        v_matrix=layer.v.matrix,
+        v_gain=layer.v.gain,
+        row_bytes=row.row_bytes,
+        k_code_bytes=k.code_bytes,
+        v_code_bytes=v.code_bytes,
+        v_offset=v.offset,
+        norm_offset=row.norm_offset,
+        row_norms=row.norms,
+        v_first_norm=v.first_norm,
         K_DIM=k.dim,
         K_PADDED=k.padded,
         K_FIELDS=layer.k.num_fields,
