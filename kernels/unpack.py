@@ -16,10 +16,11 @@ the one in :mod:`.unpack_fields`, which takes every layout as data and is slower
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from .launch import Launch
+from .launch import Arguments, Launch
 from .tables import DeviceTables, SideTables
 from .unpack_columns import MAX_CHANNELS, unpack_columns_kernel
 from .unpack_fields import unpack_fields_kernel
@@ -118,93 +119,111 @@ def _channel_fields(side: SideTables, widths: tuple[tuple[int, ...], ...]) -> to
     return torch.tensor(padded, dtype=torch.int32).mT.contiguous()
 
 
-class Unpacker:
-    """Unpacking of one layer's rows. What all calls share is looked at once; a call takes the host little time.
+class UnpackTask:
+    """Which slots are unpacked to where; the same for all layers of a step.
 
-    rows ``[slots, row_bytes]`` uint8, kept. ValueError unless they are this layer's.
+    Slots ``indices [N]`` to ``k_out [M, H, D]`` and ``v_out [M, H, Dv]``, of any float type; float16 saturates.
+    indices, dest, chunk_dest: int32 or int64, on the device. Token n goes to place ``dest[n]``, or n; the other
+    places stay as they are. chunk: further tokens, which come with their keys and values and are copied, to places
+    ``chunk_dest``, or N and on. ValueError for shapes that do not fit each other.
     """
 
-    def __init__(self, layer: UnpackTables, rows: torch.Tensor):
-        self.tables, self.rows = layer.tables, rows
-        scales = layer.tables.check_rows(rows)
-        if layer.tables.k_columns is None:
-            self.parts, self.launch = 1, _launch_fields(layer, rows, scales)
-        else:
-            widest = max(layer.tables.k.dim, layer.tables.v.dim)
-            self.parts, self.launch = -(-widest // MAX_CHANNELS), _launch_columns(layer, rows)
-
-    def __call__(
+    def __init__(
         self,
         indices: torch.Tensor,
         k_out: torch.Tensor,
         v_out: torch.Tensor,
         dest: torch.Tensor | None = None,
-        chunk: tuple[torch.Tensor, torch.Tensor] | None = None,
+        chunk: int = 0,
         chunk_dest: torch.Tensor | None = None,
-    ) -> None:
-        """Keys and values of the slots ``indices [N]`` into ``k_out [M, H, D]`` and ``v_out [M, H, Dv]``.
-
-        indices, dest, chunk_dest: int32 or int64, on the device. Token n goes to place ``dest[n]``, or n; the other
-        places stay as they are. k_out and v_out in any float type; float16 saturates. chunk: ``k [T, H, D]`` and
-        ``v [T, H, Dv]`` of the type of k_out and v_out, copied in the same launch to the places ``chunk_dest``, or
-        N and on. ValueError for shapes that are not this layer's.
-        """
-        heads, tokens, copied = self.tables.heads, indices.shape[0], 0
-        places, stride_kt, stride_kh = self._strides("k_out", k_out, self.tables.k)
-        v_places, stride_vt, stride_vh = self._strides("v_out", v_out, self.tables.v)
-        k = v = None
-        stride_ckt = stride_ckh = stride_cvt = stride_cvh = 0
-        if chunk is not None:
-            k, v = chunk
-            copied, stride_ckt, stride_ckh = self._strides("chunk's k", k, self.tables.k)
-            v_copied, stride_cvt, stride_cvh = self._strides("chunk's v", v, self.tables.v)
-            if copied != v_copied or k.dtype != k_out.dtype or v.dtype != v_out.dtype:
+    ):
+        tokens = indices.shape[0]
+        for name, out in (("k_out", k_out), ("v_out", v_out)):
+            if out.dim() != 3 or out.stride(2) != 1 or out.shape[1] != k_out.shape[1]:
                 raise ValueError(
-                    f"chunk of {copied} {k.dtype} keys and {v_copied} {v.dtype} values: one number of both, "
-                    f"{k_out.dtype} and {v_out.dtype}, is needed"
+                    f"{name} {tuple(out.shape)} with strides {out.stride()}: [places, heads, channels] with "
+                    "contiguous channels is needed"
                 )
-        for name, to, count in (("dest", dest, tokens), ("chunk_dest", chunk_dest, copied)):
-            if to is not None and (to.dim() != 1 or to.shape[0] != count):
+        for name, to, count in (("dest", dest, tokens), ("chunk_dest", chunk_dest, chunk)):
+            if to is not None and to.shape != (count,):
                 raise ValueError(f"{name} {tuple(to.shape)}: one place for each of {count} tokens is needed")
-        needed = max(tokens if dest is None else 0, tokens + copied if copied and chunk_dest is None else 0)
-        if min(places, v_places) < needed:
-            raise ValueError(f"k_out and v_out have {places} and {v_places} places for {needed} tokens")
-        if not tokens + copied:
+        needed = max(tokens if dest is None else 0, tokens + chunk if chunk and chunk_dest is None else 0)
+        if min(k_out.shape[0], v_out.shape[0]) < needed:
+            raise ValueError(f"k_out and v_out have {k_out.shape[0]} and {v_out.shape[0]} places for {needed} tokens")
+        self.tokens, self.chunk, self.dtypes = tokens, chunk, (k_out.dtype, v_out.dtype)
+        self.shapes = tuple(k_out.shape[1:]), tuple(v_out.shape[1:])
+        tiles, programs = _tiles(tokens, k_out.shape[1])
+        self.programs = programs + -(-chunk // TOKENS)
+        self._values = {
+            "indices": indices,
+            "dest": dest,
+            "num_tokens": tokens,
+            "tiles": tiles,
+            "programs": programs,
+            "chunk_dest": chunk_dest,
+            "chunk_tokens": chunk,
+            "k_out": k_out,
+            "v_out": v_out,
+            "stride_kt": k_out.stride(0),
+            "stride_kh": k_out.stride(1),
+            "stride_vt": v_out.stride(0),
+            "stride_vh": v_out.stride(1),
+        }
+        self._arguments: dict[Any, Arguments] = {}
+
+    def arguments(self, kernel: Any) -> Arguments:
+        """For one of the two kernels."""
+        if kernel not in self._arguments:
+            self._arguments[kernel] = Arguments(kernel, **self._values)
+        return self._arguments[kernel]
+
+
+class Unpacker:
+    """Unpacks one layer's rows: ``rows [slots, row_bytes]`` uint8, kept. ValueError unless they are this layer's."""
+
+    def __init__(self, layer: UnpackTables, rows: torch.Tensor):
+        self.rows = rows
+        scales = layer.tables.check_rows(rows)
+        if layer.tables.k_columns is None:
+            self._parts, self._launch = 1, _launch_fields(layer, rows, scales)
+        else:
+            widest = max(layer.tables.k.dim, layer.tables.v.dim)
+            self._parts, self._launch = -(-widest // MAX_CHANNELS), _launch_columns(layer, rows)
+        heads = layer.tables.heads
+        self._shapes = (heads, layer.tables.k.dim), (heads, layer.tables.v.dim)
+
+    def __call__(self, task: UnpackTask, k: torch.Tensor | None = None, v: torch.Tensor | None = None) -> None:
+        """k ``[T, H, D]``, v ``[T, H, Dv]``: of the task's chunk, in its dtypes, any strides but contiguous channels.
+
+        ValueError for shapes that are not this layer's.
+        """
+        if task.shapes != self._shapes:
+            raise ValueError(f"k_out and v_out of {task.shapes}: {self._shapes} is needed for these rows")
+        stride_kt = stride_kh = stride_vt = stride_vh = 0
+        if task.chunk:
+            stride_kt, stride_kh = self._chunk_strides(task, "k", k, 0)
+            stride_vt, stride_vh = self._chunk_strides(task, "v", v, 1)
+        elif not task.tokens:
             return
-        tiles, programs = _tiles(tokens, heads)
-        self.launch(
-            (heads, programs + -(-copied // TOKENS), 2 * self.parts),
-            indices=indices,
-            dest=dest,
-            num_tokens=tokens,
-            tiles=tiles,
-            programs=programs,
+        self._launch(
+            (self._shapes[0][0], task.programs, 2 * self._parts),
+            task.arguments(self._launch.kernel),
             chunk_k=k,
             chunk_v=v,
-            chunk_dest=chunk_dest,
-            chunk_tokens=copied,
-            stride_ckt=stride_ckt,
-            stride_ckh=stride_ckh,
-            stride_cvt=stride_cvt,
-            stride_cvh=stride_cvh,
-            k_out=k_out,
-            v_out=v_out,
-            stride_kt=stride_kt,
-            stride_kh=stride_kh,
-            stride_vt=stride_vt,
-            stride_vh=stride_vh,
+            stride_ckt=stride_kt,
+            stride_ckh=stride_kh,
+            stride_cvt=stride_vt,
+            stride_cvh=stride_vh,
         )
 
-    def _strides(self, name: str, x: torch.Tensor, side: SideTables) -> tuple[int, int, int]:
-        """(tokens, stride of a token, stride of a head)"""
-        tokens, *rest = x.shape
+    def _chunk_strides(self, task: UnpackTask, name: str, x: torch.Tensor, side: int) -> tuple[int, int]:
         *strides, channel = x.stride()
-        if rest != [self.tables.heads, side.dim] or channel != 1:
+        if x.shape != (task.chunk, *self._shapes[side]) or channel != 1 or x.dtype != task.dtypes[side]:
             raise ValueError(
-                f"{name} {tuple(x.shape)} with strides {x.stride()}: [tokens, {self.tables.heads}, {side.dim}] "
-                "with contiguous channels is needed for these rows"
+                f"{name} of the chunk {tuple(x.shape)} {x.dtype} with strides {x.stride()}: "
+                f"{(task.chunk, *self._shapes[side])} {task.dtypes[side]} with contiguous channels is needed"
             )
-        return tokens, *strides
+        return strides
 
 
 def unpack(
@@ -217,8 +236,9 @@ def unpack(
     chunk: tuple[torch.Tensor, torch.Tensor] | None = None,
     chunk_dest: torch.Tensor | None = None,
 ) -> None:
-    """:class:`Unpacker` for a single use."""
-    Unpacker(layer, rows)(indices, k_out, v_out, dest, chunk, chunk_dest)
+    """A task (see there) for one layer. chunk: its keys and values."""
+    task = UnpackTask(indices, k_out, v_out, dest, len(chunk[0]) if chunk else 0, chunk_dest)
+    Unpacker(layer, rows)(task, *(chunk or ()))
 
 
 def _tiles(num_tokens: int, heads: int) -> tuple[int, int]:

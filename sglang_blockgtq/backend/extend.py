@@ -21,7 +21,7 @@ import torch
 
 from ..kernels.merge import merge_into
 from ..kernels.tables import DeviceTables
-from ..kernels.unpack import Unpacker, UnpackTables
+from ..kernels.unpack import Unpacker, UnpackTables, UnpackTask
 
 #: Bytes of the workspace, keys and values together: 64K tokens of 8 KV heads of 128 channels in 16 bits.
 WORKSPACE_BYTES = 256 << 20
@@ -51,9 +51,9 @@ def flash_attention_3(
 class Piece:
     """Some consecutive tokens of the flattened prefixes, and the requests that have keys among them."""
 
-    slots: torch.Tensor  # the tokens' part of kv_indices
     keys: torch.Tensor  # the workspace's part that holds them
     values: torch.Tensor
+    task: UnpackTask  # to fill it
     queries: slice  # of the new tokens
     cu_q: torch.Tensor  # int32, from the piece's first query
     cu_k: torch.Tensor  # int32, from the piece's first token
@@ -66,9 +66,8 @@ class ExtendPlan:
     """Where everything lies in one batch; the same for all layers.
 
     prefix, new: tokens of all requests. cu_q, cu_k: int32 ``[B + 1]``; cu_k counts prefix and chunk, and is None
-    when the workspace does not hold them together. slots: of the prefixes' tokens. keys, values: the workspace's
-    part for prefix and chunk. prefix_to, chunk_to: places in it, None where they simply follow one another.
-    pieces: empty unless the prefix goes in pieces. What a batch has no use for is None.
+    when the workspace does not hold them together. keys, values: the workspace's part for prefix and chunk; task:
+    to fill it; None unless there is a prefix that it holds. pieces: empty unless the prefix goes in pieces.
     """
 
     prefix: int
@@ -77,11 +76,9 @@ class ExtendPlan:
     cu_k: torch.Tensor | None
     max_q: int
     max_k: int
-    slots: torch.Tensor | None = None
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
-    prefix_to: torch.Tensor | None = None
-    chunk_to: torch.Tensor | None = None
+    task: UnpackTask | None = None
     pieces: tuple[Piece, ...] = ()
 
     @classmethod
@@ -108,7 +105,10 @@ class ExtendPlan:
         if total > k.shape[0]:
             pieces = tuple(_pieces(kv, qo, cu_q, cu_kv, kv_indices, k, v))
             return cls(prefix, new, cu_q, None, max_q, max_q, pieces=pieces)
-        several = len(prefix_lens) > 1
+        keys, values = k[:total], v[:total]
+        prefix_to = chunk_to = None  # one after the other
+        if len(prefix_lens) > 1:
+            prefix_to, chunk_to = _places(cu_kv, cu_q[:-1], prefix), _places(cu_q, cu_kv[1:], new)
         return cls(
             prefix,
             new,
@@ -116,11 +116,9 @@ class ExtendPlan:
             cu_kv + cu_q,
             max_q,
             max(a + b for a, b in zip(prefix_lens, new_lens, strict=True)),
-            slots=kv_indices[:prefix],
-            keys=k[:total],
-            values=v[:total],
-            prefix_to=_places(cu_kv, cu_q[:-1], prefix) if several else None,
-            chunk_to=_places(cu_q, cu_kv[1:], new) if several else None,
+            keys,
+            values,
+            UnpackTask(kv_indices[:prefix], keys, values, prefix_to, new, chunk_to),
         )
 
 
@@ -148,10 +146,11 @@ def _pieces(
         if qo[first] == qo[last]:
             continue
         held = [min(b, stop) - max(a, start) for a, b in pairwise(kv[first : last + 1])]
+        keys, values = k[: stop - start], v[: stop - start]
         yield Piece(
-            slots=kv_indices[start:stop],
-            keys=k[: stop - start],
-            values=v[: stop - start],
+            keys=keys,
+            values=values,
+            task=UnpackTask(kv_indices[start:stop], keys, values),
             queries=slice(qo[first], qo[last]),
             cu_q=cu_q[first : last + 1] - qo[first],
             cu_k=(cu_kv[first : last + 1] - start).clamp(0, stop - start),
@@ -188,12 +187,13 @@ class FlashExtend:
         """Have every kernel compiled before the first request waits for it. rows: of each layer; slot 0 is read."""
         slot = torch.zeros(1, dtype=torch.int64, device=self.k.device)
         chunk = torch.zeros_like(self.k[:1]), torch.zeros_like(self.v[:1])
+        alone = UnpackTask(slot, self.k, self.v)
+        with_chunk = [UnpackTask(slot, self.k, self.v, dest, 1, to) for dest, to in ((None, None), (slot, slot + 1))]
         for layer, packed in enumerate(rows):
             unpacker = self._unpacker(layer, packed)
-            unpacker(slot, self.k, self.v)
-            if self.tokens > 1:  # else no prefix and chunk fit together
-                unpacker(slot, self.k, self.v, slot, chunk, slot + 1)
-                unpacker(slot, self.k, self.v, None, chunk)
+            unpacker(alone)
+            for task in with_chunk:
+                unpacker(task, *chunk)
         out = self.v[:1].float()
         lse = out.new_zeros(out.shape[1], 1)
         merge_into(out, lse.T, self.v[:1], lse.T)
@@ -219,7 +219,7 @@ class FlashExtend:
         """Keys and values ``[N, H, D]`` of some slots, in memory of their own."""
         k = self.k.new_empty(slots.shape[0], *self.k.shape[1:])
         v = self.v.new_empty(slots.shape[0], *self.v.shape[1:])
-        self._unpacker(layer, rows)(slots, k, v)
+        self._unpacker(layer, rows)(UnpackTask(slots, k, v))
         return k, v
 
     def __call__(
@@ -245,8 +245,8 @@ class FlashExtend:
         if not new:
             return
         q = _readable(q)
-        if plan.keys is not None:
-            self._unpacker(layer, rows)(plan.slots, plan.keys, plan.values, plan.prefix_to, (k, v), plan.chunk_to)
+        if plan.task is not None:
+            self._unpacker(layer, rows)(plan.task, k, v)
             self._attend(q, plan.keys, plan.values, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k, sm_scale, True, out)
             return
         k, v = _readable(k), _readable(v)
@@ -258,7 +258,7 @@ class FlashExtend:
         unpacker = self._unpacker(layer, rows)
         for piece in plan.pieces:
             mine = piece.queries
-            unpacker(piece.slots, piece.keys, piece.values)
+            unpacker(piece.task)
             part, part_lse = self._attend(
                 q[mine],
                 piece.keys,

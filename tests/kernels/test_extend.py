@@ -207,11 +207,9 @@ def test_plan_asks_the_device_nothing():
         return ExtendPlan.of(prefix, new, indptr, indptr, slots, room, room)
 
     whole = plan([5, 0, 9], [1, 2, 3], 20)
-    assert whole.chunk_to.shape == (6,) and whole.slots.shape == (14,) and len(whole.keys) == len(whole.values) == 20
-    assert [(len(p.slots), len(p.keys), len(p.values)) for p in plan([5, 0, 9], [1, 2, 3], 8).pieces] == [
-        (8, 8, 8),
-        (6, 6, 6),
-    ]
+    assert (whole.task.tokens, whole.task.chunk, len(whole.keys), len(whole.values)) == (14, 6, 20, 20)
+    pieces = plan([5, 0, 9], [1, 2, 3], 8).pieces
+    assert [(p.task.tokens, p.task.chunk, len(p.keys), len(p.values)) for p in pieces] == [(8, 0, 8, 8), (6, 0, 6, 6)]
 
 
 @pytest.mark.parametrize(
