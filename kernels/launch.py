@@ -5,14 +5,16 @@ compile-time constants. For kernels of 40 to 70 arguments, nearly all of them a 
 layers of a step, that takes the host longer than a GPU needs for the work. Here the former are looked at once
 (:class:`Launch`), the latter once a step (:class:`Arguments`), and at a launch only what is left.
 
-What is asked of an argument is what Triton specialises on (``specialize_impl`` of its JIT): dtype and, to 16 bytes,
-address of a tensor; type of an integer and whether it is 1 or a multiple of 16; neither of the latter where the kernel
-declares ``do_not_specialize``. Equal answers mean an equal binary. Unequal ones may, too: Triton then finds it again.
+What is asked of an argument is what Triton specialises on for CUDA (``specialize_impl`` of its JIT): dtype and, to 16
+bytes, address of a tensor; type of an integer and whether it is 1 or a multiple of 16; neither of the latter where the
+kernel declares ``do_not_specialize``. Equal answers mean an equal binary. Unequal ones may, too: Triton then finds it
+again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from functools import cache
 from itertools import count
 from typing import Any
 
@@ -85,6 +87,7 @@ class Launch:
         _start(binary, grid, device, args)
 
 
+@cache
 def _questions(kernel: triton.runtime.JITFunction) -> dict[str, tuple[int, bool, bool, bool]]:
     """Of each argument: its place, is it a constant, is its value specialised on, is its alignment."""
     return {

@@ -173,9 +173,10 @@ class UnpackTask:
 
     def arguments(self, kernel: Any) -> Arguments:
         """For one of the two kernels."""
-        if kernel not in self._arguments:
-            self._arguments[kernel] = Arguments(kernel, **self._values)
-        return self._arguments[kernel]
+        found = self._arguments.get(kernel)
+        if found is None:
+            found = self._arguments[kernel] = Arguments(kernel, **self._values)
+        return found
 
 
 class Unpacker:
