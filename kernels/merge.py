@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+
+from .launch import Launch
 
 _ELEMENTS = 4096  # of an output tile
 
@@ -75,21 +80,32 @@ def merge_into(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_ls
     tokens, heads, dim = out.shape
     if not tokens:
         return
+    launch, block = _prepared(_merge_kernel, dim)
+    stride_ot, stride_oh, _ = out.stride()
+    stride_pt, stride_ph, _ = part.stride()
+    stride_lt, stride_lh = lse.stride()
+    stride_plt, stride_plh = part_lse.stride()
+    launch(
+        (-(-tokens // block), heads, 1),
+        out=out,
+        lse=lse,
+        part=part,
+        part_lse=part_lse,
+        num_tokens=tokens,
+        stride_ot=stride_ot,
+        stride_oh=stride_oh,
+        stride_lt=stride_lt,
+        stride_lh=stride_lh,
+        stride_pt=stride_pt,
+        stride_ph=stride_ph,
+        stride_plt=stride_plt,
+        stride_plh=stride_plh,
+    )
+
+
+@cache
+def _prepared(kernel: Any, dim: int) -> tuple[Launch, int]:
+    """The launch for heads of ``dim`` channels, and the tokens of a program."""
     padded = triton.next_power_of_2(dim)
     block = max(1, _ELEMENTS // padded)
-    _merge_kernel[(triton.cdiv(tokens, block), heads)](
-        out,
-        lse,
-        part,
-        part_lse,
-        tokens,
-        out.stride(0),
-        out.stride(1),
-        *lse.stride(),
-        part.stride(0),
-        part.stride(1),
-        *part_lse.stride(),
-        DIM=dim,
-        PADDED=padded,
-        TOKENS=block,
-    )
+    return Launch(kernel, DIM=dim, PADDED=padded, TOKENS=block), block

@@ -16,10 +16,11 @@ the one in :mod:`.unpack_fields`, which takes every layout as data and is slower
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import triton
 
+from .launch import Arguments, Launch
 from .tables import DeviceTables, SideTables
 from .unpack_columns import MAX_CHANNELS, unpack_columns_kernel
 from .unpack_fields import unpack_fields_kernel
@@ -118,6 +119,114 @@ def _channel_fields(side: SideTables, widths: tuple[tuple[int, ...], ...]) -> to
     return torch.tensor(padded, dtype=torch.int32).mT.contiguous()
 
 
+class UnpackTask:
+    """Which slots are unpacked to where; the same for all layers of a step.
+
+    Slots ``indices [N]`` to ``k_out [M, H, D]`` and ``v_out [M, H, Dv]``, of any float type; float16 saturates.
+    indices, dest, chunk_dest: int32 or int64, on the device. Token n goes to place ``dest[n]``, or n; the other
+    places stay as they are. chunk: further tokens, which come with their keys and values and are copied, to places
+    ``chunk_dest``, or N and on. ValueError for shapes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        indices: torch.Tensor,
+        k_out: torch.Tensor,
+        v_out: torch.Tensor,
+        dest: torch.Tensor | None = None,
+        chunk: int = 0,
+        chunk_dest: torch.Tensor | None = None,
+    ):
+        tokens = indices.shape[0]
+        for name, out in (("k_out", k_out), ("v_out", v_out)):
+            if out.dim() != 3 or out.stride(2) != 1 or out.shape[1] != k_out.shape[1]:
+                raise ValueError(
+                    f"{name} {tuple(out.shape)} with strides {out.stride()}: [places, heads, channels] with "
+                    "contiguous channels is needed"
+                )
+        for name, to, count in (("dest", dest, tokens), ("chunk_dest", chunk_dest, chunk)):
+            if to is not None and to.shape != (count,):
+                raise ValueError(f"{name} {tuple(to.shape)}: one place for each of {count} tokens is needed")
+        needed = max(tokens if dest is None else 0, tokens + chunk if chunk and chunk_dest is None else 0)
+        if min(k_out.shape[0], v_out.shape[0]) < needed:
+            raise ValueError(f"k_out and v_out have {k_out.shape[0]} and {v_out.shape[0]} places for {needed} tokens")
+        self.tokens, self.chunk, self.dtypes = tokens, chunk, (k_out.dtype, v_out.dtype)
+        self.shapes = tuple(k_out.shape[1:]), tuple(v_out.shape[1:])
+        tiles, programs = _tiles(tokens, k_out.shape[1])
+        self.programs = programs + -(-chunk // TOKENS)
+        self._values = {
+            "indices": indices,
+            "dest": dest,
+            "num_tokens": tokens,
+            "tiles": tiles,
+            "programs": programs,
+            "chunk_dest": chunk_dest,
+            "chunk_tokens": chunk,
+            "k_out": k_out,
+            "v_out": v_out,
+            "stride_kt": k_out.stride(0),
+            "stride_kh": k_out.stride(1),
+            "stride_vt": v_out.stride(0),
+            "stride_vh": v_out.stride(1),
+        }
+        self._arguments: dict[Any, Arguments] = {}
+
+    def arguments(self, kernel: Any) -> Arguments:
+        """For one of the two kernels."""
+        found = self._arguments.get(kernel)
+        if found is None:
+            found = self._arguments[kernel] = Arguments(kernel, **self._values)
+        return found
+
+
+class Unpacker:
+    """Unpacks one layer's rows: ``rows [slots, row_bytes]`` uint8, kept. ValueError unless they are this layer's."""
+
+    def __init__(self, layer: UnpackTables, rows: torch.Tensor):
+        self.rows = rows
+        scales = layer.tables.check_rows(rows)
+        if layer.tables.k_columns is None:
+            self._parts, self._launch = 1, _launch_fields(layer, rows, scales)
+        else:
+            widest = max(layer.tables.k.dim, layer.tables.v.dim)
+            self._parts, self._launch = -(-widest // MAX_CHANNELS), _launch_columns(layer, rows)
+        heads = layer.tables.heads
+        self._shapes = (heads, layer.tables.k.dim), (heads, layer.tables.v.dim)
+
+    def __call__(self, task: UnpackTask, k: torch.Tensor | None = None, v: torch.Tensor | None = None) -> None:
+        """k ``[T, H, D]``, v ``[T, H, Dv]``: of the task's chunk, in its dtypes, any strides but contiguous channels.
+
+        ValueError for shapes that are not this layer's.
+        """
+        if task.shapes != self._shapes:
+            raise ValueError(f"k_out and v_out of {task.shapes}: {self._shapes} is needed for these rows")
+        stride_kt = stride_kh = stride_vt = stride_vh = 0
+        if task.chunk:
+            stride_kt, stride_kh = self._chunk_strides(task, "k", k, 0)
+            stride_vt, stride_vh = self._chunk_strides(task, "v", v, 1)
+        elif not task.tokens:
+            return
+        self._launch(
+            (self._shapes[0][0], task.programs, 2 * self._parts),
+            task.arguments(self._launch.kernel),
+            chunk_k=k,
+            chunk_v=v,
+            stride_ckt=stride_kt,
+            stride_ckh=stride_kh,
+            stride_cvt=stride_vt,
+            stride_cvh=stride_vh,
+        )
+
+    def _chunk_strides(self, task: UnpackTask, name: str, x: torch.Tensor, side: int) -> tuple[int, int]:
+        *strides, channel = x.stride()
+        if x.shape != (task.chunk, *self._shapes[side]) or channel != 1 or x.dtype != task.dtypes[side]:
+            raise ValueError(
+                f"{name} of the chunk {tuple(x.shape)} {x.dtype} with strides {x.stride()}: "
+                f"{(task.chunk, *self._shapes[side])} {task.dtypes[side]} with contiguous channels is needed"
+            )
+        return strides
+
+
 def unpack(
     layer: UnpackTables,
     rows: torch.Tensor,
@@ -125,71 +234,33 @@ def unpack(
     k_out: torch.Tensor,
     v_out: torch.Tensor,
     dest: torch.Tensor | None = None,
+    chunk: tuple[torch.Tensor, torch.Tensor] | None = None,
+    chunk_dest: torch.Tensor | None = None,
 ) -> None:
-    """Keys and values of the slots ``indices [N]`` into ``k_out [M, H, D]`` and ``v_out [M, H, Dv]``.
-
-    rows ``[slots, row_bytes]`` uint8; indices, dest: int32 or int64, on the device. Token n goes to place
-    ``dest[n]``, or n; the other places stay as they are. k_out and v_out in any float type; float16 saturates.
-    ValueError for shapes that are not this layer's.
-    """
-    tables, k, v = layer.tables, layer.k.side, layer.v.side
-    scales = tables.check_rows(rows)
-    for name, out, side in (("k_out", k_out, k), ("v_out", v_out, v)):
-        if out.shape[1:] != (tables.heads, side.dim) or out.stride(2) != 1:
-            raise ValueError(
-                f"{name} {tuple(out.shape)} with strides {out.stride()}: [places, {tables.heads}, {side.dim}] "
-                "with contiguous channels is needed for these rows"
-            )
-    num_tokens = indices.shape[0]
-    if dest is not None and dest.shape != indices.shape:
-        raise ValueError(f"dest {tuple(dest.shape)}: one place for each of {num_tokens} indices is needed")
-    if dest is None and min(k_out.shape[0], v_out.shape[0]) < num_tokens:
-        raise ValueError(f"k_out and v_out have {k_out.shape[0]} and {v_out.shape[0]} places for {num_tokens} tokens")
-    if not num_tokens:
-        return
-    if tables.k_columns is None:
-        _unpack_fields(layer, rows, scales, indices, k_out, v_out, dest)
-    else:
-        _unpack_columns(layer, rows, indices, k_out, v_out, dest)
+    """A task (see there) for one layer. chunk: its keys and values."""
+    task = UnpackTask(indices, k_out, v_out, dest, len(chunk[0]) if chunk else 0, chunk_dest)
+    Unpacker(layer, rows)(task, *(chunk or ()))
 
 
 def _tiles(num_tokens: int, heads: int) -> tuple[int, int]:
     """(tiles of a program, programs) for one side of one head."""
-    blocks = triton.cdiv(num_tokens, TOKENS)
+    blocks = -(-num_tokens // TOKENS)
     tiles = max(1, min(TUNING.max_tiles, blocks * heads * 2 // TUNING.programs))
-    return tiles, triton.cdiv(blocks, tiles)
+    return tiles, -(-blocks // tiles)
 
 
-def _unpack_columns(
-    layer: UnpackTables,
-    rows: torch.Tensor,
-    indices: torch.Tensor,
-    k_out: torch.Tensor,
-    v_out: torch.Tensor,
-    dest: torch.Tensor | None,
-) -> None:
+def _launch_columns(layer: UnpackTables, rows: torch.Tensor) -> Launch:
     tables, row = layer.tables, layer.tables.row
     k, v, k_columns, v_columns = tables.k, tables.v, tables.k_columns, tables.v_columns
-    tiles, programs = _tiles(indices.shape[0], tables.heads)
-    parts = triton.cdiv(max(k.dim, v.dim), MAX_CHANNELS)
-    unpack_columns_kernel[(tables.heads, programs, 2 * parts)](
-        rows.view(torch.int16),
-        rows.view(torch.int32),
-        tables.column_shifts,
-        indices,
-        dest,
-        indices.shape[0],
-        tiles,
-        k_out,
-        layer.k.matrix,
-        layer.k.gain,
-        v_out,
-        layer.v.matrix,
-        layer.v.gain,
-        k_out.stride(0),
-        k_out.stride(1),
-        v_out.stride(0),
-        v_out.stride(1),
+    return Launch(
+        unpack_columns_kernel,
+        rows16=rows.view(torch.int16),
+        rows32=rows.view(torch.int32),
+        column_shifts=tables.column_shifts,
+        k_matrix=layer.k.matrix,
+        k_gain=layer.k.gain,
+        v_matrix=layer.v.matrix,
+        v_gain=layer.v.gain,
         ROW_BYTES=row.row_bytes,
         K_STRIDE=row.k_code_bytes,
         V_STRIDE=row.v_code_bytes,
@@ -216,50 +287,32 @@ def _unpack_columns(
     )
 
 
-def _unpack_fields(
-    layer: UnpackTables,
-    rows: torch.Tensor,
-    scales: torch.Tensor,
-    indices: torch.Tensor,
-    k_out: torch.Tensor,
-    v_out: torch.Tensor,
-    dest: torch.Tensor | None,
-) -> None:
+def _launch_fields(layer: UnpackTables, rows: torch.Tensor, scales: torch.Tensor) -> Launch:
     tables, row = layer.tables, layer.tables.row
-    k, v, num_tokens = tables.k, tables.v, indices.shape[0]
-    tiles, programs = _tiles(num_tokens, tables.heads)
-    unpack_fields_kernel[(tables.heads, programs, 2)](
-        rows,
-        scales,
-        layer.levels,
-        tables.places,
-        indices,
-        dest,
-        num_tokens,
-        tiles,
-        k_out,
-        layer.k.fields,
-        k.book,
-        k.norm_index,
-        layer.k.matrix,
-        layer.k.gain,
-        v_out,
-        layer.v.fields,
-        v.book,
-        v.norm_index,
-        layer.v.matrix,
-        layer.v.gain,
-        row.row_bytes,
-        k.code_bytes,
-        v.code_bytes,
-        v.offset,
-        row.norm_offset,
-        row.norms,
-        v.first_norm,
-        k_out.stride(0),
-        k_out.stride(1),
-        v_out.stride(0),
-        v_out.stride(1),
+    k, v = tables.k, tables.v
+    return Launch(
+        unpack_fields_kernel,
+        rows=rows,
+        scales=scales,
+        levels=layer.levels,
+        places=tables.places,
+        k_fields=layer.k.fields,
+        k_book=k.book,
+        k_norm_index=k.norm_index,
+        k_matrix=layer.k.matrix,
+        k_gain=layer.k.gain,
+        v_fields=layer.v.fields,
+        v_book=v.book,
+        v_norm_index=v.norm_index,
+        v_matrix=layer.v.matrix,
+        v_gain=layer.v.gain,
+        row_bytes=row.row_bytes,
+        k_code_bytes=k.code_bytes,
+        v_code_bytes=v.code_bytes,
+        v_offset=v.offset,
+        norm_offset=row.norm_offset,
+        row_norms=row.norms,
+        v_first_norm=v.first_norm,
         K_DIM=k.dim,
         K_PADDED=k.padded,
         K_FIELDS=layer.k.num_fields,

@@ -15,11 +15,18 @@ from .columns import COLUMNS
 from .decode import load_shifts, load_words
 from .fields import slot_levels
 from .layout import BLOCK_SLOTS
+from .unpack_chunk import copy_chunk
 
 MAX_CHANNELS = 128  # of a program: a tile's products and the matrix leave room for a second program then
 _BLOCK = tl.constexpr(MAX_CHANNELS)
 _COLUMNS = tl.constexpr(COLUMNS)
 _SLOTS = tl.constexpr(BLOCK_SLOTS)
+
+
+@triton.jit
+def _channels(part, PADDED: tl.constexpr):
+    BLOCK: tl.constexpr = PADDED if PADDED < _BLOCK else _BLOCK
+    return part * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
@@ -54,7 +61,7 @@ def _unpack_side(
     ASM: tl.constexpr,
 ):
     BLOCK: tl.constexpr = PADDED if PADDED < _BLOCK else _BLOCK
-    channel = part * BLOCK + tl.arange(0, BLOCK)
+    channel = _channels(part, PADDED)
     stored = tl.arange(0, _COLUMNS)
     back = ()
     for i in tl.static_range(len(SLOTS)):
@@ -93,8 +100,8 @@ def _unpack_side(
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "tiles"],
-    do_not_specialize_on_alignment=["indices", "dest"],
+    do_not_specialize=["num_tokens", "tiles", "programs", "chunk_tokens"],
+    do_not_specialize_on_alignment=["indices", "dest", "chunk_dest"],
 )
 def unpack_columns_kernel(
     rows16,  # the rows as int16 and int32
@@ -104,6 +111,15 @@ def unpack_columns_kernel(
     dest,  # None: token n goes to place n
     num_tokens,
     tiles,  # per program
+    programs,  # of a side of a head that unpack; further ones copy a tile of the chunk each
+    chunk_k,  # None: no chunk
+    chunk_v,
+    chunk_dest,  # None: the chunk follows the other tokens
+    chunk_tokens,
+    stride_ckt,
+    stride_ckh,
+    stride_cvt,
+    stride_cvh,
     k_out,
     k_matrix,
     k_gain,
@@ -140,9 +156,18 @@ def unpack_columns_kernel(
     first = tl.program_id(1) * tiles
     last = tl.minimum(first + tiles, tl.cdiv(num_tokens, TOKENS))
     part = tl.program_id(2) // 2
+    copied = tl.program_id(1) - programs
     if tl.program_id(2) % 2 == 0:
         if part * _BLOCK >= K_DIM:
             return
+        if chunk_k is not None:
+            if copied >= 0:
+                channel = _channels(part, K_PADDED)
+                copy_chunk(
+                    chunk_k, k_out, chunk_dest, num_tokens, copied, chunk_tokens, head, channel,
+                    stride_ckt, stride_ckh, stride_kt, stride_kh, K_DIM, TOKENS,
+                )  # fmt: skip
+                return
         _unpack_side(
             rows16, rows32, column_shifts, indices, dest, k_out, k_matrix, k_gain, head, part, first, last, num_tokens,
             head * K_STRIDE, stride_kt, stride_kh, ROW_BYTES, NORM_OFFSET, 0,
@@ -151,6 +176,14 @@ def unpack_columns_kernel(
     else:
         if part * _BLOCK >= V_DIM:
             return
+        if chunk_v is not None:
+            if copied >= 0:
+                channel = _channels(part, V_PADDED)
+                copy_chunk(
+                    chunk_v, v_out, chunk_dest, num_tokens, copied, chunk_tokens, head, channel,
+                    stride_cvt, stride_cvh, stride_vt, stride_vh, V_DIM, TOKENS,
+                )  # fmt: skip
+                return
         _unpack_side(
             rows16, rows32, column_shifts, indices, dest, v_out, v_matrix, v_gain, head, part, first, last, num_tokens,
             V_OFFSET + head * V_STRIDE, stride_vt, stride_vh, ROW_BYTES, NORM_OFFSET, 16,

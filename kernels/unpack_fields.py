@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .address import byte_address
+from .unpack_chunk import copy_chunk
 
 
 @triton.jit
@@ -91,6 +92,8 @@ def _unpack_side(
     do_not_specialize=[
         "num_tokens",
         "tiles",
+        "programs",
+        "chunk_tokens",
         "row_bytes",
         "k_code_bytes",
         "v_code_bytes",
@@ -99,7 +102,7 @@ def _unpack_side(
         "row_norms",
         "v_first_norm",
     ],
-    do_not_specialize_on_alignment=["indices", "dest"],
+    do_not_specialize_on_alignment=["indices", "dest", "chunk_dest"],
 )
 def unpack_fields_kernel(
     rows,  # uint8
@@ -110,6 +113,15 @@ def unpack_fields_kernel(
     dest,  # None: token n goes to place n
     num_tokens,
     tiles,  # per program
+    programs,  # of a side of a head that unpack; further ones copy a tile of the chunk each
+    chunk_k,  # None: no chunk
+    chunk_v,
+    chunk_dest,  # None: the chunk follows the other tokens
+    chunk_tokens,
+    stride_ckt,
+    stride_ckh,
+    stride_cvt,
+    stride_cvh,
     k_out,
     k_fields,
     k_book,
@@ -147,7 +159,16 @@ def unpack_fields_kernel(
     first = tl.program_id(1) * tiles
     last = tl.minimum(first + tiles, tl.cdiv(num_tokens, TOKENS))
     first_scale = norm_offset + 2 * head * row_norms
+    copied = tl.program_id(1) - programs
     if tl.program_id(2) == 0:
+        if chunk_k is not None:
+            if copied >= 0:
+                channel = tl.arange(0, K_PADDED)
+                copy_chunk(
+                    chunk_k, k_out, chunk_dest, num_tokens, copied, chunk_tokens, head, channel,
+                    stride_ckt, stride_ckh, stride_kt, stride_kh, K_DIM, TOKENS,
+                )  # fmt: skip
+                return
         _unpack_side(
             rows,
             scales,
@@ -177,6 +198,14 @@ def unpack_fields_kernel(
             TOKENS,
         )
     else:
+        if chunk_v is not None:
+            if copied >= 0:
+                channel = tl.arange(0, V_PADDED)
+                copy_chunk(
+                    chunk_v, v_out, chunk_dest, num_tokens, copied, chunk_tokens, head, channel,
+                    stride_cvt, stride_cvh, stride_vt, stride_vh, V_DIM, TOKENS,
+                )  # fmt: skip
+                return
         _unpack_side(
             rows,
             scales,

@@ -86,8 +86,9 @@ class PackedKVPool(KVCache):
             raise NotImplementedError(f"{NAME}: cache scales and context-parallel masks do not apply to packed rows")
         loc = unwrap_write_loc(loc_info)[0]
         i = self.local(layer.layer_id if layer_id_override is None else layer_id_override)
-        k = cache_k.view(-1, self.head_num, self.head_dim)
-        v = cache_v.view(-1, self.head_num, self.v_head_dim)
+        # Usually they are in that shape, and in an eager prefill a view that changes nothing is time of the host.
+        k = cache_k if cache_k.dim() == 3 else cache_k.view(-1, self.head_num, self.head_dim)
+        v = cache_v if cache_v.dim() == 3 else cache_v.view(-1, self.head_num, self.v_head_dim)
         if self.tables is not None:
             from .kernels.encode import encode
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sglang_blockgtq.backend.cuda import TritonPackedBackend
-from sglang_blockgtq.backend.extend import FlashExtend
+from sglang_blockgtq.backend.extend import ExtendPlan
 
 HEADS, GROUP, DIM, LAYERS = 2, 3, 16, 3
 
@@ -19,14 +19,15 @@ class Recorder:
     def __init__(self):
         self.calls, self.plans = [], 0
 
-    def plan(self, prefix_lens, new_lens, qo_indptr, kv_indptr):
+    def plan(self, prefix_lens, new_lens, qo_indptr, kv_indptr, kv_indices):
         self.plans += 1
-        return FlashExtend.plan(SimpleNamespace(tokens=100), prefix_lens, new_lens, qo_indptr, kv_indptr)
+        room = torch.empty(100, HEADS, DIM)
+        return ExtendPlan.of(prefix_lens, new_lens, qo_indptr, kv_indptr, kv_indices, room, room)
 
     def unpacked(self, layer, rows, slots):
         return torch.full((2, len(slots), HEADS, DIM), 7.0).unbind()
 
-    def __call__(self, layer, plan, q, k, v, rows, kv_indices, sm_scale, out):
+    def __call__(self, layer, plan, q, k, v, rows, sm_scale, out):
         self.calls.append((layer, plan, q, k, v, rows))
         out.fill_(layer)
 

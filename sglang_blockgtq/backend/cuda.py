@@ -157,6 +157,7 @@ class TritonPackedBackend(TritonAttnBackend):
                 new,
                 meta.qo_indptr[: len(new) + 1],
                 meta.kv_indptr[: len(new) + 1],
+                meta.kv_indices,
             )
             self._plan = meta, plan
         return self._plan[1]
@@ -164,16 +165,21 @@ class TritonPackedBackend(TritonAttnBackend):
     def _forward_extend_flash(self, q, k, v, layer: RadixAttention, forward_batch) -> torch.Tensor:
         i, plan = self.pool.local(layer.layer_id), self._extend_plan(layer, forward_batch)
         rows = self.pool.rows[i]
-        q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        q3 = _by_head(q, layer.tp_q_head_num, layer.qk_head_dim)
         if self.quantized_chunk:
             k3, v3 = self.flash.unpacked(i, rows, forward_batch.out_cache_loc)
         else:
-            k3 = k.reshape(-1, layer.tp_k_head_num, layer.qk_head_dim)
-            v3 = v.reshape(-1, layer.tp_v_head_num, layer.v_head_dim)
+            k3 = _by_head(k, layer.tp_k_head_num, layer.qk_head_dim)
+            v3 = _by_head(v, layer.tp_v_head_num, layer.v_head_dim)
         # Between the pieces of a prefill graph the result belongs where the next piece reads it.
         target = getattr(forward_batch, "_attn_output", None)
         if target is None:
             target = q.new_empty(q3.shape[0], layer.tp_q_head_num * layer.v_head_dim)
         out = target.view(-1, layer.tp_q_head_num, layer.v_head_dim)
-        self.flash(i, plan, q3, k3, v3, rows, self.forward_metadata.kv_indices, layer.scaling, out)
+        self.flash(i, plan, q3, k3, v3, rows, layer.scaling, out)
         return target
+
+
+def _by_head(x: torch.Tensor, heads: int, channels: int) -> torch.Tensor:
+    """``[T, heads, channels]``. Asked for a view of what is that already, torch would make another one."""
+    return x if x.dim() == 3 and x.shape[2] == channels else x.reshape(-1, heads, channels)

@@ -4,13 +4,16 @@ A prefix and chunk that fit the workspace together lie there one after the other
 them as it would a dense cache. A longer prefix goes through the workspace in pieces, each attended by the
 queries that have keys in it; the pieces and the chunk's own causal attention are merged by their LSE.
 
+Between the pieces of a prefill graph this runs eagerly, and a short chunk's attention takes a GPU tens of
+microseconds a layer, so the host's time counts: what all layers of a batch share is made once, in the plan.
+
 Definition: :func:`..kernels.naive.extend_attention`.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -18,7 +21,7 @@ import torch
 
 from ..kernels.merge import merge_into
 from ..kernels.tables import DeviceTables
-from ..kernels.unpack import UnpackTables, unpack
+from ..kernels.unpack import Unpacker, UnpackTables, UnpackTask
 
 #: Bytes of the workspace, keys and values together: 64K tokens of 8 KV heads of 128 channels in 16 bits.
 WORKSPACE_BYTES = 256 << 20
@@ -48,7 +51,9 @@ def flash_attention_3(
 class Piece:
     """Some consecutive tokens of the flattened prefixes, and the requests that have keys among them."""
 
-    tokens: slice  # of kv_indices
+    keys: torch.Tensor  # the workspace's part that holds them
+    values: torch.Tensor
+    task: UnpackTask  # to fill it
     queries: slice  # of the new tokens
     cu_q: torch.Tensor  # int32, from the piece's first query
     cu_k: torch.Tensor  # int32, from the piece's first token
@@ -61,8 +66,8 @@ class ExtendPlan:
     """Where everything lies in one batch; the same for all layers.
 
     prefix, new: tokens of all requests. cu_q, cu_k: int32 ``[B + 1]``; cu_k counts prefix and chunk, and is None
-    when the workspace does not hold them together. prefix_to, chunk_to: places in the workspace, None where
-    they simply follow one another. pieces: empty unless the prefix goes in pieces.
+    when the workspace does not hold them together. keys, values: the workspace's part for prefix and chunk; task:
+    to fill it; None unless there is a prefix that it holds. pieces: empty unless the prefix goes in pieces.
     """
 
     prefix: int
@@ -71,9 +76,10 @@ class ExtendPlan:
     cu_k: torch.Tensor | None
     max_q: int
     max_k: int
-    prefix_to: torch.Tensor | None
-    chunk_to: torch.Tensor | None
-    pieces: tuple[Piece, ...]
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    task: UnpackTask | None = None
+    pieces: tuple[Piece, ...] = ()
 
     @classmethod
     def of(
@@ -82,29 +88,38 @@ class ExtendPlan:
         new_lens: Sequence[int],
         qo_indptr: torch.Tensor,
         kv_indptr: torch.Tensor,
-        workspace: int,
+        kv_indices: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
     ) -> ExtendPlan:
         """prefix_lens, new_lens: per request, on the host; qo_indptr, kv_indptr ``[B + 1]``: their sums, on the device.
 
-        workspace: its tokens. Nothing waits for the device.
+        kv_indices: the prefixes' slots, and perhaps more. k, v: the workspace. Nothing waits for the device.
         """
         kv, qo = [0, *accumulate(prefix_lens)], [0, *accumulate(new_lens)]
-        prefix, new, requests = kv[-1], qo[-1], len(prefix_lens)
+        prefix, new, total = kv[-1], qo[-1], kv[-1] + qo[-1]
         cu_q, cu_kv = qo_indptr.int(), kv_indptr.int()
         max_q = max(new_lens, default=0)
-        cu_k = prefix_to = chunk_to = None
-        max_k, pieces = max_q, ()
         if not prefix:
-            cu_k = cu_q
-        elif prefix + new <= workspace:
-            cu_k = cu_kv + cu_q
-            max_k = max(a + b for a, b in zip(prefix_lens, new_lens, strict=True))
-            if requests > 1:
-                prefix_to = _places(cu_kv, cu_q[:-1], prefix)
-                chunk_to = _places(cu_q, cu_kv[1:], new)
-        else:
-            pieces = tuple(_pieces(kv, qo, cu_q, cu_kv, workspace))
-        return cls(prefix, new, cu_q, cu_k, max_q, max_k, prefix_to, chunk_to, pieces)
+            return cls(prefix, new, cu_q, cu_q, max_q, max_q)
+        if total > k.shape[0]:
+            pieces = tuple(_pieces(kv, qo, cu_q, cu_kv, kv_indices, k, v))
+            return cls(prefix, new, cu_q, None, max_q, max_q, pieces=pieces)
+        keys, values = k[:total], v[:total]
+        prefix_to = chunk_to = None  # one after the other
+        if len(prefix_lens) > 1:
+            prefix_to, chunk_to = _places(cu_kv, cu_q[:-1], prefix), _places(cu_q, cu_kv[1:], new)
+        return cls(
+            prefix,
+            new,
+            cu_q,
+            cu_kv + cu_q,
+            max_q,
+            max(a + b for a, b in zip(prefix_lens, new_lens, strict=True)),
+            keys,
+            values,
+            UnpackTask(kv_indices[:prefix], keys, values, prefix_to, new, chunk_to),
+        )
 
 
 def _places(indptr: torch.Tensor, shift: torch.Tensor, total: int) -> torch.Tensor:
@@ -113,8 +128,17 @@ def _places(indptr: torch.Tensor, shift: torch.Tensor, total: int) -> torch.Tens
     return token + shift.long()[torch.searchsorted(indptr[1:].long().contiguous(), token, right=True)]
 
 
-def _pieces(kv: list[int], qo: list[int], cu_q: torch.Tensor, cu_kv: torch.Tensor, size: int):
-    """Cut the flattened prefix every ``size`` tokens. Requests without keys in a piece stay out at either end."""
+def _pieces(
+    kv: list[int],
+    qo: list[int],
+    cu_q: torch.Tensor,
+    cu_kv: torch.Tensor,
+    kv_indices: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+) -> Iterator[Piece]:
+    """Cut the flattened prefix into workspaces. Requests without keys in a piece stay out at either end."""
+    size = k.shape[0]
     for start in range(0, kv[-1], size):
         stop = min(start + size, kv[-1])
         first = bisect_right(kv, start) - 1
@@ -122,8 +146,11 @@ def _pieces(kv: list[int], qo: list[int], cu_q: torch.Tensor, cu_kv: torch.Tenso
         if qo[first] == qo[last]:
             continue
         held = [min(b, stop) - max(a, start) for a, b in pairwise(kv[first : last + 1])]
+        keys, values = k[: stop - start], v[: stop - start]
         yield Piece(
-            tokens=slice(start, stop),
+            keys=keys,
+            values=values,
+            task=UnpackTask(kv_indices[start:stop], keys, values),
             queries=slice(qo[first], qo[last]),
             cu_q=cu_q[first : last + 1] - qo[first],
             cu_k=(cu_kv[first : last + 1] - start).clamp(0, stop - start),
@@ -146,6 +173,7 @@ class FlashExtend:
         per_token = first.heads * (first.k.dim + first.v.dim) * dtype.itemsize
         self.tokens = max(1, min(max_tokens, (bytes_ or WORKSPACE_BYTES) // per_token))
         self.layers = [UnpackTables.of(t) for t in tables]
+        self._unpackers: list[Unpacker | None] = [None] * len(tables)
         self.attend = attend
         # Requests share it in stream order. What is not written is not read either: every call sees its part alone.
         self.k = torch.empty(self.tokens, first.heads, first.k.dim, dtype=dtype, device=first.device)
@@ -158,9 +186,14 @@ class FlashExtend:
     def warm_up(self, rows: Sequence[torch.Tensor]) -> None:
         """Have every kernel compiled before the first request waits for it. rows: of each layer; slot 0 is read."""
         slot = torch.zeros(1, dtype=torch.int64, device=self.k.device)
-        for layer, packed in zip(self.layers, rows, strict=True):
-            for dest in (None, slot):
-                unpack(layer, packed, slot, self.k, self.v, dest)
+        chunk = torch.zeros_like(self.k[:1]), torch.zeros_like(self.v[:1])
+        alone = UnpackTask(slot, self.k, self.v)
+        with_chunk = [UnpackTask(slot, self.k, self.v, dest, 1, to) for dest, to in ((None, None), (slot, slot + 1))]
+        for layer, packed in enumerate(rows):
+            unpacker = self._unpacker(layer, packed)
+            unpacker(alone)
+            for task in with_chunk:
+                unpacker(task, *chunk)
         out = self.v[:1].float()
         lse = out.new_zeros(out.shape[1], 1)
         merge_into(out, lse.T, self.v[:1], lse.T)
@@ -171,14 +204,22 @@ class FlashExtend:
         new_lens: Sequence[int],
         qo_indptr: torch.Tensor,
         kv_indptr: torch.Tensor,
+        kv_indices: torch.Tensor,
     ) -> ExtendPlan:
-        return ExtendPlan.of(prefix_lens, new_lens, qo_indptr, kv_indptr, self.tokens)
+        return ExtendPlan.of(prefix_lens, new_lens, qo_indptr, kv_indptr, kv_indices, self.k, self.v)
+
+    def _unpacker(self, layer: int, rows: torch.Tensor) -> Unpacker:
+        """The layer's, made when its rows are first seen."""
+        unpacker = self._unpackers[layer]
+        if unpacker is None or unpacker.rows is not rows:
+            unpacker = self._unpackers[layer] = Unpacker(self.layers[layer], rows)
+        return unpacker
 
     def unpacked(self, layer: int, rows: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values ``[N, H, D]`` of some slots, in memory of their own."""
         k = self.k.new_empty(slots.shape[0], *self.k.shape[1:])
         v = self.v.new_empty(slots.shape[0], *self.v.shape[1:])
-        unpack(self.layers[layer], rows, slots, k, v)
+        self._unpacker(layer, rows)(UnpackTask(slots, k, v))
         return k, v
 
     def __call__(
@@ -189,46 +230,49 @@ class FlashExtend:
         k: torch.Tensor,
         v: torch.Tensor,
         rows: torch.Tensor,
-        kv_indices: torch.Tensor,
         sm_scale: float,
         out: torch.Tensor,
     ) -> None:
         """New tokens against their packed prefix plus, causally, themselves.
 
         q ``[T, Hq, D]``, k ``[T, H, D]``, v ``[T, H, Dv]`` in the workspace's dtype, T >= plan.new; rows of this
-        layer; kv_indices: the prefixes' slots. Writes all of ``out [T, Hq, Dv]``, zeros beyond plan.new.
+        layer. Writes all of ``out [T, Hq, Dv]``, zeros beyond plan.new.
         """
         new = plan.new
-        out[new:] = 0
+        if new < q.shape[0]:
+            out[new:] = 0
+            q, k, v, out = q[:new], k[:new], v[:new], out[:new]
         if not new:
             return
-        q, k, v, target = _readable(q[:new]), _readable(k[:new]), _readable(v[:new]), out[:new]
+        q = _readable(q)
+        if plan.task is not None:
+            self._unpacker(layer, rows)(plan.task, k, v)
+            self._attend(q, plan.keys, plan.values, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k, sm_scale, True, out)
+            return
+        k, v = _readable(k), _readable(v)
         if not plan.prefix:
-            self._attend(q, k, v, plan.cu_q, plan.cu_q, plan.max_q, plan.max_k, sm_scale, True, target)
-        elif plan.cu_k is not None:
-            total = plan.prefix + new
-            keys, values = self.k[:total], self.v[:total]
-            unpack(self.layers[layer], rows, kv_indices[: plan.prefix], keys, values, plan.prefix_to)
-            if plan.chunk_to is None:
-                keys[plan.prefix :].copy_(k)
-                values[plan.prefix :].copy_(v)
-            else:
-                keys.index_copy_(0, plan.chunk_to, k)
-                values.index_copy_(0, plan.chunk_to, v)
-            self._attend(q, keys, values, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k, sm_scale, True, target)
-        else:
-            part, lse = self._attend(q, k, v, plan.cu_q, plan.cu_q, plan.max_q, plan.max_q, sm_scale, True, None)
-            merged = part.float()  # float32 between the pieces: they shall not be rounded once each
-            for piece in plan.pieces:
-                held = piece.tokens.stop - piece.tokens.start
-                keys, values = self.k[:held], self.v[:held]
-                unpack(self.layers[layer], rows, kv_indices[piece.tokens], keys, values)
-                mine = piece.queries
-                part, part_lse = self._attend(
-                    q[mine], keys, values, piece.cu_q, piece.cu_k, piece.max_q, piece.max_k, sm_scale, False, None
-                )
-                merge_into(merged[mine], lse[:, mine].T, part, part_lse.T)
-            target.copy_(merged)
+            self._attend(q, k, v, plan.cu_q, plan.cu_q, plan.max_q, plan.max_q, sm_scale, True, out)
+            return
+        part, lse = self._attend(q, k, v, plan.cu_q, plan.cu_q, plan.max_q, plan.max_q, sm_scale, True, None)
+        merged = part.float()  # float32 between the pieces: they shall not be rounded once each
+        unpacker = self._unpacker(layer, rows)
+        for piece in plan.pieces:
+            mine = piece.queries
+            unpacker(piece.task)
+            part, part_lse = self._attend(
+                q[mine],
+                piece.keys,
+                piece.values,
+                piece.cu_q,
+                piece.cu_k,
+                piece.max_q,
+                piece.max_k,
+                sm_scale,
+                False,
+                None,
+            )
+            merge_into(merged[mine], lse[:, mine].T, part, part_lse.T)
+        out.copy_(merged)
 
     def _attend(self, q, k, v, cu_q, cu_k, max_q, max_k, sm_scale, causal, out) -> tuple[torch.Tensor, torch.Tensor]:
         """out ``[T, Hq, Dv]`` and lse ``[Hq, T]``, zeros and -inf for queries without keys.
@@ -254,6 +298,7 @@ class FlashExtend:
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
     """``x [T, H, D]``, copied only if its copy engine could not read it in place."""
-    strides = (stride * x.element_size() for stride in x.stride()[:2])
-    in_place = x.stride(2) == 1 and x.data_ptr() % _ALIGN == 0 and not any(stride % _ALIGN for stride in strides)
+    token, head, channel = x.stride()
+    size = x.element_size()
+    in_place = channel == 1 and not (x.data_ptr() | token * size | head * size) % _ALIGN
     return x if in_place else x.contiguous()

@@ -102,6 +102,8 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, fold
     attention.decode_attention(tables, q, rows, indptr, slots, 0.1, target=32)
     attention.prefix_attention(tables, q, rows, indptr, indptr, slots, 0.1, max_q_len=1000)
     unpack.unpack(unpack.UnpackTables.of(tables, half=True), rows, slots, k, v)
+    wider = torch.zeros(2, 16, heads, dim, dtype=dtype)
+    unpack.unpack(unpack.UnpackTables.of(tables, half=True), rows, slots, *wider, slots, (k, v), slots + 8)
     lse = torch.zeros(8, 4 * heads)
     merge.merge_into(q.float(), lse, q, lse)
 
@@ -137,7 +139,7 @@ def test_every_launch_compiles(folder, case, capability):
         *("_turn_kernel", decode, "merge_chunk_kernel", "merge_row_kernel"),
         *("_turn_kernel", decode, "merge_chunk_kernel", "merge_tile_kernel"),
         *("_turn_kernel", "attention_kernel", "_merge_kernel"),
-        "unpack_columns_kernel" if fast else "unpack_fields_kernel",
+        *["unpack_columns_kernel" if fast else "unpack_fields_kernel"] * 2,
         "_merge_kernel",
     ]
     for launch in launches:

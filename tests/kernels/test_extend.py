@@ -95,10 +95,10 @@ def run(case: Case, attend, workspace: int, padding: int = 0) -> torch.Tensor:
     flash = FlashExtend([d.tables], attend, d.q.dtype, workspace)
     assert flash.tokens == workspace
     # SGLang's own types: int64 for new tokens, int32 for the prefix.
-    plan = flash.plan(list(case.lengths), list(case.queries), d.qo_indptr.long(), d.kv_indptr)
+    plan = flash.plan(list(case.lengths), list(case.queries), d.qo_indptr.long(), d.kv_indptr, d.kv_indices)
     q, k, v = (torch.cat([x, x.new_full((padding, *x.shape[1:]), torch.nan)]) for x in (d.q, *chunk(case)))
     out = torch.full_like(q, torch.nan)
-    flash(0, plan, q, k, v, d.rows, d.kv_indices, sm_scale(case), out)
+    flash(0, plan, q, k, v, d.rows, sm_scale(case), out)
     return out
 
 
@@ -153,8 +153,11 @@ def test_nothing_to_do():
     flash = FlashExtend([d.tables], FlashStandIn(), d.q.dtype, 8)
     empty = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     out = torch.full_like(d.q, torch.nan)
-    for plan in (flash.plan([], [], empty, empty), flash.plan([44], [0], d.qo_indptr * 0, d.kv_indptr)):
-        flash(0, plan, d.q, *chunk(ONE), d.rows, d.kv_indices, d.sm_scale, out)
+    for plan in (
+        flash.plan([], [], empty, empty, d.kv_indices),
+        flash.plan([44], [0], d.qo_indptr * 0, d.kv_indptr, d.kv_indices),
+    ):
+        flash(0, plan, d.q, *chunk(ONE), d.rows, d.sm_scale, out)
         assert not out.any()
 
 
@@ -184,7 +187,7 @@ def test_warm_up_reads_one_slot():
     scatter_rows(d.codec.layout, rows, slot, torch.zeros_like(rows[:1]))
     flash = FlashExtend([d.tables], None, torch.float32, 4)
     flash.warm_up([rows])
-    assert not flash.k[0].any() and not flash.v[0].any() and bool(flash.k[1:].isnan().all())
+    assert not flash.k[:2].any() and not flash.v[:2].any() and bool(flash.k[2:].isnan().all())
 
 
 def test_unpacked_is_what_rows_hold():
@@ -199,10 +202,14 @@ def test_plan_asks_the_device_nothing():
 
     def plan(prefix, new, workspace):
         indptr = torch.empty(len(prefix) + 1, dtype=torch.int32, device="meta")
-        return ExtendPlan.of(prefix, new, indptr, indptr, workspace)
+        slots = torch.empty(sum(prefix) + 3, dtype=torch.int64, device="meta")
+        room = torch.empty(workspace, 2, 16, device="meta")
+        return ExtendPlan.of(prefix, new, indptr, indptr, slots, room, room)
 
-    assert plan([5, 0, 9], [1, 2, 3], 20).chunk_to.shape == (6,)
-    assert [p.tokens for p in plan([5, 0, 9], [1, 2, 3], 8).pieces] == [slice(0, 8), slice(8, 14)]
+    whole = plan([5, 0, 9], [1, 2, 3], 20)
+    assert (whole.task.tokens, whole.task.chunk, len(whole.keys), len(whole.values)) == (14, 6, 20, 20)
+    pieces = plan([5, 0, 9], [1, 2, 3], 8).pieces
+    assert [(p.task.tokens, p.task.chunk, len(p.keys), len(p.values)) for p in pieces] == [(8, 0, 8, 8), (6, 0, 6, 6)]
 
 
 @pytest.mark.parametrize(

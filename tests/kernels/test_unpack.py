@@ -10,7 +10,7 @@ from sglang_blockgtq.kernels import unpack as unpack_module
 from sglang_blockgtq.kernels.layout import num_slots, scatter_rows
 from sglang_blockgtq.kernels.merge import merge_into
 from sglang_blockgtq.kernels.tables import DeviceTables
-from sglang_blockgtq.kernels.unpack import UnpackTables, unpack
+from sglang_blockgtq.kernels.unpack import Unpacker, UnpackTables, UnpackTask, unpack
 
 from .matrix import DEVICE, EVERY, LARGE, SMALL, TOLERANCE, Case, data, make_codec, over, relative_error
 
@@ -62,6 +62,71 @@ def test_unpack_to_given_places(case):
         others = torch.ones(len(got), dtype=torch.bool, device=DEVICE)
         others[places] = False
         assert bool(got[others].isnan().all())
+
+
+def chunk(case: Case, tokens: int, before: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values within wider rows, ``before`` elements into them; all else there is poison."""
+    sizes, generator = (case.head_dim, case.v_dim or case.head_dim), torch.Generator().manual_seed(6)
+    found = []
+    for size in sizes:
+        wide = torch.full((tokens + 1, before + case.heads * size + 16), torch.nan, dtype=dtype or data(case).q.dtype)
+        found.append(wide[:tokens, before : before + case.heads * size].unflatten(1, (case.heads, size)))
+        found[-1].copy_(torch.randn(found[-1].shape, generator=generator))
+    return tuple(x.to(DEVICE) if DEVICE == "cpu" else _like(x) for x in found)
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    """On the GPU with the same strides and offset."""
+    memory = torch.full((x.untyped_storage().nbytes() // x.element_size(),), torch.nan, dtype=x.dtype, device=DEVICE)
+    return memory.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
+
+
+@over([TEMPLATE, TEMPLATE_128, SMALL[3], SMALL[5], PRODUCT, HANDMADE, *LARGE])
+@pytest.mark.parametrize("given", [False, True], ids=["following", "given"])
+@pytest.mark.parametrize("before", [16, 3], ids=["aligned", "odd"])
+def test_chunk_is_copied_in_the_same_launch(monkeypatch, case, given, before):
+    """Bit for bit, in more tiles than one, from rows of any stride; nothing else is written or read."""
+    d, new = data(case), unpack_module.TOKENS + 7
+    old = len(d.k)
+    k, v = room(case, old + new + 5)
+    both = chunk(case, new, before)
+    both[0][1, 0, 2], both[1][new - 1, -1, -1] = torch.nan, torch.inf
+    order = torch.randperm(len(k), generator=torch.Generator().manual_seed(2)) if given else torch.arange(len(k))
+    order = order.to(DEVICE)
+    places = (order[:old], order[old : old + new]) if given else (None, None)
+    launches = []
+    launch = unpack_module.Launch.__call__
+    monkeypatch.setattr(unpack_module.Launch, "__call__", lambda *a, **kw: (launches.append(a[0]), launch(*a, **kw)))
+    unpack(UnpackTables.of(d.tables), d.rows, d.kv_indices, k, v, places[0], both, places[1])
+    assert len(launches) == 1
+    for got, want, copied in zip((k, v), expected(case), both, strict=True):
+        assert relative_error(got[order[:old]], want) < TOLERANCE[DEVICE][case.dtype]
+        assert torch.equal(got[order[old : old + new]].nan_to_num(7), copied.nan_to_num(7))
+        assert bool(got[order[old + new :]].isnan().all())
+
+
+@over([TEMPLATE, PRODUCT])
+def test_chunk_without_a_prefix(case):
+    d, new = data(case), 5
+    k, v = room(case, new + 1)
+    both = chunk(case, new, 0)
+    unpack(UnpackTables.of(d.tables), d.rows, d.kv_indices[:0], k, v, None, both)
+    assert torch.equal(k[:new], both[0]) and torch.equal(v[:new], both[1])
+    assert bool(k[new:].isnan().all()) and bool(v[new:].isnan().all())
+
+
+@over([TEMPLATE, PRODUCT, *LARGE])
+def test_a_chunk_does_not_change_the_prefix(case):
+    """Nor does another layer, which takes the same task."""
+    d, new = data(case), 9
+    tables, both = UnpackTables.of(d.tables), chunk(case, new, 0)
+    alone, beside = room(case, len(d.k)), room(case, len(d.k) + new)
+    unpack(tables, d.rows, d.kv_indices, *alone)
+    task = UnpackTask(d.kv_indices, *beside, chunk=new)
+    for rows in (torch.zeros_like(d.rows), d.rows):
+        Unpacker(tables, rows)(task, *both)
+    for x, y in zip(alone, beside, strict=True):
+        assert torch.equal(x, y[: len(x)])
 
 
 @over([TEMPLATE, TEMPLATE_128, UNIFORM])
@@ -166,12 +231,23 @@ def test_bad_shapes_are_refused():
     k, v = room(TEMPLATE, len(d.k))
     with pytest.raises(ValueError, match="k_out .* is needed for these rows"):
         unpack(tables, d.rows, d.kv_indices, k[..., :-2], v)
+    with pytest.raises(ValueError, match="v_out .* contiguous channels"):
+        unpack(tables, d.rows, d.kv_indices, k, v[..., ::2])
     with pytest.raises(ValueError, match="places for"):
         unpack(tables, d.rows, d.kv_indices, k[:-1], v)
     with pytest.raises(ValueError, match="one place for each"):
         unpack(tables, d.rows, d.kv_indices, k, v, torch.zeros(1, dtype=torch.int64, device=DEVICE))
     with pytest.raises(ValueError, match="this layer's rows"):
         unpack(tables, d.rows[:, :-8], d.kv_indices, k, v)
+    k, v = room(TEMPLATE, len(d.k) + 2)
+    both, to = (k[:2], v[:2]), torch.arange(2, device=DEVICE)
+    with pytest.raises(ValueError, match=f"places for {len(d.k) + 2} tokens"):
+        unpack(tables, d.rows, d.kv_indices, k[:-1], v, None, both)
+    with pytest.raises(ValueError, match="chunk_dest .* each of 2"):
+        unpack(tables, d.rows, d.kv_indices, k, v, None, both, to[:1])
+    for bad in ((both[0], both[1][:1]), (both[0], both[1].half()), (both[0][..., ::2], both[1])):
+        with pytest.raises(ValueError, match="of the chunk .* is needed"):
+            unpack(tables, d.rows, d.kv_indices, k, v, None, bad, to)
 
 
 def test_fields_do_not_take_their_width_from_a_plane():
