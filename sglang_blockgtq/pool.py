@@ -52,6 +52,7 @@ class PackedKVPool(KVCache):
                 torch.zeros(num_slots(size + page_size), codec.layout.row_bytes, dtype=torch.uint8, device=device)
                 for codec in self.codecs
             ]
+        self.encoders = self._encoders() if self.tables is not None else None
         self._probing = False
         self._finalize_allocation_log(size)
 
@@ -59,6 +60,11 @@ class PackedKVPool(KVCache):
         from .kernels.tables import DeviceTables
 
         return [DeviceTables.of(codec, self.device) for codec in self.codecs]
+
+    def _encoders(self) -> list[Any]:
+        from .kernels.encode import Encoder
+
+        return [Encoder(tables, rows) for tables, rows in zip(self.tables, self.rows, strict=True)]
 
     def local(self, layer_id: int) -> int:
         """Index of a layer in this pool's lists."""
@@ -89,10 +95,8 @@ class PackedKVPool(KVCache):
         # Usually they are in that shape, and in an eager prefill a view that changes nothing is time of the host.
         k = cache_k if cache_k.dim() == 3 else cache_k.view(-1, self.head_num, self.head_dim)
         v = cache_v if cache_v.dim() == 3 else cache_v.view(-1, self.head_num, self.v_head_dim)
-        if self.tables is not None:
-            from .kernels.encode import encode
-
-            encode(self.tables[i], k, v, self.rows[i], loc, q, turned)
+        if self.encoders is not None:
+            self.encoders[i](k, v, loc, q, turned)
         else:
             self.scatter(i, loc, naive.encode(self.codecs[i], k, v))
 

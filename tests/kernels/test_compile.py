@@ -51,7 +51,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, fold
         def __getitem__(self, grid):
             return self.launch
 
-        def launch(self, *args, num_warps=4, num_stages=3, maxnreg=None, **constants):
+        def launch(self, *args, num_warps=4, num_stages=3, maxnreg=None, launch_pdl=False, **constants):
             nonlocal count
             values = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
             # What launchers learn from a tensor's device, and a switch for the interpreter.
@@ -70,7 +70,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, fold
                 if aligned:
                     attributes[(i,)] = [["tt.divisibility", 16]]
             source = ASTSource(self.kernel, signature, constant, attributes)
-            options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+            options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg, "launch_pdl": launch_pdl}
             compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
             for kind in ("ttgir", "ptx"):
                 (folder / f"{count}.{kind}").write_text(compiled.asm[kind])
@@ -84,6 +84,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, fold
             if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel"):
                 setattr(module, name, Compile(value))
 
+    encode.dependent = attention.dependent = lambda device: capability >= 90
     dtype, heads = getattr(torch, dtype_name), 2
     energy = torch.logspace(-2, 2, dim // 2, dtype=torch.float64).repeat(1, heads, 1)
     moments = Moments(energy, energy, torch.full((1, heads), float(dim), dtype=torch.float64), 2048)
@@ -92,7 +93,9 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, fold
     tables = DeviceTables.of(codec)
     rows = torch.zeros(64, codec.layout.row_bytes, dtype=torch.uint8)
     q, k, v = torch.zeros(8, 4 * heads, dim, dtype=dtype), *torch.zeros(2, 8, heads, dim, dtype=dtype)
-    encode.encode(tables, k, v, rows, torch.arange(8), q, torch.zeros_like(q, dtype=torch.float32))
+    for few, small in ((8 * heads, 0), (0, 8 * heads), (0, 0)):
+        encode.FEW_VECTORS, encode.SMALL_VECTORS = few, small
+        encode.encode(tables, k, v, rows, torch.arange(8), q, torch.zeros_like(q, dtype=torch.float32))
     # The CPU's tables carry float32 operands; a GPU's are float16.
     object.__setattr__(tables, "levels", tables.half_levels)
     indptr, slots = torch.arange(9, dtype=torch.int32), torch.arange(8)
@@ -134,7 +137,8 @@ def test_every_launch_compiles(folder, case, capability):
     fast = case is TEMPLATE
     decode = "decode_kernel" if fast else "attention_kernel"
     assert [launch["name"] for launch in launches] == [
-        "_encode_kernel",
+        "encode_few_kernel" if fast else "encode_many_kernel",
+        *["encode_many_kernel"] * 2,
         *("_turn_kernel", decode, "merge_chunk_kernel", "merge_row_kernel"),
         *("_turn_kernel", decode, "merge_chunk_kernel", "merge_row_kernel"),
         *("_turn_kernel", decode, "merge_chunk_kernel", "merge_tile_kernel"),
@@ -144,6 +148,19 @@ def test_every_launch_compiles(folder, case, capability):
     ]
     for launch in launches:
         assert launch["shared"] <= MAX_SHARED[capability], launch
+
+
+@pytest.mark.parametrize("capability", [90, 80])
+def test_kernels_of_a_step_wait_for_each_other_on_hopper(folder, capability):
+    """A kernel that is launched early and does not wait reads what is not there yet."""
+    step = ["encode_few_kernel", "decode_kernel", "merge_chunk_kernel", "merge_row_kernel", "merge_tile_kernel"]
+    for launch in compiled(folder, *TEMPLATE, capability):
+        if launch["name"] in step:
+            ptx = Path(launch["file"]).with_suffix(".ptx").read_text()
+            waits = ptx.count("griddepcontrol.wait")
+            assert waits == ptx.count("griddepcontrol.launch_dependents")
+            # keys, values and queries each, of one program or another
+            assert waits == (0 if capability < 90 else 3 if launch["name"] == "encode_few_kernel" else 1)
 
 
 def main_loop(ttgir: str) -> str:
