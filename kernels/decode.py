@@ -28,6 +28,12 @@ _SLOTS = tl.constexpr(BLOCK_SLOTS)
 _LIFT = tl.constexpr(64.0)
 
 
+@triton.constexpr_function
+def pick(templates, i):
+    """One of a tuple of constants. Triton 3.6 does not take ``templates[i]`` as an argument if that holds tuples."""
+    return templates[i]
+
+
 @triton.jit
 def _load_bin(rows16, slot, byte, WORDS: tl.constexpr, ROW_BYTES: tl.constexpr, AXIS: tl.constexpr):
     """The words of the bin at byte ``byte`` of each row, 16 columns along AXIS."""
@@ -69,26 +75,28 @@ def load_shifts(column_shifts, BINS: tl.constexpr):
     return shifts
 
 
-@triton.jit(
-    do_not_specialize=["num_requests", "target"],
-    do_not_specialize_on_alignment=["kv_indptr", "kv_indices"],
-)
-def decode_kernel(
-    q,  # float32 [B * QUERIES, Hq, DIM], turned
-    rows16,  # the rows as int16 and int32
+@triton.jit
+def _attend_split(
+    q,
+    rows16,
     rows32,
-    kv_indptr,
     kv_indices,
-    column_shifts,  # int32 [4, 16]: for 1, 2, 4 and 8 columns per word
-    partial_out,  # float32 [splits, QUERIES, Hq, V_DIM]
-    partial_lse,  # float32 [splits, QUERIES, Hq]
-    num_requests,
-    target,
+    column_shifts,
+    partial_out,
+    partial_lse,
     to_log2,
     stride_qt,
     stride_qh,
+    head,
+    first_row,
+    split,
+    request,
+    kv_start,
+    begin,
+    end,
+    length,
     ROW_BYTES: tl.constexpr,
-    K_STRIDE: tl.constexpr,  # bytes of a head's codes
+    K_STRIDE: tl.constexpr,
     V_STRIDE: tl.constexpr,
     V_OFFSET: tl.constexpr,
     NORM_OFFSET: tl.constexpr,
@@ -97,31 +105,21 @@ def decode_kernel(
     QUERIES: tl.constexpr,
     V_DIM: tl.constexpr,
     K_BINS: tl.constexpr,
-    V_BINS: tl.constexpr,  # (byte, words, log2 of the columns per word)
+    V_BINS: tl.constexpr,
     K_REPEAT: tl.constexpr,
     V_REPEAT: tl.constexpr,
-    K_SLOTS: tl.constexpr,  # pieces of each slot, (bin, shift, width, position) after one another
+    K_SLOTS: tl.constexpr,
     V_SLOTS: tl.constexpr,
-    K_POLY: tl.constexpr,  # the codebook of each slot, empty where it is linear
+    K_POLY: tl.constexpr,
     V_POLY: tl.constexpr,
-    K_SLOPE: tl.constexpr,  # of each slot's codebook where it is linear, else 1
+    K_SLOPE: tl.constexpr,
     V_SLOPE: tl.constexpr,
-    REQUESTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    head = tl.program_id(0) % HEADS
-    first_row = tl.program_id(0) // HEADS * BLOCK_M
-    split = tl.program_id(1)
-    request, begin, end = find_split(kv_indptr, num_requests, target, split, REQUESTS)
-    if request >= num_requests:
-        return
-    kv_start = tl.load(kv_indptr + request).to(tl.int64)
-    length = (tl.load(kv_indptr + request + 1) - kv_start).to(tl.int32)
-    end = tl.minimum(end, length)
-
+    """Tokens ``begin .. end - 1`` of one request for one KV head, whose keys are of the given template."""
     m = first_row + tl.arange(0, BLOCK_M)
     live_row = m < QUERIES * GROUP
     query = m // GROUP
@@ -202,3 +200,73 @@ def decode_kernel(
         tl.store(partial_out + to, value * scale[None, :], mask=live_row[None, :])
     lse = tl.where(seen_any, (peak + tl.log2(tl.where(seen_any, total, 1.0))) * _LN2, float("-inf"))
     tl.store(partial_lse + row, lse, mask=live_row)
+
+
+@triton.jit(
+    do_not_specialize=["num_requests", "target"],
+    do_not_specialize_on_alignment=["kv_indptr", "kv_indices"],
+)
+def decode_kernel(
+    q,  # float32 [B * QUERIES, Hq, DIM], turned
+    rows16,  # the rows as int16 and int32
+    rows32,
+    kv_indptr,
+    kv_indices,
+    column_shifts,  # int32 [4, 16]: for 1, 2, 4 and 8 columns per word
+    k_kinds,  # int32 [H], each head's template; None where there is one
+    partial_out,  # float32 [splits, QUERIES, Hq, V_DIM]
+    partial_lse,  # float32 [splits, QUERIES, Hq]
+    num_requests,
+    target,
+    to_log2,
+    stride_qt,
+    stride_qh,
+    ROW_BYTES: tl.constexpr,
+    K_STRIDE: tl.constexpr,  # bytes of a head's codes
+    V_STRIDE: tl.constexpr,
+    V_OFFSET: tl.constexpr,
+    NORM_OFFSET: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    V_DIM: tl.constexpr,
+    # What begins with K_ is a tuple over templates, of what V has once.
+    K_BINS: tl.constexpr,
+    V_BINS: tl.constexpr,  # (byte, words, log2 of the columns per word)
+    K_REPEAT: tl.constexpr,
+    V_REPEAT: tl.constexpr,
+    K_SLOTS: tl.constexpr,  # pieces of each slot, (bin, shift, width, position) after one another
+    V_SLOTS: tl.constexpr,
+    K_POLY: tl.constexpr,  # the codebook of each slot, empty where it is linear
+    V_POLY: tl.constexpr,
+    K_SLOPE: tl.constexpr,  # of each slot's codebook where it is linear, else 1
+    V_SLOPE: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    head = tl.program_id(0) % HEADS
+    first_row = tl.program_id(0) // HEADS * BLOCK_M
+    split = tl.program_id(1)
+    request, begin, end = find_split(kv_indptr, num_requests, target, split, REQUESTS)
+    if request >= num_requests:
+        return
+    kv_start = tl.load(kv_indptr + request).to(tl.int64)
+    length = (tl.load(kv_indptr + request + 1) - kv_start).to(tl.int32)
+    end = tl.minimum(end, length)
+
+
+    # A loop for each template: which one runs is known to the whole program before its first tile.
+    kind = 0 if k_kinds is None else tl.load(k_kinds + head)
+    for i in tl.static_range(len(K_SLOTS)):
+        if len(K_SLOTS) == 1 or kind == i:
+            _attend_split(
+                q, rows16, rows32, kv_indices, column_shifts, partial_out, partial_lse, to_log2, stride_qt, stride_qh,
+                head, first_row, split, request, kv_start, begin, end, length,
+                ROW_BYTES, K_STRIDE, V_STRIDE, V_OFFSET, NORM_OFFSET, HEADS, GROUP, QUERIES, V_DIM,
+                pick(K_BINS, i), V_BINS, pick(K_REPEAT, i), V_REPEAT, pick(K_SLOTS, i), V_SLOTS,
+                pick(K_POLY, i), V_POLY, pick(K_SLOPE, i), V_SLOPE,
+                BLOCK_M, BLOCK_N, STAGES, ASM,
+            )  # fmt: skip

@@ -260,8 +260,10 @@ class RowLayout:
 
     @cached_property
     def in_columns(self) -> bool:
-        """True when the fast kernels can read these rows: all heads alike, in columns, scales in pairs."""
-        if not self.uniform_heads or self.k[0].columns is None or self.v.columns is None:
+        """True when the fast kernels can read these rows: all heads in columns, as many bytes each, scales in pairs."""
+        if any(head.columns is None or head.code_bytes != self.k_code_bytes for head in self.k):
+            return False
+        if self.v.columns is None:
             return False
         return self.norm_offset % (2 * NORM_BYTES) == 0
 

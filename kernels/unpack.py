@@ -9,7 +9,7 @@ channels, no longer fit one softmax, so every extend would be two attentions, a 
 either end. Turned back here, a prefix is what a bf16 cache would hold, rounded once, and the query
 stays as the model made it.
 
-Rows in columns (``uniform``, ``template``) are read by the kernel in :mod:`.unpack_columns`; any other by
+Rows in columns (``uniform``, ``template``, and the others by slots) are read by the kernel in :mod:`.unpack_columns`; any other by
 the one in :mod:`.unpack_fields`, which takes every layout as data and is slower.
 """
 
@@ -147,7 +147,7 @@ def unpack(
         raise ValueError(f"k_out and v_out have {k_out.shape[0]} and {v_out.shape[0]} places for {num_tokens} tokens")
     if not num_tokens:
         return
-    if tables.k_columns is None:
+    if tables.v_columns is None:
         _unpack_fields(layer, rows, scales, indices, k_out, v_out, dest)
     else:
         _unpack_columns(layer, rows, indices, k_out, v_out, dest)
@@ -169,13 +169,14 @@ def _unpack_columns(
     dest: torch.Tensor | None,
 ) -> None:
     tables, row = layer.tables, layer.tables.row
-    k, v, k_columns, v_columns = tables.k, tables.v, tables.k_columns, tables.v_columns
+    k, v, templates, v_columns = tables.k, tables.v, tables.k_templates, tables.v_columns
     tiles, programs = _tiles(indices.shape[0], tables.heads)
     parts = triton.cdiv(max(k.dim, v.dim), MAX_CHANNELS)
     unpack_columns_kernel[(tables.heads, programs, 2 * parts)](
         rows.view(torch.int16),
         rows.view(torch.int32),
         tables.column_shifts,
+        tables.k_kinds if len(templates) > 1 else None,
         indices,
         dest,
         indices.shape[0],
@@ -195,13 +196,13 @@ def _unpack_columns(
         V_STRIDE=row.v_code_bytes,
         V_OFFSET=row.v_offset,
         NORM_OFFSET=row.norm_offset,
-        K_BINS=k_columns.bins,
+        K_BINS=tuple(t.bins for t in templates),
         V_BINS=v_columns.bins,
-        K_REPEAT=k_columns.repeat,
+        K_REPEAT=tuple(t.repeat for t in templates),
         V_REPEAT=v_columns.repeat,
-        K_SLOTS=k_columns.slots,
+        K_SLOTS=tuple(t.slots for t in templates),
         V_SLOTS=v_columns.slots,
-        K_POLY=k_columns.codebook,
+        K_POLY=tuple(t.codebook for t in templates),
         V_POLY=v_columns.codebook,
         K_DIM=k.dim,
         K_PADDED=k.padded,
