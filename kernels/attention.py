@@ -5,8 +5,8 @@ flash attention decodes tiles of codes in registers; the splits are merged and t
 No dequantized key or value is ever written to memory, nothing synchronises with the host, and neither a
 grid nor an allocation depends on a sequence length, so decode can be captured in a CUDA graph.
 
-Rows in columns (``uniform``, ``template``) are read by the kernel in :mod:`.decode`; any other, and a
-prefix, by the one in :mod:`.flash`, which takes every layout as data and is far slower.
+Rows in columns (``uniform``, ``template``, the others by slots) are read by the kernel in :mod:`.decode`; any
+other, and a prefix, by the one in :mod:`.flash`, which takes every layout as data and is far slower.
 """
 
 from __future__ import annotations

@@ -6,6 +6,9 @@ the 16-row operand of the tensor core and the GQA group its short side: eight co
 Words go from memory to shared memory asynchronously, from there to registers in the operand's layout,
 and are turned into levels there, slot by slot (:mod:`.fields`). No level is ever stored.
 
+The loop is compiled for the widths of a head's keys. Heads of a model may have up to four kinds of them
+(templates), and so the kernel up to four loops, of which a program runs one.
+
 K's scales touch the logits, V's the probabilities. What the loop leaves is merged in :mod:`.merge_splits`.
 """
 
@@ -256,7 +259,6 @@ def decode_kernel(
     kv_start = tl.load(kv_indptr + request).to(tl.int64)
     length = (tl.load(kv_indptr + request + 1) - kv_start).to(tl.int32)
     end = tl.minimum(end, length)
-
 
     # A loop for each template: which one runs is known to the whole program before its first tile.
     kind = 0 if k_kinds is None else tl.load(k_kinds + head)

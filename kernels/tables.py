@@ -211,7 +211,8 @@ class DeviceTables:
         cells = Cells.of(codec.levels)
         own_book = torch.allclose(codec.levels.float().cpu(), codebook_table(), rtol=0, atol=1e-5)
         templates = templates_of(row.k) if templates is None else templates
-        regular = own_book and row.in_columns and len(templates) <= MAX_TEMPLATES
+        fits = len(templates) <= MAX_TEMPLATES and all(head.columns is not None for head in templates)
+        regular = own_book and row.in_columns and fits
         if regular and not set(row.k) <= set(templates):
             raise ValueError("templates: a head of this layer has none of them; all layouts of the model are needed")
         k = SideTables.of(

@@ -9,8 +9,8 @@ channels, no longer fit one softmax, so every extend would be two attentions, a 
 either end. Turned back here, a prefix is what a bf16 cache would hold, rounded once, and the query
 stays as the model made it.
 
-Rows in columns (``uniform``, ``template``, and the others by slots) are read by the kernel in :mod:`.unpack_columns`; any other by
-the one in :mod:`.unpack_fields`, which takes every layout as data and is slower.
+Rows in columns (``uniform``, ``template``, the others by slots) are read by the kernel in :mod:`.unpack_columns`;
+any other by the one in :mod:`.unpack_fields`, which takes every layout as data and is slower.
 """
 
 from __future__ import annotations

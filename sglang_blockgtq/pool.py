@@ -58,7 +58,9 @@ class PackedKVPool(KVCache):
     def _device_tables(self) -> list[Any]:
         from .kernels.tables import DeviceTables
 
-        return [DeviceTables.of(codec, self.device) for codec in self.codecs]
+        # The whole model's, so that one binary of each kernel serves all layers.
+        templates = self.runtime.table.k_templates
+        return [DeviceTables.of(codec, self.device, templates) for codec in self.codecs]
 
     def local(self, layer_id: int) -> int:
         """Index of a layer in this pool's lists."""
