@@ -12,6 +12,7 @@ import torch
 
 from .allocate import ALLOCATORS
 from .build import check_budget
+from .slots import GRANULARITIES
 from .table import AllocationTable
 from .text import DEFAULT_TOKENS, TextError, check_tokens
 
@@ -94,6 +95,7 @@ def _calibrate_parser() -> argparse.ArgumentParser:
     add("--k-bits", type=_bits("--k-bits"), default=3.0, help="average bits per key channel, 1 to 8; default: 3")
     add("--v-bits", type=_bits("--v-bits"), default=3.0, help="average bits per value channel; default: 3")
     add("--allocator", choices=tuple(ALLOCATORS), default="template", help="default: template")
+    add("--granularity", choices=GRANULARITIES, default="block", help="slot: for paper and product; default: block")
     add("--calibration-text", metavar="FILE", help="UTF-8 text; default: CPython's documentation")
     add("--calibration-tokens", type=_tokens, default=DEFAULT_TOKENS, metavar="N", help=f"default: {DEFAULT_TOKENS}")
     add("--device", type=_device, default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda:1, ...")
@@ -119,6 +121,7 @@ def _calibrate(argv: list[str]) -> None:
         k_bits=args.k_bits,
         v_bits=args.v_bits,
         allocator=args.allocator,
+        granularity=args.granularity,
         text_path=args.calibration_text,
         tokens=args.calibration_tokens,
         device=args.device,

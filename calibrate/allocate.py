@@ -49,7 +49,7 @@ def _uniform(moments: Moments, bits: float) -> torch.Tensor:
     return widths
 
 
-def _greedy(score: torch.Tensor, budget: int, rate: list[float]) -> torch.Tensor:
+def greedy(score: torch.Tensor, budget: int, rate: list[float]) -> torch.Tensor:
     """Give out one block-bit at a time to ``argmax score * (rate[b] - rate[b + 1])``, lowest index on ties.
 
     score ``[heads, blocks]``; rate[b] is the distortion at b bits, ``inf`` gain excluded by width limits.
@@ -69,7 +69,7 @@ def _greedy(score: torch.Tensor, budget: int, rate: list[float]) -> torch.Tensor
 
 def _per_head(moments: Moments, bits: float, score: torch.Tensor, rate: list[float]) -> torch.Tensor:
     layers, heads, blocks = score.shape
-    return _greedy(score.flatten(0, 1), block_budget(blocks, bits), rate).view(layers, heads, blocks)
+    return greedy(score.flatten(0, 1), block_budget(blocks, bits), rate).view(layers, heads, blocks)
 
 
 def _paper(moments: Moments, bits: float) -> torch.Tensor:

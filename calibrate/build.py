@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..kernels.codebook import codebook_table
-from .allocate import ALLOCATORS, block_budget
+from .allocate import block_budget
 from .moments import Moments
 from .rope import RopeBlocks, check_head_dim
+from .slots import rule_of
 from .table import AllocationTable, TableHeader
 
 ROTATION_SEED = 0x6774
@@ -34,6 +35,7 @@ def build_table(
     k_bits: float,
     v_bits: float,
     allocator: str = "template",
+    granularity: str = "block",
     v_head_dim: int | None = None,
     model_id: str = "",
     config_hash: str = "",
@@ -43,11 +45,10 @@ def build_table(
 ) -> AllocationTable:
     """Allocate bits and build the table. ``rope`` has one entry per layer.
 
-    Raises ValueError for an unknown allocator, a budget outside 1..8 bits or an unsupported head_dim.
+    granularity: "block", or "slot" for ``paper`` and ``product`` (see :mod:`.slots`). Raises ValueError for an
+    unknown allocator or granularity, a budget outside 1..8 bits, an unsupported head_dim, or slots that do not fit it.
     """
-    if allocator not in ALLOCATORS:
-        raise ValueError(f"allocator = {allocator}: choose one of {', '.join(ALLOCATORS)}")
-    rule = ALLOCATORS[allocator]
+    rule = rule_of(allocator, granularity)
     layers, heads, blocks = moments.k.shape
     head_dim = check_head_dim(2 * blocks)
     v_head_dim = check_head_dim(v_head_dim or head_dim)
@@ -116,6 +117,7 @@ def build_table(
         k_bits=float(k_bits),
         v_bits=float(v_bits),
         allocator=allocator,
+        granularity=granularity,
         scale_rule=rule.scale_rule,
         scale_search=rule.scale_search,
         layers=layers,

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
+from .allocate import ALLOCATORS
 from .build import build_table, check_budget
 from .model import (
     ModelError,
@@ -26,6 +27,7 @@ from .model import (
 )
 from .moments import Moments, MomentSums
 from .rope import RopeBlocks
+from .slots import check_slots, rule_of
 from .table import AllocationTable
 from .text import MAX_SEQUENCE, check_tokens, read_text, text_hash, token_sequences
 
@@ -171,6 +173,7 @@ def calibrate_model(
     k_bits: float,
     v_bits: float,
     allocator: str,
+    granularity: str = "block",
     text_path: str | None,
     tokens: int,
     device: str,
@@ -187,6 +190,8 @@ def calibrate_model(
     config = load_config(model_path, trust_remote_code)
     check_budget("k_bits", k_bits, head_dim(config) // 2)
     check_budget("v_bits", v_bits, v_head_dim(config) // 2)
+    if rule_of(allocator, granularity) is not ALLOCATORS[allocator]:
+        check_slots(head_dim(config), k_bits)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as e:
@@ -204,13 +209,14 @@ def calibrate_model(
     rope = rope_blocks(config, sys.modules[type(model).__module__])
     if allocator != "uniform" and not any(r.rotary_dim for r in rope):
         logger.warning("no layer of %s has RoPE: there are no blocks to rank, so widths are uniform", model_path)
-        allocator = "uniform"
+        allocator, granularity = "uniform", "block"
     return build_table(
         collect(model, sequences, rope),
         rope,
         k_bits=k_bits,
         v_bits=v_bits,
         allocator=allocator,
+        granularity=granularity,
         v_head_dim=v_head_dim(config),
         model_id=str(model_path),
         config_hash=config_hash(config),

@@ -31,10 +31,12 @@ def layer_groups(layers: int, groups: int = LAYER_GROUPS) -> list[range]:
     return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
-def template_of(table: AllocationTable) -> list[int] | None:
-    """Block widths, widest first, if all heads of all layers share one multiset; else None."""
+def templates_of(table: AllocationTable) -> list[tuple[list[int], float]]:
+    """Block widths, widest first, and the share of heads that have them; none where each head has its own."""
     ranked = table.tensors["widths"].flatten(0, 1).sort(-1, descending=True).values
-    return ranked[0].tolist() if bool((ranked == ranked[0]).all()) else None
+    kinds, counts = ranked.unique(dim=0, return_counts=True)
+    shares = zip(kinds.tolist(), (counts.double() / len(ranked)).tolist(), strict=True)
+    return sorted(shares, reverse=True) if len(kinds) == 1 or table.header.granularity == "slot" else []
 
 
 def _multiset(widths: list[int]) -> str:
@@ -73,15 +75,16 @@ def summary(table: AllocationTable) -> str:
     packed = table.bytes_per_token_head()
     per_token = sum(table.row_layout(i).row_bytes for i in range(h.layers))
     k_norms = sorted({table.row_layout(i).k_norms for i in range(h.layers)})
-    template = template_of(table)
+    templates = templates_of(table)
+    named = [(f"{share:.0%} of heads: " if len(templates) > 1 else "") + _multiset(x) for x, share in templates]
     fields = [
         ("model", h.model_id or "unknown"),
         ("attention", f"{h.layers} layers, {h.kv_heads} KV heads, head_dim {h.head_dim} (values {h.v_head_dim})"),
         ("RoPE", _rope(table)),
         ("bits", f"K {h.k_bits:g}, V {h.v_bits:g} on average"),
-        ("allocator", h.allocator),
+        ("allocator", h.allocator + (" by slots" if h.granularity == "slot" else "")),
         ("scale rule", f"{h.scale_rule}, search over {', '.join(f'{s:g}' for s in h.scale_search)}"),
-        ("template", _multiset(template) if template else "none: widths differ from head to head"),
+        *(("template", name) for name in named or ["none: widths differ from head to head"]),
         ("calibration", f"{h.tokens} tokens"),
         ("per token, head", f"{packed:g} bytes, {packed / dense:.1%} of bf16 ({dense} bytes)"),
         ("of which", f"K codes {row.k_code_bytes}, V codes {row.v_code_bytes}, scales 2 each (layer 0)"),

@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 
 from ..kernels.codec import LayerCodec
 from ..kernels.layout import CodeLayout, RowLayout, uniform_layout
+from ..kernels.tables import templates_of
 from .rope import RopeBlocks
 
 FORMAT_VERSION = 2
@@ -43,12 +45,16 @@ class TableHeader:
     head_dim: int
     v_head_dim: int
     rope: tuple[tuple[int, bool], ...]  # per layer (rotary_dim, neox)
+    granularity: str = "block"  # what gets a width of its own: "block", or for paper and product "slot"
     weights_hash: str = ""  # "" when the weights could not be fingerprinted
     format_version: int = FORMAT_VERSION
     table_hash: str = ""  # over all tensors and this header without the hash
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        values = asdict(self)
+        if self.granularity == "block":
+            del values["granularity"]  # so that tables from before there was a choice are what they were
+        return json.dumps(values, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> TableHeader:
@@ -94,6 +100,12 @@ class AllocationTable:
         every = tuple(self.k_layout(layer, h) for h in range(self.header.kv_heads))
         full = RowLayout.of(every, self.v_layout)
         return RowLayout(every[heads], self.v_layout, full.k_code_bytes, full.k_norms)
+
+    @cached_property
+    def k_templates(self) -> tuple[CodeLayout, ...]:
+        """The distinct layouts of all key heads, in one order for every rank and layer."""
+        shape = self.tensors["widths"].shape[:2]
+        return templates_of(self.k_layout(*at) for at in product(*map(range, shape)))
 
     def bytes_per_token_head(self) -> float:
         """Mean over layers of bytes per token and KV head, scales included, row padding not."""

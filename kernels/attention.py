@@ -5,8 +5,8 @@ flash attention decodes tiles of codes in registers; the splits are merged and t
 No dequantized key or value is ever written to memory, nothing synchronises with the host, and neither a
 grid nor an allocation depends on a sequence length, so decode can be captured in a CUDA graph.
 
-Rows in columns (``uniform``, ``template``) are read by the kernel in :mod:`.decode`; any other, and a
-prefix, by the one in :mod:`.flash`, which takes every layout as data and is far slower.
+Rows in columns (``uniform``, ``template``, the others by slots) are read by the kernel in :mod:`.decode`; any
+other, and a prefix, by the one in :mod:`.flash`, which takes every layout as data and is far slower.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _block_m(tables: DeviceTables) -> int:
 
 def _decode_rows(tables: DeviceTables, rows: int) -> tuple[int, int]:
     """(rows of a decode tile, tiles) for ``rows`` query rows per KV head."""
-    if tables.k_columns is not None:
+    if tables.v_columns is not None:
         block = 8 if rows <= 8 else 16
     else:
         block = min(_block_m(tables), max(16, triton.next_power_of_2(rows)))
@@ -155,7 +155,7 @@ def target_splits(tables: DeviceTables, num_heads: int, q_len: int = 1) -> int:
     A constant of the device and the model, so that it can stand in a CUDA graph.
     """
     _, tiles = _decode_rows(tables, num_heads // tables.heads * q_len)
-    per_sm = TUNING.generic_per_sm if tables.k_columns is None else TUNING.warps_per_sm
+    per_sm = TUNING.generic_per_sm if tables.v_columns is None else TUNING.warps_per_sm
     return max(1, _multiprocessors(tables.device) * per_sm // (tables.heads * tiles))
 
 
@@ -253,7 +253,7 @@ def _decode(
     row, num_heads = tables.row, turned.shape[1]
     group, requests = num_heads // tables.heads, kv_indptr.shape[0] - 1
     block_m, tiles = _decode_rows(tables, group * q_len)
-    if tables.k_columns is None:
+    if tables.v_columns is None:
         out, lse = scratch.out, scratch.lse
         _attend(
             tables,
@@ -274,7 +274,7 @@ def _decode(
         )
         return
     tables.check_rows(rows)
-    k, v = tables.k_columns, tables.v_columns
+    ks, v = tables.k_templates, tables.v_columns
     # What linear codebooks leave for the end is done once for all slots of V, so they must be the same.
     one_book = len(set(v.codebook)) == 1
     decode_kernel[(tables.heads * tiles, splits)](
@@ -284,6 +284,7 @@ def _decode(
         kv_indptr,
         kv_indices,
         tables.column_shifts,
+        tables.k_kinds if len(ks) > 1 else None,
         scratch.out,
         scratch.lse,
         requests,
@@ -300,15 +301,15 @@ def _decode(
         GROUP=group,
         QUERIES=q_len,
         V_DIM=tables.v.dim,
-        K_BINS=k.bins,
+        K_BINS=tuple(k.bins for k in ks),
         V_BINS=v.bins,
-        K_REPEAT=k.repeat,
+        K_REPEAT=tuple(k.repeat for k in ks),
         V_REPEAT=v.repeat,
-        K_SLOTS=k.slots,
+        K_SLOTS=tuple(k.slots for k in ks),
         V_SLOTS=v.slots,
-        K_POLY=k.poly,
+        K_POLY=tuple(k.poly for k in ks),
         V_POLY=v.poly if one_book else v.codebook,
-        K_SLOPE=k.slope,
+        K_SLOPE=tuple(k.slope for k in ks),
         V_SLOPE=v.slope[0] if one_book else 1.0,
         REQUESTS=triton.next_power_of_2(requests),
         BLOCK_M=block_m,

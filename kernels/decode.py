@@ -6,6 +6,9 @@ the 16-row operand of the tensor core and the GQA group its short side: eight co
 Words go from memory to shared memory asynchronously, from there to registers in the operand's layout,
 and are turned into levels there, slot by slot (:mod:`.fields`). No level is ever stored.
 
+The loop is compiled for the widths of a head's keys. Heads of a model may have up to four kinds of them
+(templates), and so the kernel up to four loops, of which a program runs one.
+
 K's scales touch the logits, V's the probabilities. What the loop leaves is merged in :mod:`.merge_splits`.
 """
 
@@ -27,6 +30,12 @@ _SLOTS = tl.constexpr(BLOCK_SLOTS)
 #: Probabilities reach float16 times this: the tail of a long softmax stays normal, and values up to a root mean
 #: square of 1,000 still fit.
 _LIFT = tl.constexpr(64.0)
+
+
+@triton.constexpr_function
+def pick(templates, i):
+    """One of a tuple of constants. Triton 3.6 does not take ``templates[i]`` as an argument if that holds tuples."""
+    return templates[i]
 
 
 @triton.jit
@@ -70,26 +79,28 @@ def load_shifts(column_shifts, BINS: tl.constexpr):
     return shifts
 
 
-@triton.jit(
-    do_not_specialize=["num_requests", "target"],
-    do_not_specialize_on_alignment=["kv_indptr", "kv_indices"],
-)
-def decode_kernel(
-    q,  # float32 [B * QUERIES, Hq, DIM], turned
-    rows16,  # the rows as int16 and int32
+@triton.jit
+def _attend_split(
+    q,
+    rows16,
     rows32,
-    kv_indptr,
     kv_indices,
-    column_shifts,  # int32 [4, 16]: for 1, 2, 4 and 8 columns per word
-    partial_out,  # float16 or float32 [splits, QUERIES, Hq, V_DIM]
-    partial_lse,  # float32 [splits, QUERIES, Hq]
-    num_requests,
-    target,
+    column_shifts,
+    partial_out,
+    partial_lse,
     to_log2,
     stride_qt,
     stride_qh,
+    head,
+    first_row,
+    split,
+    request,
+    kv_start,
+    begin,
+    end,
+    length,
     ROW_BYTES: tl.constexpr,
-    K_STRIDE: tl.constexpr,  # bytes of a head's codes
+    K_STRIDE: tl.constexpr,
     V_STRIDE: tl.constexpr,
     V_OFFSET: tl.constexpr,
     NORM_OFFSET: tl.constexpr,
@@ -98,33 +109,21 @@ def decode_kernel(
     QUERIES: tl.constexpr,
     V_DIM: tl.constexpr,
     K_BINS: tl.constexpr,
-    V_BINS: tl.constexpr,  # (byte, words, log2 of the columns per word)
+    V_BINS: tl.constexpr,
     K_REPEAT: tl.constexpr,
     V_REPEAT: tl.constexpr,
-    K_SLOTS: tl.constexpr,  # pieces of each slot, (bin, shift, width, position) after one another
+    K_SLOTS: tl.constexpr,
     V_SLOTS: tl.constexpr,
-    K_POLY: tl.constexpr,  # the codebook of each slot, empty where it is linear
+    K_POLY: tl.constexpr,
     V_POLY: tl.constexpr,
-    K_SLOPE: tl.constexpr,  # of each slot's codebook where it is linear, else 1
+    K_SLOPE: tl.constexpr,
     V_SLOPE: tl.constexpr,
-    REQUESTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     ASM: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
-    head = tl.program_id(0) % HEADS
-    first_row = tl.program_id(0) // HEADS * BLOCK_M
-    split = tl.program_id(1)
-    request, begin, end = find_split(kv_indptr, num_requests, target, split, REQUESTS)
-    wait_and_release(DEPENDENT)
-    if request >= num_requests:
-        return
-    kv_start = tl.load(kv_indptr + request).to(tl.int64)
-    length = (tl.load(kv_indptr + request + 1) - kv_start).to(tl.int32)
-    end = tl.minimum(end, length)
-
+    """Tokens ``begin .. end - 1`` of one request for one KV head, whose keys are of the given template."""
     m = first_row + tl.arange(0, BLOCK_M)
     live_row = m < QUERIES * GROUP
     query = m // GROUP
@@ -205,3 +204,74 @@ def decode_kernel(
         tl.store(partial_out + to, value * scale[None, :], mask=live_row[None, :])
     lse = tl.where(seen_any, (peak + tl.log2(tl.where(seen_any, total, 1.0))) * _LN2, float("-inf"))
     tl.store(partial_lse + row, lse, mask=live_row)
+
+
+@triton.jit(
+    do_not_specialize=["num_requests", "target"],
+    do_not_specialize_on_alignment=["kv_indptr", "kv_indices"],
+)
+def decode_kernel(
+    q,  # float32 [B * QUERIES, Hq, DIM], turned
+    rows16,  # the rows as int16 and int32
+    rows32,
+    kv_indptr,
+    kv_indices,
+    column_shifts,  # int32 [4, 16]: for 1, 2, 4 and 8 columns per word
+    k_kinds,  # int32 [H], each head's template; None where there is one
+    partial_out,  # float16 or float32 [splits, QUERIES, Hq, V_DIM]
+    partial_lse,  # float32 [splits, QUERIES, Hq]
+    num_requests,
+    target,
+    to_log2,
+    stride_qt,
+    stride_qh,
+    ROW_BYTES: tl.constexpr,
+    K_STRIDE: tl.constexpr,  # bytes of a head's codes
+    V_STRIDE: tl.constexpr,
+    V_OFFSET: tl.constexpr,
+    NORM_OFFSET: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    V_DIM: tl.constexpr,
+    # What begins with K_ is a tuple over templates, of what V has once.
+    K_BINS: tl.constexpr,
+    V_BINS: tl.constexpr,  # (byte, words, log2 of the columns per word)
+    K_REPEAT: tl.constexpr,
+    V_REPEAT: tl.constexpr,
+    K_SLOTS: tl.constexpr,  # pieces of each slot, (bin, shift, width, position) after one another
+    V_SLOTS: tl.constexpr,
+    K_POLY: tl.constexpr,  # the codebook of each slot, empty where it is linear
+    V_POLY: tl.constexpr,
+    K_SLOPE: tl.constexpr,  # of each slot's codebook where it is linear, else 1
+    V_SLOPE: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    ASM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    head = tl.program_id(0) % HEADS
+    first_row = tl.program_id(0) // HEADS * BLOCK_M
+    split = tl.program_id(1)
+    request, begin, end = find_split(kv_indptr, num_requests, target, split, REQUESTS)
+    kind = 0 if k_kinds is None else tl.load(k_kinds + head)
+    wait_and_release(DEPENDENT)
+    if request >= num_requests:
+        return
+    kv_start = tl.load(kv_indptr + request).to(tl.int64)
+    length = (tl.load(kv_indptr + request + 1) - kv_start).to(tl.int32)
+    end = tl.minimum(end, length)
+
+    # A loop for each template: which one runs is known to the whole program before its first tile.
+    for i in tl.static_range(len(K_SLOTS)):
+        if len(K_SLOTS) == 1 or kind == i:
+            _attend_split(
+                q, rows16, rows32, kv_indices, column_shifts, partial_out, partial_lse, to_log2, stride_qt, stride_qh,
+                head, first_row, split, request, kv_start, begin, end, length,
+                ROW_BYTES, K_STRIDE, V_STRIDE, V_OFFSET, NORM_OFFSET, HEADS, GROUP, QUERIES, V_DIM,
+                pick(K_BINS, i), V_BINS, pick(K_REPEAT, i), V_REPEAT, pick(K_SLOTS, i), V_SLOTS,
+                pick(K_POLY, i), V_POLY, pick(K_SLOPE, i), V_SLOPE,
+                BLOCK_M, BLOCK_N, STAGES, ASM,
+            )  # fmt: skip

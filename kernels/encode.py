@@ -1,8 +1,8 @@
 """Encode new keys and values into packed rows, in one Triton launch.
 
 The definition is :func:`sglang_blockgtq.kernels.naive.encode`. A few tokens, those of a decode step, go to the kernel
-in :mod:`.encode_few`. In that of :mod:`.encode_many` a program holds 16 or 64 rows of one head, keys or values; a row's
-channels lie within one warp where there are 64, so that its sums need no barrier. For large batches a row is a token,
+in :mod:`.encode_few`. In that of :mod:`.encode_many` a program holds 64 rows of one head, keys or values, and a row's
+channels lie within one warp, so that its sums need no barrier. For large batches a row is a token,
 whose program tries one factor of the scale search after the other; for small ones it is a token and one of the
 factors, so that a handful of tokens keeps the whole GPU busy and takes one try's time.
 
@@ -12,7 +12,6 @@ factor is chosen by comparing the same numbers. Between them values on a thresho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,20 +25,9 @@ from .layout import NORM_BYTES
 from .tables import DeviceTables, SideTables
 from .turn import BLOCK as TURN_BLOCK
 
-FEW_VECTORS = 128  # keys of a batch, heads times tokens, up to which the kernel for a few tokens takes it
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Programs of the kernel for many tokens. registers: most of a thread; None for wide heads and several scales."""
-
-    rows: int
-    warps: int
-    registers: int | None
-
-
-SMALL, LARGE = Blocks(16, 4, None), Blocks(64, 4, 168)
-SMALL_VECTORS = 4096  # keys of a batch up to which the blocks are small
+ROWS = 64  # of a program of the kernel for many tokens
+REGISTERS = 168  # of its threads: three programs on an SM. Wide heads and several scales need more
+FEW_VECTORS = 256  # keys of a batch, heads times tokens, up to which the kernel for a few tokens takes it
 
 
 class Encoder:
@@ -67,21 +55,20 @@ class Encoder:
         tokens = loc.shape[0]
         if not tokens:
             return
-        if tables.k_columns is not None and tokens * tables.heads <= FEW_VECTORS:
-            blocks, spread = None, {}
+        if tables.v_columns is not None and tokens * tables.heads <= FEW_VECTORS:
+            few, spread = True, {}
             parts = tables.k.padded // _channels(tables)
             programs = (2 * tokens + triton.cdiv(tokens * group, TURN_BLOCK) * parts) * tables.heads
             grid = programs, 1, 1
         else:
-            blocks = SMALL if tokens * tables.heads <= SMALL_VECTORS else LARGE
-            per_token = _rows_per_token(tables, tokens, blocks, k.device)
-            spread = {"spread": per_token}
-            programs = triton.cdiv(max(tokens * per_token, tokens * group), blocks.rows)
+            per_token = _rows_per_token(tables, tokens, k.device)
+            few, spread = False, {"spread": per_token}
+            programs = triton.cdiv(max(tokens * per_token, tokens * group), ROWS)
             grid = programs, tables.heads * (3 if group else 2), 1
-        key = blocks, k.dtype, group
+        key = few, k.dtype, group
         launch = self._launches.get(key)
         if launch is None:
-            launch = self._launches[key] = self._few(*key[1:]) if blocks is None else self._many(*key)
+            launch = self._launches[key] = (self._few if few else self._many)(k.dtype, group)
         launch(
             grid,
             k=k,
@@ -150,11 +137,11 @@ class Encoder:
             CHANNELS=_channels(self.tables),
             DEPENDENT=chained,
             launch_pdl=chained,
-            num_warps=8 if max(k.padded, v.padded) >= 128 else 4,
-            maxnreg=128,
+            num_warps=4,
+            maxnreg=168 if max(k.padded, v.padded) <= 128 else None,
         )
 
-    def _many(self, blocks: Blocks, dtype: torch.dtype, group: int) -> Launch:
+    def _many(self, dtype: torch.dtype, group: int) -> Launch:
         k, v, row = self.tables.k, self.tables.v, self.tables.row
         a, b, split = k.plan, v.plan, dtype == torch.bfloat16
         k_words, word = _words(k, self.rows)
@@ -195,9 +182,9 @@ class Encoder:
             BOOKS=self.tables.cells.magnitudes,
             COUNT=self.tables.cells.count,
             INTERPRET=triton.knobs.runtime.interpret,
-            ROWS=blocks.rows,
-            num_warps=blocks.warps,
-            maxnreg=blocks.registers if narrow else None,
+            ROWS=ROWS,
+            num_warps=4,
+            maxnreg=REGISTERS if narrow else None,
         )
 
 
@@ -241,12 +228,12 @@ def _check_rest(
     return group
 
 
-def _rows_per_token(tables: DeviceTables, tokens: int, blocks: Blocks, device: torch.device) -> int:
+def _rows_per_token(tables: DeviceTables, tokens: int, device: torch.device) -> int:
     """1, or a row for each factor of the scale search as long as all programs still run at once."""
     slots = triton.next_power_of_2(tables.search.shape[0])
-    programs = triton.cdiv(tokens * slots, blocks.rows) * 2 * tables.heads
+    programs = triton.cdiv(tokens * slots, ROWS) * 2 * tables.heads
     count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-    return slots if slots <= blocks.rows and programs <= 2 * count else 1
+    return slots if slots <= ROWS and programs <= 2 * count else 1
 
 
 def _words(side: SideTables, rows: torch.Tensor) -> tuple[torch.Tensor, int]:

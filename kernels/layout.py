@@ -9,7 +9,7 @@ padded to 8 bytes. Nothing in it depends on the position, the request or the
 page, so a row can be moved, copied and shared through the radix cache as it is.
 
 Codes lie in *columns* (see :mod:`.columns`) where a head's widths come in slots of 16
-channels, as those of ``uniform`` and ``template`` do: the layout that the fast kernels read.
+channels, as those of ``uniform`` and ``template`` do, and all by slots: the layout that the fast kernels read.
 Any other mixture of widths lies in *planes*: a code of b bits is cut into *fields* of 4, 2 and
 1 bits, most significant first (3 = 2 + 1, 6 = 4 + 2, 8 = 4 + 4), and equal fields of all
 channels lie together. In a plane of W bytes, element e sits in byte ``e % W`` at bit
@@ -260,8 +260,10 @@ class RowLayout:
 
     @cached_property
     def in_columns(self) -> bool:
-        """True when the fast kernels can read these rows: all heads alike, in columns, scales in pairs."""
-        if not self.uniform_heads or self.k[0].columns is None or self.v.columns is None:
+        """True when the fast kernels can read these rows: all heads in columns, as many bytes each, scales in pairs."""
+        if any(head.columns is None or head.code_bytes != self.k_code_bytes for head in self.k):
+            return False
+        if self.v.columns is None or self.k_norms > 1:  # of the layer: another rank's head may have more
             return False
         return self.norm_offset % (2 * NORM_BYTES) == 0
 

@@ -7,6 +7,7 @@ same static structure.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from .layout import BLOCK_SLOTS, NORM_BYTES, PLANES, CodeLayout, RowLayout
 from .plan import Cells, EncodePlan, split_bfloat16
 
 MIN_PADDED = 16  # the shortest side of a tensor-core dot
+MAX_TEMPLATES = 4  # layouts in columns that a model's keys may have: the fast kernels have a loop for each
 
 
 def padded_dim(dim: int) -> int:
@@ -150,6 +152,11 @@ class ColumnTables:
         )
 
 
+def templates_of(layouts: Iterable[CodeLayout]) -> tuple[CodeLayout, ...]:
+    """The distinct ones of ``layouts``, in one order wherever they stand: by falling widths."""
+    return tuple(sorted(set(layouts), key=lambda head: (head.widths, head.norm_index), reverse=True))
+
+
 def column_shifts() -> torch.Tensor:
     """What precedes each column's bits in its word, int32 ``[4, 16]``, for 1, 2, 4 and 8 columns per word."""
     column = torch.arange(COLUMNS, dtype=torch.int32)
@@ -161,7 +168,9 @@ class DeviceTables:
     """What the Triton kernels need to encode and read one layer, on one device.
 
     levels ``[9, 256]`` float32; half_levels the levels in float16, for tensor-core dots.
-    k_columns, v_columns: for rows in columns with the project's own codebooks, else None. column_shifts: see there.
+    k_templates: the templates that keys of the model have, k_kinds ``[H]`` int32: which of them each head has;
+        v_columns: the values'. For rows in columns with the project's own codebooks, else () and None.
+    column_shifts: see there.
     places ``[2, row_bytes]`` int32: RowLayout.places().
     search ``[F]`` float32: the factors of the scale search. cells: the codebooks as encode looks them up.
     """
@@ -174,7 +183,8 @@ class DeviceTables:
     search: torch.Tensor
     cells: Cells
     scale_rule: str
-    k_columns: ColumnTables | None
+    k_templates: tuple[ColumnTables, ...]
+    k_kinds: torch.Tensor
     v_columns: ColumnTables | None
     column_shifts: torch.Tensor
     places: torch.Tensor
@@ -188,13 +198,26 @@ class DeviceTables:
         return self.levels.device
 
     @classmethod
-    def of(cls, codec: LayerCodec, device: torch.device | str | None = None) -> DeviceTables:
-        """Build the tables of one layer; once, at start-up. ``device`` defaults to the codec's."""
+    def of(
+        cls,
+        codec: LayerCodec,
+        device: torch.device | str | None = None,
+        templates: tuple[CodeLayout, ...] | None = None,
+    ) -> DeviceTables:
+        """Build the tables of one layer; once, at start-up. ``device`` defaults to the codec's.
+
+        templates: layouts that heads of the model have (see :func:`templates_of`), the same for all layers so that
+        one binary serves them all; None takes those of this layer. ValueError if a head has another one.
+        """
         row, device = codec.layout, codec.levels.device if device is None else torch.device(device)
         heads = row.heads
         cells = Cells.of(codec.levels)
         own_book = torch.allclose(codec.levels.float().cpu(), codebook_table(), rtol=0, atol=1e-5)
-        regular = own_book and row.in_columns
+        templates = templates_of(row.k) if templates is None else templates
+        fits = len(templates) <= MAX_TEMPLATES and all(head.columns is not None for head in templates)
+        regular = own_book and row.in_columns and fits
+        if regular and not set(row.k) <= set(templates):
+            raise ValueError("templates: a head of this layer has none of them; all layouts of the model are needed")
         k = SideTables.of(
             row.k,
             codec.k_weight,
@@ -228,7 +251,10 @@ class DeviceTables:
             search=torch.tensor(codec.scale_search, dtype=torch.float32, device=device),
             cells=_moved(cells, device),
             scale_rule=codec.scale_rule,
-            k_columns=ColumnTables.of(row.k[0]) if regular else None,
+            k_templates=tuple(map(ColumnTables.of, templates)) if regular else (),
+            k_kinds=torch.tensor(
+                [templates.index(head) if regular else 0 for head in row.k], dtype=torch.int32, device=device
+            ),
             v_columns=ColumnTables.of(row.v) if regular else None,
             column_shifts=column_shifts().to(device),
             places=row.places().to(device),

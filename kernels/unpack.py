@@ -9,8 +9,8 @@ channels, no longer fit one softmax, so every extend would be two attentions, a 
 either end. Turned back here, a prefix is what a bf16 cache would hold, rounded once, and the query
 stays as the model made it.
 
-Rows in columns (``uniform``, ``template``) are read by the kernel in :mod:`.unpack_columns`; any other by
-the one in :mod:`.unpack_fields`, which takes every layout as data and is slower.
+Rows in columns (``uniform``, ``template``, the others by slots) are read by the kernel in :mod:`.unpack_columns`;
+any other by the one in :mod:`.unpack_fields`, which takes every layout as data and is slower.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class Unpacker:
     def __init__(self, layer: UnpackTables, rows: torch.Tensor):
         self.rows = rows
         scales = layer.tables.check_rows(rows)
-        if layer.tables.k_columns is None:
+        if layer.tables.v_columns is None:
             self._parts, self._launch = 1, _launch_fields(layer, rows, scales)
         else:
             widest = max(layer.tables.k.dim, layer.tables.v.dim)
@@ -251,12 +251,13 @@ def _tiles(num_tokens: int, heads: int) -> tuple[int, int]:
 
 def _launch_columns(layer: UnpackTables, rows: torch.Tensor) -> Launch:
     tables, row = layer.tables, layer.tables.row
-    k, v, k_columns, v_columns = tables.k, tables.v, tables.k_columns, tables.v_columns
+    k, v, templates, v_columns = tables.k, tables.v, tables.k_templates, tables.v_columns
     return Launch(
         unpack_columns_kernel,
         rows16=rows.view(torch.int16),
         rows32=rows.view(torch.int32),
         column_shifts=tables.column_shifts,
+        k_kinds=tables.k_kinds if len(templates) > 1 else None,
         k_matrix=layer.k.matrix,
         k_gain=layer.k.gain,
         v_matrix=layer.v.matrix,
@@ -266,13 +267,13 @@ def _launch_columns(layer: UnpackTables, rows: torch.Tensor) -> Launch:
         V_STRIDE=row.v_code_bytes,
         V_OFFSET=row.v_offset,
         NORM_OFFSET=row.norm_offset,
-        K_BINS=k_columns.bins,
+        K_BINS=tuple(t.bins for t in templates),
         V_BINS=v_columns.bins,
-        K_REPEAT=k_columns.repeat,
+        K_REPEAT=tuple(t.repeat for t in templates),
         V_REPEAT=v_columns.repeat,
-        K_SLOTS=k_columns.slots,
+        K_SLOTS=tuple(t.slots for t in templates),
         V_SLOTS=v_columns.slots,
-        K_POLY=k_columns.codebook,
+        K_POLY=tuple(t.codebook for t in templates),
         V_POLY=v_columns.codebook,
         K_DIM=k.dim,
         K_PADDED=k.padded,

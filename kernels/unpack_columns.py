@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .address import block_base
 from .columns import COLUMNS
-from .decode import load_shifts, load_words
+from .decode import load_shifts, load_words, pick
 from .fields import slot_levels
 from .layout import BLOCK_SLOTS
 from .unpack_chunk import copy_chunk
@@ -107,6 +107,7 @@ def unpack_columns_kernel(
     rows16,  # the rows as int16 and int32
     rows32,
     column_shifts,  # int32 [4, 16]: for 1, 2, 4 and 8 columns per word
+    k_kinds,  # int32 [H], each head's template; None where there is one
     indices,
     dest,  # None: token n goes to place n
     num_tokens,
@@ -135,6 +136,7 @@ def unpack_columns_kernel(
     V_STRIDE: tl.constexpr,
     V_OFFSET: tl.constexpr,
     NORM_OFFSET: tl.constexpr,
+    # What begins with K_ is a tuple over templates, of what V has once.
     K_BINS: tl.constexpr,
     V_BINS: tl.constexpr,
     K_REPEAT: tl.constexpr,
@@ -168,11 +170,15 @@ def unpack_columns_kernel(
                     stride_ckt, stride_ckh, stride_kt, stride_kh, K_DIM, TOKENS,
                 )  # fmt: skip
                 return
-        _unpack_side(
-            rows16, rows32, column_shifts, indices, dest, k_out, k_matrix, k_gain, head, part, first, last, num_tokens,
-            head * K_STRIDE, stride_kt, stride_kh, ROW_BYTES, NORM_OFFSET, 0,
-            K_BINS, K_REPEAT, K_SLOTS, K_POLY, K_DIM, K_PADDED, TOKENS, STAGES, ASM,
-        )  # fmt: skip
+        kind = 0 if k_kinds is None else tl.load(k_kinds + head)
+        for i in tl.static_range(len(K_SLOTS)):
+            if len(K_SLOTS) == 1 or kind == i:
+                _unpack_side(
+                    rows16, rows32, column_shifts, indices, dest, k_out, k_matrix, k_gain, head, part, first, last,
+                    num_tokens, head * K_STRIDE, stride_kt, stride_kh, ROW_BYTES, NORM_OFFSET, 0,
+                    pick(K_BINS, i), pick(K_REPEAT, i), pick(K_SLOTS, i), pick(K_POLY, i),
+                    K_DIM, K_PADDED, TOKENS, STAGES, ASM,
+                )  # fmt: skip
     else:
         if part * _BLOCK >= V_DIM:
             return

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .options import NAME, KVQuantError
+from .options import NAME, KVQuantError, KVQuantOptions
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,7 @@ def check_config(config: Any) -> None:
     for key in ("mamba_d_state", "ssm_state_size", "linear_num_value_heads", "linear_attn_config"):
         if getattr(text, key, None):
             raise _refuse_model(f"model type {name}", "hybrid linear-attention or state-space layers are not supported")
-    heads = getattr(text, "num_attention_heads", None)
-    if heads:
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    if head_dim := _head_dim(text):
         try:
             check_head_dim(head_dim)
         except HeadDimError as e:
@@ -172,6 +170,25 @@ def check_config(config: Any) -> None:
         raise _refuse_model(f"model type {name}", "capped attention logits are not supported")
     if kv_scheme := _checkpoint_kv_scheme(config):
         raise _refuse_model(f"checkpoint with {kv_scheme}", "its scales are made for an fp8 cache")
+
+
+def _head_dim(text: Any) -> int | None:
+    """Channels of a key head by a text model's config, where it tells."""
+    heads = getattr(text, "num_attention_heads", None)
+    return (getattr(text, "head_dim", None) or text.hidden_size // heads) if heads else None
+
+
+def check_granularity(config: Any, options: KVQuantOptions) -> None:
+    """Slots must fit the heads of a model that will be calibrated. Raises KVQuantError."""
+    from .calibrate.slots import check_slots
+
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    head_dim = _head_dim(text)
+    if head_dim and options.granularity == "slot" and options.table is None:
+        try:
+            check_slots(head_dim, options.k_bits)
+        except ValueError as e:
+            raise KVQuantError(str(e)) from None
 
 
 def _checkpoint_kv_scheme(config: Any) -> str | None:

@@ -13,6 +13,8 @@ NAME = "blockgtq"
 ATTRIBUTE = "_kvq"
 PREFIX = "kv_quant"
 ALLOCATORS = ("uniform", "paper", "product", "template")
+GRANULARITIES = ("block", "slot")
+BY_SLOTS = ("paper", "product")  # allocators that have a choice
 CHUNK_ATTENTION = ("raw", "quantized")
 DEFAULT_BITS = 3.0
 DEFAULT_ALLOCATOR = "template"
@@ -33,6 +35,9 @@ class KVQuantOptions:
     """Parsed options. Plain values only: they travel to the scheduler processes inside ServerArgs.
 
     k_bits, v_bits: average bits per channel, may be fractional. None with a table: the table's.
+    granularity: what ``paper`` and ``product`` give a width of its own. "block": each RoPE block, as in the paper.
+        "slot": whole slots of 16 channels, at most four kinds of heads in a model, which the fast kernels read.
+        None with a table: the table's.
     table: allocation table file, or None to calibrate at model load.
     calibration_text: text file, or None for the built-in text.
     chunk_attention: what the keys and values of the running chunk look like to the chunk itself.
@@ -43,6 +48,7 @@ class KVQuantOptions:
     k_bits: float | None = DEFAULT_BITS
     v_bits: float | None = DEFAULT_BITS
     allocator: str | None = DEFAULT_ALLOCATOR
+    granularity: str | None = "block"
     table: str | None = None
     calibration_text: str | None = None
     calibration_tokens: int = 2048
@@ -81,6 +87,13 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="NAME",
         help=f"How bits are given to RoPE blocks: {', '.join(ALLOCATORS)} (default {DEFAULT_ALLOCATOR}).",
+    )
+    add(
+        flag("granularity"),
+        default=None,
+        metavar="NAME",
+        help="For paper and product: 'block' (default) gives each RoPE block a width, 'slot' each 16 channels, which "
+        "decodes at the speed of uniform.",
     )
     add(
         flag("table"),
@@ -153,6 +166,14 @@ def parse(values: dict[str, Any]) -> KVQuantOptions | None:
             out[name] = _number(name, given[name])
     if "allocator" in given:
         out["allocator"] = _choice("allocator", given["allocator"], ALLOCATORS)
+    if "granularity" in given:
+        out["granularity"] = _choice("granularity", given["granularity"], GRANULARITIES)
+        allocator = out.get("allocator", None if "table" in given else DEFAULT_ALLOCATOR)
+        if out["granularity"] == "slot" and allocator not in (None, *BY_SLOTS):
+            raise KVQuantError(
+                f"{flag('granularity')} slot: has no effect on {flag('allocator')} {allocator}; leave it out, or "
+                f"choose {flag('allocator')} {' or '.join(BY_SLOTS)}"
+            )
     if "chunk_attention" in given:
         out["chunk_attention"] = _choice("chunk_attention", given["chunk_attention"], CHUNK_ATTENTION)
     if "cache_dir" in given:
@@ -184,6 +205,6 @@ def parse(values: dict[str, Any]) -> KVQuantOptions | None:
                 )
         out["table"] = _file("table", given["table"], "make one with python -m sglang_blockgtq.calibrate")
         # Unset here means "what the table has"; set means "and it must be this".
-        for name in ("k_bits", "v_bits", "allocator"):
+        for name in ("k_bits", "v_bits", "allocator", "granularity"):
             out.setdefault(name, None)
     return KVQuantOptions(**out)

@@ -72,12 +72,13 @@ def _default_device() -> str | None:
 def _prepare(asked: KVQuantOptions, get: Any) -> None:
     """Everything that can be refused before a process is spawned or a weight read. Raises KVQuantError."""
     _require_hooks()
-    from .conflicts import check_config, check_user_args
+    from .conflicts import check_config, check_granularity, check_user_args
 
     check_user_args(get, has_table=asked.table is not None)
     config = _read_config(get)
     if config is not None:
         check_config(config)
+        check_granularity(config, asked)
         if asked.table is not None:
             from .calibrate.model import config_hash
             from .runtime import load_named_table

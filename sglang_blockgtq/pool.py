@@ -59,7 +59,9 @@ class PackedKVPool(KVCache):
     def _device_tables(self) -> list[Any]:
         from .kernels.tables import DeviceTables
 
-        return [DeviceTables.of(codec, self.device) for codec in self.codecs]
+        # The whole model's, so that one binary of each kernel serves all layers.
+        templates = self.runtime.table.k_templates
+        return [DeviceTables.of(codec, self.device, templates) for codec in self.codecs]
 
     def _encoders(self) -> list[Any]:
         from .kernels.encode import Encoder

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from .calibrate.allocate import ALLOCATORS
 from .calibrate.build import build_table
 from .calibrate.model import config_hash, weights_hash
 from .calibrate.rope import RopeBlocks
+from .calibrate.slots import rule_of
 from .calibrate.table import FORMAT_VERSION, AllocationTable, TableError, TableHeader
 from .calibrate.text import TextError, read_text, text_hash, token_sequences
-from .options import NAME, KVQuantError, KVQuantOptions, flag
+from .kernels.layout import uniform_layout
+from .options import BY_SLOTS, NAME, KVQuantError, KVQuantOptions, flag
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Runtime:
         return {
             "mode": NAME,
             "allocator": header.allocator,
+            "granularity": header.granularity,
             "k_bits": header.k_bits,
             "v_bits": header.v_bits,
             "bytes_per_token": self.bytes_per_token,
@@ -71,12 +73,28 @@ class Runtime:
     def line(self) -> str:
         """The one start-up line."""
         header = self.table.header
+        by_slots = " by slots" if header.granularity == "slot" else ""
         return (
-            f"{NAME}: K {header.k_bits:g} bits, V {header.v_bits:g} bits ({header.allocator}), "
+            f"{NAME}: K {header.k_bits:g} bits, V {header.v_bits:g} bits ({header.allocator}{by_slots}), "
             f"{self.bytes_per_token} bytes per token, {self.bf16_bytes_per_token} in bf16 "
             f"(x{self.bf16_bytes_per_token / self.bytes_per_token:.2f}), "
             f"table {header.table_hash[:12]} ({self.origin}, {self.seconds:.1f} s)"
         )
+
+    def slow_line(self) -> str | None:
+        """What to say on a GPU where the fast kernels cannot read these rows; None where they can."""
+        header = self.table.header
+        if all(self.table.row_layout(i, self.heads).in_columns for i in self.layer_ids):
+            return None
+        if header.allocator in BY_SLOTS and header.granularity == "block":
+            why = f"{flag('allocator')} {header.allocator} gives the RoPE blocks of each head widths of their own"
+            what = f"with {flag('granularity')} slot the fast kernels read them"
+        else:
+            dims = {header.head_dim, header.v_head_dim}
+            works = [b for b in range(1, 9) if all(uniform_layout(dim, b).columns is not None for dim in dims)]
+            why = f"K {header.k_bits:g} and V {header.v_bits:g} bits of head_dim {header.head_dim} leave gaps in words"
+            what = f"{', '.join(map(str, works)) or 'no'} bits fill them"
+        return f"{NAME}: {why}: the generic kernel reads such rows and is far slower; {what}"
 
 
 _current: Runtime | None = None
@@ -102,7 +120,7 @@ def check_table(table: AllocationTable, path: str, options: KVQuantOptions, mode
             f"{flag('table')} {path}: made for another model ({header.model_id or 'unnamed'}); "
             "make one for this model with python -m sglang_blockgtq.calibrate"
         )
-    for name in ("k_bits", "v_bits", "allocator"):
+    for name in ("k_bits", "v_bits", "allocator", "granularity"):
         wanted = getattr(options, name)
         if wanted is not None and wanted != getattr(header, name):
             raise KVQuantError(
@@ -132,7 +150,7 @@ def calibration_sequences(tokenizer: Any, options: KVQuantOptions, context_len: 
 
 def cache_path(options: KVQuantOptions, model_config_hash: str, weights: str, text: str) -> Path:
     """File of a computed table. Tensor parallelism is not in the key: the table is the whole model's."""
-    rule = ALLOCATORS[options.allocator]
+    rule = rule_of(options.allocator, options.granularity)
     key = "|".join(
         str(x)
         for x in (
@@ -143,6 +161,7 @@ def cache_path(options: KVQuantOptions, model_config_hash: str, weights: str, te
             options.k_bits,
             options.v_bits,
             rule.name,
+            *([options.granularity] if options.granularity != "block" else []),  # as tables from before were named
             rule.norms,
             rule.balance,
             rule.scale_rule,
@@ -197,8 +216,11 @@ def _is_rank_zero() -> bool:
     return get_world_group().rank_in_group == 0
 
 
-def effective_allocator(rope: list[RopeBlocks], options: KVQuantOptions) -> str:
-    """The allocator that runs: a model without RoPE has no blocks to rank and gets uniform bits, with a notice."""
+def effective_rule(rope: list[RopeBlocks], options: KVQuantOptions) -> dict[str, str]:
+    """The allocator that runs and its granularity, as build_table takes them.
+
+    A model without RoPE has no blocks to rank and gets uniform bits, with a notice.
+    """
     if options.allocator != "uniform" and all(r.rotary_dim == 0 for r in rope):
         logger.warning(
             "%s: no layer of this model has RoPE, so there are no blocks to rank: using %s uniform instead of %s",
@@ -206,8 +228,8 @@ def effective_allocator(rope: list[RopeBlocks], options: KVQuantOptions) -> str:
             flag("allocator"),
             options.allocator,
         )
-        return "uniform"
-    return options.allocator
+        return {"allocator": "uniform", "granularity": "block"}
+    return {"allocator": options.allocator, "granularity": options.granularity}
 
 
 def obtain_table(runner: Any, options: KVQuantOptions) -> tuple[AllocationTable, str]:
@@ -248,7 +270,7 @@ def obtain_table(runner: Any, options: KVQuantOptions) -> tuple[AllocationTable,
             rope,
             k_bits=options.k_bits,
             v_bits=options.v_bits,
-            allocator=effective_allocator(rope, options),
+            **effective_rule(rope, options),
             v_head_dim=config.v_head_dim,
             model_id=args.model_path,
             config_hash=model_config_hash,
@@ -268,9 +290,10 @@ def obtain_table(runner: Any, options: KVQuantOptions) -> tuple[AllocationTable,
 def start(runner: Any, options: KVQuantOptions) -> Runtime:
     """Get the table and make it this process's. Called once, between weights and pool."""
     from .capture import attention_layers, local_heads
-    from .conflicts import check_layers, check_runner
+    from .conflicts import check_granularity, check_layers, check_runner
 
     check_runner(runner)
+    check_granularity(runner.model_config.hf_config, options)
     layers = attention_layers(runner.model)
     check_layers(layers)
     begin = time.perf_counter()
@@ -298,4 +321,7 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
         torch.cuda.empty_cache()
     if _is_rank_zero():
         logger.info(runtime.line())
+        slow = runtime.slow_line() if runner.device.split(":")[0] == "cuda" else None
+        if slow:
+            logger.warning(slow)
     return runtime

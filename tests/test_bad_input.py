@@ -150,8 +150,33 @@ def test_calibration_tokens(model, value):
 def test_allocator_and_chunk_attention(model):
     message = refusal(model(), "--kv-quant-allocator", "best", kv_quant_allocator="best")
     assert "--kv-quant-allocator best" in message and "template" in message
+    message = refusal(model(), "--kv-quant-granularity", "head", kv_quant_granularity="head")
+    assert "--kv-quant-granularity head" in message and "block, slot" in message
+    message = refusal(model(), "--kv-quant-granularity", "slot", kv_quant_granularity="slot")
+    assert "--kv-quant-granularity slot: has no effect on --kv-quant-allocator template" in message
+    assert "--kv-quant-allocator paper or product" in message
     message = refusal(model(), "--kv-quant-chunk-attention", "exact", kv_quant_chunk_attention="exact")
     assert "raw, quantized" in message
+
+
+@pytest.mark.parametrize(
+    "head_dim, bits, says",
+    [
+        (
+            64,
+            "2.3",
+            "--kv-quant-k-bits 2.3 gives the 4 slots of head_dim 64 9 bits, which fill no 16-bit words; 2 and 2.5",
+        ),
+        (80, "3", "2.8 and 3.2 work, or --kv-quant-granularity block takes any"),
+    ],
+)
+def test_slots_that_do_not_fit(model, head_dim, bits, says):
+    """Found out from the config alone."""
+    options = {"granularity": "slot", "allocator": "product", "k-bits": bits}
+    flags = [part for name, value in options.items() for part in (f"--kv-quant-{name}", value)]
+    engine = {f"kv_quant_{name.replace('-', '_')}": value for name, value in options.items()}
+    message = refusal(model(head_dim=head_dim), *flags, **engine)
+    assert message.startswith("error: --kv-quant-granularity slot: ") and says in message
 
 
 def test_options_without_kv_quant(model):
@@ -255,11 +280,16 @@ def test_exit_code_of_the_real_command(model, entry):
 def test_model_without_rope_gets_uniform_bits_and_a_notice(caplog):
     from sglang_blockgtq.calibrate.rope import RopeBlocks
     from sglang_blockgtq.options import KVQuantOptions
-    from sglang_blockgtq.runtime import effective_allocator
+    from sglang_blockgtq.runtime import effective_rule
 
+    slots = KVQuantOptions(allocator="product", granularity="slot")
+    none = {"allocator": "uniform", "granularity": "block"}
+    assert effective_rule([RopeBlocks(64, 0)], slots) == none and caplog.text
+    assert effective_rule([RopeBlocks(64, 64)], slots) == {"allocator": "product", "granularity": "slot"}
+    caplog.clear()
     options = KVQuantOptions(allocator="template")
-    assert effective_allocator([RopeBlocks(64, 0), RopeBlocks(64, 0)], options) == "uniform"
+    assert effective_rule([RopeBlocks(64, 0), RopeBlocks(64, 0)], options) == none
     assert "no layer of this model has RoPE" in caplog.text
     caplog.clear()
-    assert effective_allocator([RopeBlocks(64, 64), RopeBlocks(64, 0)], options) == "template"
+    assert effective_rule([RopeBlocks(64, 64), RopeBlocks(64, 0)], options)["allocator"] == "template"
     assert not caplog.text

@@ -84,7 +84,7 @@ def test_filters():
     assert {(c.key, c.batch, c.context) for c in only} == {("Qwen2.5-3B/decode/template-k3v3", 8, 32768)}
     assert {c.index for c in only} == {"shuffled", "contiguous"}
     assert {c.index for c in cases.cases(quick=True)} == {"shuffled"}
-    assert len(cases.cases(["smollm2/encode/*", "smollm2/*/fa3-bf16"])) == 14 + 14 + 6
+    assert len(cases.cases(["smollm2/encode/*", "smollm2/*/fa3-bf16"])) == 18 + 14 + 6
     with pytest.raises(ValueError, match="no such case.*Qwen2.5-3B/decode/template-k3v3"):
         cases.cases(["llama/*"])
 

@@ -40,14 +40,15 @@ def test_options_travel_to_spawned_processes():
     options = KVQuantOptions.of(there)
     assert options.k_bits == 2.5 and options.v_bits == 3 and options.chunk_attention == "quantized"
     assert options.allocator == "template" and options.calibration_tokens == 2048
+    assert options.granularity == "block"
     assert there.attention_backend == "blockgtq"
 
 
 def test_yaml_config(tmp_path):
     config = tmp_path / "server.yaml"
-    config.write_text("kv-quant: blockgtq\nkv-quant-v-bits: 2\nkv-quant-allocator: paper\n")
+    config.write_text("kv-quant: blockgtq\nkv-quant-v-bits: 2\nkv-quant-allocator: paper\nkv-quant-granularity: slot\n")
     options = KVQuantOptions.of(server_args("--config", str(config)))
-    assert options.v_bits == 2 and options.allocator == "paper"
+    assert options.v_bits == 2 and (options.allocator, options.granularity) == ("paper", "slot")
 
 
 def test_drift_is_named(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -18,13 +19,14 @@ from sglang_blockgtq.runtime import Runtime
 LAYERS, HEADS, DIM = 3, 4, 64
 
 
-def make_runtime(allocator="template", heads=slice(None), k_bits=3.0) -> Runtime:
+def make_runtime(allocator="template", heads=slice(None), k_bits=3.0, granularity="block") -> Runtime:
     torch.manual_seed(0)
     energy = torch.logspace(-2, 2, DIM // 2, dtype=torch.float64)
     q = energy * torch.rand(LAYERS, HEADS, DIM // 2, dtype=torch.float64)
     k = energy * torch.rand(LAYERS, HEADS, DIM // 2, dtype=torch.float64)
     moments = Moments(q, k, torch.full((LAYERS, HEADS), float(DIM), dtype=torch.float64), 2048)
-    table = build_table(moments, [RopeBlocks(DIM, DIM)] * LAYERS, k_bits=k_bits, v_bits=3, allocator=allocator)
+    rope = [RopeBlocks(DIM, DIM)] * LAYERS
+    table = build_table(moments, rope, k_bits=k_bits, v_bits=3, allocator=allocator, granularity=granularity)
     held = len(range(HEADS)[heads])
     return Runtime(KVQuantOptions(), table, heads, tuple(range(LAYERS)), "file", 0.0, LAYERS * held * 4 * DIM)
 
@@ -112,11 +114,18 @@ def test_scales_are_refused(pool):
         pool.set_kv_buffer(SimpleNamespace(layer_id=0), torch.tensor([1]), x, x, k_scale=1.0)
 
 
-@pytest.mark.parametrize("allocator", ["uniform", "paper", "product", "template"])
-def test_tensor_parallel_ranks_hold_the_same_codes(allocator):
+@pytest.mark.parametrize(
+    "allocator, granularity",
+    [
+        *((name, "block") for name in ("uniform", "paper", "product", "template")),
+        ("paper", "slot"),
+        ("product", "slot"),
+    ],
+)
+def test_tensor_parallel_ranks_hold_the_same_codes(allocator, granularity):
     """Two ranks of two heads store what one rank of four stores, and agree on bytes per token."""
-    whole = make_pool(make_runtime(allocator))
-    halves = [make_pool(make_runtime(allocator, heads=slice(a, a + 2))) for a in (0, 2)]
+    whole = make_pool(make_runtime(allocator, granularity=granularity))
+    halves = [make_pool(make_runtime(allocator, slice(a, a + 2), granularity=granularity)) for a in (0, 2)]
     assert halves[0].runtime.bytes_per_token == halves[1].runtime.bytes_per_token
     k, v = write(whole, 2, [1, 2])
     for rank, half in enumerate(halves):
@@ -126,6 +135,50 @@ def test_tensor_parallel_ranks_hold_the_same_codes(allocator):
         )
         for a, b in zip(half.dequant(2, torch.tensor([1, 2])), whole.dequant(2, torch.tensor([1, 2])), strict=True):
             assert torch.equal(a, b[:, mine])
+
+
+def test_layers_share_one_list_of_templates():
+    """Whatever heads a layer or a rank has: kernels are compiled for the list."""
+    runtime = make_runtime("paper", granularity="slot")
+    lists, kinds = set(), set()
+    for heads in (slice(None), slice(0, 2), slice(2, 4)):
+        rank = replace(runtime, heads=heads)
+        for tables in make_pool(rank)._device_tables():
+            assert tables.row.in_columns
+            lists.add(tables.k_templates)
+            kinds.update(tables.k_kinds.tolist())
+    (templates,) = lists
+    assert 1 < len(templates) <= 4 and kinds == set(range(len(templates)))
+
+
+def test_what_the_generic_kernel_reads_is_said():
+    from sglang_blockgtq.calibrate.table import AllocationTable
+
+    line = make_runtime("product").slow_line()
+    assert "--kv-quant-allocator product" in line and "far slower; with --kv-quant-granularity slot" in line
+    for quick in (make_runtime(), make_runtime("uniform"), make_runtime("paper", granularity="slot")):
+        assert quick.slow_line() is None
+    # 2.75 bits of values end in the middle of a slot.
+    table = make_runtime().table
+    odd = replace(make_runtime(), table=AllocationTable(replace(table.header, v_bits=2.7), table.tensors))
+    assert "V 2.7 bits of head_dim" in odd.slow_line() and "1, 2, 3, 4, 5, 6, 7, 8 bits fill them" in odd.slow_line()
+
+
+def test_the_line_and_the_summary_name_slots():
+    runtime = make_runtime("paper", granularity="slot")
+    assert "(paper by slots)" in runtime.line() and runtime.summary()["granularity"] == "slot"
+    assert "(paper)" in make_runtime("paper").line() and make_runtime("paper").summary()["granularity"] == "block"
+
+
+def test_a_cached_table_is_of_its_granularity():
+    from sglang_blockgtq.runtime import cache_path
+
+    def path(allocator, granularity):
+        options = KVQuantOptions(cache_dir="/c", allocator=allocator, granularity=granularity)
+        return cache_path(options, "config", "weights", "text")
+
+    paths = [path(a, g) for a in ("paper", "product") for g in ("block", "slot")]
+    assert len(set(paths)) == 4
 
 
 def test_capacity_counts_packed_bytes():

@@ -1,4 +1,4 @@
-"""What is compared: the four allocators through their packed rows, and three caches people know, for scale.
+"""What is compared: the allocators through their packed rows, and three caches people know, for scale.
 
 Every method has ``name``, ``k_bits``, ``v_bits``, ``bytes_per_token_head`` and
 ``round_trip(layer, k, v)``: keys ``[T, H, D]`` and values ``[T, H, Dv]``, float32, as they are read back.
@@ -29,7 +29,7 @@ class Packed:
     """An allocation table: encode to packed rows, decode them."""
 
     def __init__(self, table: AllocationTable):
-        self.name = table.header.allocator
+        self.name = table.header.allocator + ("-slot" if table.header.granularity == "slot" else "")
         self.k_bits, self.v_bits = table.header.k_bits, table.header.v_bits
         self.bytes_per_token_head = table.bytes_per_token_head()
         self.codecs = [table.layer_codec(i) for i in range(table.header.layers)]

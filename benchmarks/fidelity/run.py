@@ -17,6 +17,7 @@ from sglang_blockgtq.calibrate.hf import collect
 from sglang_blockgtq.calibrate.model import check_model, rope_blocks
 from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.rope import RopeBlocks
+from sglang_blockgtq.calibrate.slots import SLOT_ALLOCATORS
 from sglang_blockgtq.calibrate.text import DEFAULT_TOKENS, read_text, text_hash, token_sequences
 
 from . import attention, perplexity
@@ -31,6 +32,7 @@ FIELDS = (
     *("method", "k_bits", "v_bits", "bytes_per_token_head", "layer", "mae", "softmax_kl", "top10_overlap", "ppl"),
     *("window", "shift", "tokens", "kl_final"),
 )
+PACKED = (*ALLOCATORS, *(f"{name}-slot" for name in SLOT_ALLOCATORS))
 Row = dict[str, str | int | float]
 
 
@@ -48,8 +50,19 @@ class Subject:
     def head_dim(self) -> int:
         return self.rope[0].head_dim
 
-    def table(self, allocator: str, k_bits: float, v_bits: float) -> Packed:
-        return Packed(build_table(self.moments, self.rope, k_bits=k_bits, v_bits=v_bits, allocator=allocator))
+    def table(self, name: str, k_bits: float, v_bits: float) -> Packed:
+        """``name``: one of :data:`PACKED`."""
+        allocator, _, slot = name.partition("-")
+        return Packed(
+            build_table(
+                self.moments,
+                self.rope,
+                k_bits=k_bits,
+                v_bits=v_bits,
+                allocator=allocator,
+                granularity=slot or "block",
+            )
+        )
 
 
 def default_text() -> Path:
@@ -79,7 +92,7 @@ def load(model_path: str, text_path: Path | None = None, calibration_path: str |
 def attention_methods(subject: Subject, bits: Iterable[int]) -> list[Method]:
     """All allocators at each K width, with V at the same width; then what is shown for scale."""
     dim = subject.head_dim
-    out: list[Method] = [subject.table(name, b, b) for b in bits for name in ALLOCATORS]
+    out: list[Method] = [subject.table(name, b, b) for b in bits for name in PACKED]
     out += [IntPerToken(b, dim, dim) for b in bits]
     return [*out, Cast("fp8_e4m3", torch.float8_e4m3fn, dim, dim)]
 
@@ -89,7 +102,7 @@ def perplexity_methods(subject: Subject) -> list[Method | None]:
     dim = subject.head_dim
     out: list[Method | None] = [None, Cast("bf16", torch.bfloat16, dim, dim)]
     out += [Cast("fp8_e4m3", torch.float8_e4m3fn, dim, dim), subject.table("template", 8, 8)]
-    out += [subject.table(name, b, b) for b in (4, 3, 2) for name in ALLOCATORS]
+    out += [subject.table(name, b, b) for b in (4, 3, 2) for name in PACKED]
     return [*out, IntPerToken(4, dim, dim)]
 
 

@@ -44,6 +44,7 @@ class Method:
     """One way to keep and read a cache.
 
     allocator: of packed rows; None for dense caches. folded: tokens of a page whose query is folded, or 0.
+    granularity: what the allocator gives a width of its own.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Method:
     v_bits: float
     allocator: str | None = None
     folded: int = 0
+    granularity: str = "block"
 
     @property
     def key(self) -> str:
@@ -72,6 +74,8 @@ PACKED = (
     Method("template", 4, 4, "template"),
     Method("paper", 3, 3, "paper"),
     Method("product", 3, 3, "product"),
+    Method("paper-slot", 3, 3, "paper", granularity="slot"),
+    Method("product-slot", 3, 3, "product", granularity="slot"),
 )
 FOLDED = (
     Method("template-folded16", 3, 3, "template", folded=16),

@@ -47,7 +47,12 @@ def moments(shape: Shape) -> Moments:
 def make_codec(shape: Shape, method: Method) -> LayerCodec:
     rope = [RopeBlocks(shape.dim, shape.dim)]
     table = build_table(
-        moments(shape), rope, k_bits=method.k_bits, v_bits=method.v_bits, allocator=str(method.allocator)
+        moments(shape),
+        rope,
+        k_bits=method.k_bits,
+        v_bits=method.v_bits,
+        allocator=str(method.allocator),
+        granularity=method.granularity,
     )
     return table.layer_codec(0)
 

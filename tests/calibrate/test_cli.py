@@ -13,7 +13,7 @@ from sglang_blockgtq.calibrate import hf
 from sglang_blockgtq.calibrate.__main__ import main
 from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.fingerprint import fingerprint
-from sglang_blockgtq.calibrate.inspect import layer_groups, summary, template_of, width_shares
+from sglang_blockgtq.calibrate.inspect import layer_groups, summary, templates_of, width_shares
 from sglang_blockgtq.calibrate.model import config_hash, rope_blocks, weights_hash
 from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.calibrate.table import AllocationTable
@@ -61,11 +61,20 @@ def test_options_reach_the_table(model_folder, tmp_path, capsys):
     assert f"{out}: paper, K 3 V 2 bits, {packed:g} bytes per token and KV head" in capsys.readouterr().out
 
 
+def test_granularity_reaches_the_table(model_folder, tmp_path, capsys):
+    out = tmp_path / "t.safetensors"
+    argv = f"--model-path {model_folder} --out {out} --allocator product --granularity slot --device cpu"
+    assert main(argv.split()) == 0
+    h = AllocationTable.load(out).header
+    assert (h.allocator, h.granularity) == ("product", "slot")
+
+
 def test_defaults_are_the_servers(model_folder, tmp_path):
     out = tmp_path / "t.safetensors"
     assert main(["--model-path", str(model_folder), "--out", str(out), "--device=cpu"]) == 0
     h = AllocationTable.load(out).header
     assert (h.k_bits, h.v_bits, h.allocator, h.tokens) == (3.0, 3.0, "template", 2048)
+    assert h.granularity == "block"
 
 
 def test_a_model_without_rope_gets_uniform_bits_and_a_notice(tiny_model, byte_tokenizer, tmp_path, caplog):
@@ -150,15 +159,27 @@ def test_summary_figures(make_moments):
     text = summary(table)
     assert "100 bytes, 19.5% of bf16 (512 bytes)" in text
     assert "interleaved pairs, 64 channels (9 layers)" in text
-    template = template_of(table)
+    ((template, share),) = templates_of(table)
+    assert share == 1 and "of heads" not in text
     assert sum(template) == 192
     assert f"{template.count(template[0])} blocks at {template[0]} bits" in text
     assert "1800 bytes in all layers" in text
     for name in ("layers 0-1", "layers 2-3", "layers 4-5", "layers 6-8"):
         assert name in text
     free = build_table(make_moments(), [RopeBlocks(64, 64)] * 2, k_bits=3, v_bits=3, allocator="product")
-    assert template_of(free) is None
+    assert templates_of(free) == []
     assert "none: widths differ" in summary(free)
+
+
+def test_inspect_by_slots(make_moments):
+    moments, rope = make_moments(layers=5, heads=4, spread=2.0), [RopeBlocks(64, 64)] * 5
+    table = build_table(moments, rope, k_bits=3, v_bits=3, allocator="product", granularity="slot")
+    templates = templates_of(table)
+    assert len(templates) == len(table.k_templates) > 1 and sum(share for _, share in templates) == pytest.approx(1)
+    text = summary(table)
+    assert "product by slots" in text
+    for widths, share in templates:
+        assert f"{share:.0%} of heads: {widths.count(widths[0])} blocks at {widths[0]} bit" in text
 
 
 def test_layer_groups_cover_all_layers():
@@ -215,6 +236,12 @@ def test_bad_bits(bad, side, bits):
 
 def test_bad_options(bad, tmp_path):
     assert "--allocator" in (line := bad(allocator="best")) and "best" in line and "template" in line
+    assert "--granularity" in (line := bad(granularity="head")) and "slot" in line
+    line = bad(granularity="slot")
+    assert "--granularity slot: has no effect on the allocator template" in line and "paper, product" in line
+    line = bad(granularity="slot", allocator="paper", k_bits="2.5")
+    assert line.startswith("error: --granularity slot: --k-bits 2.5 gives the 2 slots of head_dim 32 5 bits")
+    assert "2 and 3 work, or --granularity block takes any" in line
     assert "--dtype" in (line := bad(dtype="int8")) and "bfloat16" in line
     assert "--device" in (line := bad(device="toaster")) and "cpu works everywhere" in line
     assert "--calibration-tokens" in (line := bad(calibration_tokens="2047")) and "2048 or more" in line

@@ -24,7 +24,8 @@ TOLERANCE = {"cpu": {"float32": 1e-5, "float16": 1e-3}, "cuda": {"float32": 3e-3
 
 @dataclass(frozen=True)
 class Case:
-    """allocator "handmade" is a codec with every width 0..8, three scales and another layout in each head.
+    """allocator "handmade" is a codec with every width 0..8, three scales and another layout in each head. One that
+    ends in "-slot" gives whole slots a width: heads of up to four kinds.
 
     fast: whether codes lie in columns, which the fast kernels read, or in planes.
     order: how a request's tokens lie in the pool. lengths: packed tokens of each request.
@@ -67,6 +68,9 @@ SMALL = [
     Case("uniform", 2.5, 2.5, 64, 1, 2),
     Case("uniform", 3, 7, 128, 3, 1),  # codes in two and three pieces
     Case("template", 3, 3, 80, 1, 7, **_SLOW),  # slots of 16 channels, but 15 bits in a column
+    Case("product-slot", 2.5, 3, 128, 3, 3, "float16"),
+    Case("paper-slot", 3, 2, 64, 2, 6, "float32", "pages"),
+    Case("paper-slot", 2.5, 3, 64, 8, 1, lengths=(0, 1, 34), queries=(2, 1, 3)),
 ]
 
 _LONG = {"lengths": (0, 1, 31, 32, 33, 700, 5000), "queries": (5, 1, 40, 0, 1, 130, 17)}
@@ -88,7 +92,12 @@ LARGE = [
     Case("uniform", 2.5, 2.5, 64, 1, 2, "float16", **_LONG),
     Case("uniform", 6, 7, 128, 1, 3, "float16", **_LONG),
     Case("template", 4, 3, 192, 2, 1, "bfloat16", **_LONG),
+    Case("product-slot", 3, 3, 128, 8, 4, "bfloat16", **_LONG),
+    Case("paper-slot", 3, 3, 128, 8, 2, "float16", "pages", **_LONG),
+    Case("product-slot", 2.5, 3, 256, 8, 3, "bfloat16", **_LONG),
 ]
+#: Rows of heads of two, three and four templates.
+SLOTS = SMALL[-3:]
 
 
 def over(cases: list[Case]):
@@ -134,12 +143,14 @@ def moments(heads: int, head_dim: int, layers: int = 1, seed: int = 0) -> Moment
 def make_codec(case: Case) -> LayerCodec:
     if case.allocator == "handmade":
         return _handmade(case.v_bits, case.head_dim, case.heads)
+    allocator, _, granularity = case.allocator.partition("-")
     table = build_table(
         moments(case.heads, case.head_dim),
         [RopeBlocks(case.head_dim, case.head_dim)],
         k_bits=case.k_bits,
         v_bits=case.v_bits,
-        allocator=case.allocator,
+        allocator=allocator,
+        granularity=granularity or "block",
         v_head_dim=case.v_dim,
     )
     return table.layer_codec(0)

@@ -9,10 +9,11 @@ import torch
 from sglang_blockgtq.kernels import attention, naive
 from sglang_blockgtq.kernels.attention import DecodeScratch, decode_attention, merge_states, prefix_attention
 from sglang_blockgtq.kernels.encode import encode
-from sglang_blockgtq.kernels.layout import gather_rows, num_slots
+from sglang_blockgtq.kernels.layout import gather_rows, num_slots, uniform_layout
 from sglang_blockgtq.kernels.splits import num_splits, split_lengths
+from sglang_blockgtq.kernels.tables import MAX_TEMPLATES, ColumnTables, DeviceTables, templates_of
 
-from .matrix import DEVICE, EVERY, LARGE, SMALL, TOLERANCE, Case, data, decode_queries, over, relative_error
+from .matrix import DEVICE, EVERY, LARGE, SLOTS, SMALL, TOLERANCE, Case, data, decode_queries, over, relative_error
 
 TEMPLATE, PRODUCT, HANDMADE, CUT = SMALL[0], SMALL[7], SMALL[9], SMALL[13]
 
@@ -59,7 +60,7 @@ def scratch_of(case: Case, q_len: int, splits: int, dtype: torch.dtype = torch.f
 @over(EVERY)
 def test_decode_matches_twin(case, monkeypatch):
     d = data(case)
-    assert (d.tables.k_columns is not None) == (d.tables.v_columns is not None) == case.fast
+    assert (bool(d.tables.k_templates)) == (d.tables.v_columns is not None) == case.fast
     # The other kernel is not there.
     monkeypatch.setattr(attention, "attention_kernel" if case.fast else "decode_kernel", None)
     for target in (None, *TARGETS):
@@ -77,7 +78,17 @@ def with_q_len(*pairs: tuple[Case, int]):
 
 
 # 6 to 24 rows for a KV head: one tile of 8, one of 16, and two.
-@with_q_len((TEMPLATE, 2), (TEMPLATE, 5), (TEMPLATE, 8), (PRODUCT, 8), (HANDMADE, 5), (SMALL[1], 2), (SMALL[5], 3))
+@with_q_len(
+    (TEMPLATE, 2),
+    (TEMPLATE, 5),
+    (TEMPLATE, 8),
+    (PRODUCT, 8),
+    (HANDMADE, 5),
+    (SMALL[1], 2),
+    (SMALL[5], 3),
+    (SLOTS[0], 2),
+    (SLOTS[1], 3),
+)
 def test_several_queries_of_a_request(case, q_len):
     """Each sees the tokens up to its own, and none at all if the request is too short."""
     want = decoded_by_twin(case, q_len)
@@ -99,7 +110,7 @@ def test_both_merging_kernels(case, alone, monkeypatch):
 
 
 @pytest.mark.parametrize("rising", [True, False])
-@over([SMALL[1], TEMPLATE, PRODUCT])
+@over([SMALL[1], TEMPLATE, PRODUCT, SLOTS[0]])
 def test_a_later_tile_with_greater_logits(case, rising):
     """What was summed up before must shrink by as much: tokens lie in the order of their logits, in one split."""
     d, q = data(case), decode_queries(case)
@@ -296,20 +307,57 @@ def test_slots_beyond_two_gib():
     loc = torch.arange(slots - tokens, slots, device=DEVICE)
     encode(d.tables, d.k, d.v, rows, loc)
     assert torch.equal(gather_rows(d.codec.layout, rows, loc), d.packed)
-    for kernel in (d.tables, replace(d.tables, k_columns=None, v_columns=None)):
+    for kernel in (d.tables, replace(d.tables, k_templates=(), v_columns=None)):
         got = decode_attention(kernel, decode_queries(TEMPLATE), rows, d.kv_indptr, loc, d.sm_scale)
         assert_same(got, decoded_by_twin(TEMPLATE), TOLERANCE[DEVICE]["float32"])
 
 
-@over([TEMPLATE, SMALL[3], *(case for case in LARGE if case.fast)])
+@over([TEMPLATE, SMALL[3], *SLOTS, *(case for case in LARGE if case.fast)])
 def test_the_generic_kernel_reads_columns_too(case):
     """As it does for a prefix."""
     d = data(case)
-    tables = replace(d.tables, k_columns=None, v_columns=None)
+    tables = replace(d.tables, k_templates=(), v_columns=None)
     got = decode_attention(
         tables, decode_queries(case, 2), d.rows, d.kv_indptr, d.kv_indices, d.sm_scale, q_len=2, target=8
     )
     assert_same(got, decoded_by_twin(case, 2), TOLERANCE[DEVICE][case.dtype])
+
+
+def test_heads_of_two_three_and_four_templates():
+    """What the other tests stand on: each case has as many, and heads of all of them."""
+    for case, count in zip(SLOTS, (3, 2, 4), strict=True):
+        tables = data(case).tables
+        assert len(tables.k_templates) == count and tables.k_kinds.unique().tolist() == list(range(count))
+        for kind, layout in zip(tables.k_kinds.tolist(), tables.row.k, strict=True):
+            assert tables.k_templates[kind] == ColumnTables.of(layout)
+
+
+@over(SLOTS[:2])
+def test_templates_of_other_layers(case):
+    """One binary serves all layers of a model: a layer's heads need not have every template."""
+    d = data(case)
+    other = uniform_layout(case.head_dim, case.k_bits)
+    assert other.columns is not None and other not in d.codec.layout.k
+    tables = DeviceTables.of(d.codec, templates=templates_of([*d.codec.layout.k, other]))
+    assert len(tables.k_templates) == len(d.tables.k_templates) + 1
+    args = decode_queries(case), d.rows, d.kv_indptr, d.kv_indices, d.sm_scale
+    assert_same(decode_attention(tables, *args), decoded_by_twin(case), TOLERANCE[DEVICE][case.dtype])
+    with pytest.raises(ValueError, match="a head of this layer has none of them"):
+        DeviceTables.of(d.codec, templates=(other,))
+
+
+def test_more_templates_than_kernels_have_loops_for():
+    """Such rows lie in columns all the same, and the generic kernel reads them."""
+    case = SLOTS[2]
+    d = data(case)
+    other = uniform_layout(case.head_dim, 3)
+    assert other.columns is not None and d.codec.layout.in_columns
+    templates = templates_of([*d.codec.layout.k, other])
+    assert len(templates) == MAX_TEMPLATES + 1
+    tables = DeviceTables.of(d.codec, templates=templates)
+    assert not tables.k_templates and tables.v_columns is None
+    args = decode_queries(case), d.rows, d.kv_indptr, d.kv_indices, d.sm_scale
+    assert_same(decode_attention(tables, *args), decoded_by_twin(case), TOLERANCE[DEVICE][case.dtype])
 
 
 @pytest.mark.gpu

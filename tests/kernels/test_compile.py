@@ -88,13 +88,19 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, fold
     dtype, heads = getattr(torch, dtype_name), 2
     energy = torch.logspace(-2, 2, dim // 2, dtype=torch.float64).repeat(1, heads, 1)
     moments = Moments(energy, energy, torch.full((1, heads), float(dim), dtype=torch.float64), 2048)
-    table = build_table(moments, [RopeBlocks(dim, dim)], k_bits=3, v_bits=3, allocator=allocator)
+    if allocator == "product-slot":  # four energies, so four templates
+        spread = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)[:, None] / 2
+        energy, heads = energy[:, :1] ** spread, 4
+        moments = Moments(energy, energy, torch.full((1, heads), float(dim), dtype=torch.float64), 2048)
+    name, _, granularity = allocator.partition("-")
+    table = build_table(
+        moments, [RopeBlocks(dim, dim)], k_bits=3, v_bits=3, allocator=name, granularity=granularity or "block"
+    )
     codec = table.layer_codec(0)
     tables = DeviceTables.of(codec)
     rows = torch.zeros(64, codec.layout.row_bytes, dtype=torch.uint8)
     q, k, v = torch.zeros(8, 4 * heads, dim, dtype=dtype), *torch.zeros(2, 8, heads, dim, dtype=dtype)
-    for few, small in ((8 * heads, 0), (0, 8 * heads), (0, 0)):
-        encode.FEW_VECTORS, encode.SMALL_VECTORS = few, small
+    for encode.FEW_VECTORS in (8 * heads, 0):
         encode.encode(tables, k, v, rows, torch.arange(8), q, torch.zeros_like(q, dtype=torch.float32))
     # The CPU's tables carry float32 operands; a GPU's are float16.
     object.__setattr__(tables, "levels", tables.half_levels)
@@ -129,16 +135,19 @@ def folder(tmp_path_factory) -> Path:
 
 
 TEMPLATE, PRODUCT = ("bfloat16", "template", 128), ("float16", "product", 64)
+SLOTS = "bfloat16", "product-slot", 128
 
 
-@pytest.mark.parametrize("case, capability", [(TEMPLATE, 90), (PRODUCT, 90), (TEMPLATE, 80), (TEMPLATE, 89)])
+@pytest.mark.parametrize(
+    "case, capability", [(TEMPLATE, 90), (PRODUCT, 90), (SLOTS, 90), (TEMPLATE, 80), (TEMPLATE, 89)]
+)
 def test_every_launch_compiles(folder, case, capability):
     launches = compiled(folder, *case, capability)
-    fast = case is TEMPLATE
+    fast = case is not PRODUCT
     decode = "decode_kernel" if fast else "attention_kernel"
     assert [launch["name"] for launch in launches] == [
         "encode_few_kernel" if fast else "encode_many_kernel",
-        *["encode_many_kernel"] * 2,
+        "encode_many_kernel",
         *("_turn_kernel", decode, "merge_chunk_kernel", "merge_row_kernel"),
         *("_turn_kernel", decode, "merge_chunk_kernel", "merge_row_kernel"),
         *("_turn_kernel", decode, "merge_chunk_kernel", "merge_tile_kernel"),
@@ -163,15 +172,20 @@ def test_kernels_of_a_step_wait_for_each_other_on_hopper(folder, capability):
             assert waits == (0 if capability < 90 else 3 if launch["name"] == "encode_few_kernel" else 1)
 
 
-def main_loop(ttgir: str) -> str:
-    """The body of the loop over tokens: the longest ``scf.for``."""
+def loops_of(ttgir: str) -> list[str]:
+    """The bodies of all loops."""
     loops, lines = [], ttgir.splitlines()
     for i, line in enumerate(lines):
         if " scf.for " in line:
             indent = re.match(r" *", line)[0]
             stop = next(j for j in range(i + 1, len(lines)) if lines[j].startswith(indent + "}"))
-            loops.append(lines[i : stop + 1])
-    return "\n".join(max(loops, key=len))
+            loops.append("\n".join(lines[i : stop + 1]))
+    return loops
+
+
+def main_loop(ttgir: str) -> str:
+    """The loop over tokens: the longest."""
+    return max(loops_of(ttgir), key=len)
 
 
 @pytest.fixture(scope="module", params=[90, 80], ids=["sm90", "sm80"])
@@ -209,17 +223,36 @@ def test_decode_copies_words_asynchronously(decode):
     assert "contiguity = 8" in loop, "16 bytes at a time"
 
 
-def test_decode_does_not_spill(decode):
-    """One warp may have 255 registers; what does not fit goes to local memory, which is memory."""
+def assert_fits_registers(file: Path) -> None:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    command = [str(tool), "-res-usage", str(decode[2].with_suffix(".cubin"))]
+    command = [str(tool), "-res-usage", str(file.with_suffix(".cubin"))]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     assert numbers["STACK"] == numbers["LOCAL"] == "0", usage
-    if decode[2].parent.name.endswith("-90"):
+    if file.parent.name.endswith("-90"):
         assert int(numbers["REG"]) <= 168, "more, and fewer than twelve programs share a multiprocessor's registers"
+
+
+def test_decode_does_not_spill(decode):
+    """One warp may have 255 registers; what does not fit goes to local memory, which is memory."""
+    assert_fits_registers(decode[2])
+
+
+def test_every_template_has_a_loop_like_the_only_one(folder):
+    """Of heads of four templates: as many copies, dots and conversions in each loop, as few registers, no spills."""
+    file = next(Path(x["file"]) for x in compiled(folder, *SLOTS, 90) if x["name"] == "decode_kernel")
+    loops = [loop for loop in loops_of(file.with_suffix(".ttgir").read_text()) if "tt.dot" in loop]
+    assert len(loops) == 4 and len(set(loops)) == 4
+    for loop in loops:
+        assert len(re.findall(r"tt\.dot %\w+, ", loop)) == 16
+        copies = [line for line in loop.splitlines() if "ttg.async_copy_global_to_local" in line]
+        for kind in ("32x16x!tt.ptr<i16>", "16x32x!tt.ptr<i16>", "32x!tt.ptr<i32>", "32x!tt.ptr<i64>"):
+            assert [line for line in copies if f"tensor<{kind}" in line], kind
+        converted = [line for line in loop.splitlines() if "ttg.convert_layout" in line]
+        assert not [line for line in converted if re.search(r"-> tensor<\w+xf16, #ttg.dot_op<\{opIdx = 0", line)]
+    assert_fits_registers(file)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,15 @@ EXPECTED = {
 
 def row_of(head_dim, k_bits, v_bits, heads, allocator) -> RowLayout:
     rope = [RopeBlocks(head_dim, head_dim)]
-    table = build_table(moments(heads, head_dim), rope, k_bits=k_bits, v_bits=v_bits, allocator=allocator)
+    allocator, _, granularity = allocator.partition("-")
+    table = build_table(
+        moments(heads, head_dim),
+        rope,
+        k_bits=k_bits,
+        v_bits=v_bits,
+        allocator=allocator,
+        granularity=granularity or "block",
+    )
     return table.row_layout(0)
 
 
@@ -63,12 +71,13 @@ def test_free_widths_pay_for_their_scales(allocator):
 @pytest.mark.parametrize("shape", EXPECTED, ids=lambda s: "d{}-k{}v{}".format(*s))
 def test_rows_that_the_fast_kernels_read(shape, heads):
     """Bytes that a kernel takes with one instruction lie together, at a multiple of their size up to 16."""
-    for allocator in ("template", "uniform"):
+    for allocator in ("template", "uniform", "paper-slot", "product-slot"):
         row = row_of(*shape, heads, allocator)
-        assert row.in_columns and row.uniform_heads and row.k[0].code_bits == int(shape[0] * shape[1])
+        assert row.in_columns and all(layout.code_bits == int(shape[0] * shape[1]) for layout in row.k)
+        assert row.uniform_heads or allocator.endswith("slot")
         places = row.places()
-        for layout, start in ((row.k[0], 0), (row.v, row.v_offset)):
-            for head in range(heads):
+        for layouts, start in ((row.k, 0), ((row.v,) * heads, row.v_offset)):
+            for head, layout in enumerate(layouts):
                 for part in layout.columns.bins:
                     first = start + head * layout.code_bytes + part.offset
                     at, stride = places[:, first : first + part.num_bytes]
@@ -91,16 +100,30 @@ def test_fractions_and_odd_sizes_may_lie_in_planes():
 
 @st.composite
 def row_layouts(draw) -> RowLayout:
-    """Heads alike in columns, alike in planes, and unlike."""
+    """Heads alike in columns or in planes, unlike in columns, and unlike."""
     units = st.lists(st.integers(1, 8), min_size=1, max_size=8).map(lambda w: sorted(w, reverse=True))
     size = draw(st.sampled_from([2, 16]))
     heads = draw(st.integers(1, 3))
     if draw(st.booleans()):
+        same = [(6, 4, 1, 1), (3, 3, 3, 3), (5, 3, 2, 2)]  # bits, of which all lie in columns
+        k = tuple(CodeLayout(tuple(w for w in same[h] for _ in range(16))) for h in range(heads))
+    elif draw(st.booleans()):
         layout = CodeLayout(tuple(w for w in draw(units) for _ in range(size)))
         k = (layout,) * heads
     else:
         k = tuple(CodeLayout((b,) * 16, (0,) * 7 + (h,) * 9) for h, b in enumerate(range(2, 2 + heads)))
     return RowLayout.of(k, CodeLayout(tuple(w for w in draw(units) for _ in range(size))))
+
+
+def test_heads_may_differ_in_columns_but_not_in_bytes_or_scales():
+    def head(*widths: int) -> CodeLayout:
+        return CodeLayout(tuple(w for w in widths for _ in range(16)))
+
+    v = uniform_layout(64, 3)
+    assert RowLayout.of((head(6, 4, 1, 1), head(3, 3, 3, 3)), v).in_columns
+    assert not RowLayout.of((head(6, 4, 1, 1), head(4, 4, 4, 4)), v).in_columns
+    # A rank whose heads have one scale, in a layer where another's have two: there are three for each head.
+    assert not RowLayout((head(3, 3, 3, 3),), v, 24, 2).in_columns
 
 
 @given(row_layouts())

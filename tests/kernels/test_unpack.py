@@ -12,7 +12,7 @@ from sglang_blockgtq.kernels.merge import merge_into
 from sglang_blockgtq.kernels.tables import DeviceTables
 from sglang_blockgtq.kernels.unpack import Unpacker, UnpackTables, UnpackTask, unpack
 
-from .matrix import DEVICE, EVERY, LARGE, SMALL, TOLERANCE, Case, data, make_codec, over, relative_error
+from .matrix import DEVICE, EVERY, LARGE, SLOTS, SMALL, TOLERANCE, Case, data, make_codec, over, relative_error
 
 TEMPLATE, TEMPLATE_128, UNIFORM, PRODUCT, HANDMADE = SMALL[0], SMALL[1], SMALL[5], SMALL[7], SMALL[9]
 
@@ -40,7 +40,7 @@ def test_unpack_matches_twin(case):
         assert relative_error(got, want) < TOLERANCE[DEVICE][case.dtype]
 
 
-@over([TEMPLATE, PRODUCT, HANDMADE, *LARGE])
+@over([TEMPLATE, PRODUCT, HANDMADE, *SLOTS, *LARGE])
 def test_every_head_is_right(case):
     """An error in one head or channel of little energy is lost in the whole; each is compared by itself."""
     d = data(case)
@@ -51,7 +51,7 @@ def test_every_head_is_right(case):
         assert float(error.max().sqrt()) < 2 * TOLERANCE[DEVICE][case.dtype]
 
 
-@over([TEMPLATE, PRODUCT, *LARGE])
+@over([TEMPLATE, PRODUCT, SLOTS[0], *LARGE])
 def test_unpack_to_given_places(case):
     d = data(case)
     places = torch.randperm(len(d.k) + 5, generator=torch.Generator().manual_seed(2))[: len(d.k)].to(DEVICE)
@@ -129,14 +129,14 @@ def test_a_chunk_does_not_change_the_prefix(case):
         assert torch.equal(x, y[: len(x)])
 
 
-@over([TEMPLATE, TEMPLATE_128, UNIFORM])
+@over([TEMPLATE, TEMPLATE_128, UNIFORM, *SLOTS])
 @pytest.mark.parametrize("columns", [True, False])
 def test_either_kernel_reads_rows_in_columns(monkeypatch, case, columns):
     """Whichever kernel is not meant for the tables must not have been asked."""
     d = data(case)
-    assert d.tables.k_columns is not None and data(PRODUCT).tables.k_columns is None
+    assert bool(d.tables.k_templates) and not data(PRODUCT).tables.k_templates
     monkeypatch.setattr(unpack_module, "unpack_fields_kernel" if columns else "unpack_columns_kernel", None)
-    tables = d.tables if columns else replace(d.tables, k_columns=None, v_columns=None)
+    tables = d.tables if columns else replace(d.tables, k_templates=(), v_columns=None)
     k, v = room(case, len(d.k))
     unpack(UnpackTables.of(tables), d.rows, d.kv_indices, k, v)
     for got, want in zip((k, v), expected(case), strict=True):
