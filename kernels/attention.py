@@ -20,9 +20,9 @@ import triton
 from .decode import decode_kernel
 from .dependent import dependent
 from .flash import attention_kernel
-from .merge_splits import CHUNK, merge_chunk_kernel, merge_row_kernel, merge_tile_kernel
+from .merge_splits import merge_chunk_kernel, merge_row_kernel, merge_tile_kernel
 from .naive import merge_states
-from .splits import SPLIT_UNIT, num_splits
+from .splits import CHUNK, SPLIT_UNIT, num_splits
 from .tables import DeviceTables
 from .turn import merge_and_turn, turn
 

@@ -1,9 +1,10 @@
 """Merge of decode attention's splits, exact by their log-sum-exp, and the turn of the result by ``v_out``.
 
 Both are linear in the splits' outputs, so the turn comes last and once. A first launch merges the splits of an output
-row, in the place of the first of them: 64 a program where requests are few and each has many, which spreads
-them over the GPU, or all of a row's. A second launch merges what is left and turns it: with one program for
-each row where rows are few, else 16 rows at a time, so that the matrix is read a sixteenth as often.
+row, in the place of the first of them: 64 a program where requests are few and each has many, which spreads them over
+the GPU, or all of a row's. Where a row has no more than 64 it leaves them. A second launch merges what is left and
+turns it: with one program for each row where rows are few, else 16 rows at a time, so that the matrix is read a
+sixteenth as often.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ import triton
 import triton.language as tl
 
 from .dependent import wait_and_release
-from .splits import request_splits, splits_of
+from .splits import CHUNK, request_splits, splits_of
 
-CHUNK = 64  # splits that one program of the first launch merges
 _CHUNK = tl.constexpr(CHUNK)
 _PARTS = tl.constexpr(16)  # that the second launch takes at a time
 
@@ -47,7 +47,7 @@ def merge_chunk_kernel(
     PADDED: tl.constexpr,
     REQUESTS: tl.constexpr,
     BLOCK: tl.constexpr,  # splits taken at a time
-    WHOLE: tl.constexpr,  # all splits of the row; else 64
+    WHOLE: tl.constexpr,  # all splits of the row; else 64 if it has more
     DEPENDENT: tl.constexpr,
 ):
     """The splits of a request and row, or 64 of them, into the place of the first."""
@@ -55,7 +55,7 @@ def merge_chunk_kernel(
     first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS)
     begin = chunk * _CHUNK
     wait_and_release(DEPENDENT)
-    if begin >= count:
+    if begin >= count or (not WHOLE and count <= _CHUNK):
         return
     end = count
     if not WHOLE:
@@ -92,7 +92,7 @@ def merge_row_kernel(
     num_heads,
     stride_ot,
     stride_oh,
-    WHOLE: tl.constexpr,  # merge_chunk_kernel has left one part of a row; else one for every 64 splits
+    WHOLE: tl.constexpr,  # merge_chunk_kernel has left one part of a row; else one for every 64 splits if it has more
     GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
     DIM: tl.constexpr,
@@ -114,8 +114,9 @@ def merge_row_kernel(
     peak = -1e30
     total = 0.0
     merged = tl.zeros([PADDED], tl.float32)
-    for start in range(0, count, _PARTS * _CHUNK):
-        split = start + tl.arange(0, _PARTS) * _CHUNK
+    step = tl.where(count <= _CHUNK, 1, _CHUNK)
+    for i in range(0, tl.cdiv(count, _PARTS * step)):
+        split = (i * _PARTS + tl.arange(0, _PARTS)) * step
         live = split < count
         row = ((first + split).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
         peak, total, merged = _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM)

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .dependent import dependent, wait_and_release
 from .tables import SideTables
 
 BLOCK = 16  # rows per program, the least a tensor-core dot takes
@@ -106,7 +107,9 @@ def _turn_kernel(
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait_and_release(DEPENDENT)
     head, first = tl.program_id(1), tl.program_id(2) * COLUMNS
     project_and_store(
         x,
@@ -207,6 +210,8 @@ def turn(side: SideTables, x: torch.Tensor, group: int) -> torch.Tensor:
         PADDED=side.padded,
         ROWS=block,
         COLUMNS=columns,
+        DEPENDENT=dependent(x.device),
+        launch_pdl=dependent(x.device),
     )
     return y
 

@@ -84,7 +84,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, fold
             if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel"):
                 setattr(module, name, Compile(value))
 
-    encode.dependent = attention.dependent = lambda device: capability >= 90
+    encode.dependent = attention.dependent = turn.dependent = lambda device: capability >= 90
     dtype, heads = getattr(torch, dtype_name), 2
     energy = torch.logspace(-2, 2, dim // 2, dtype=torch.float64).repeat(1, heads, 1)
     moments = Moments(energy, energy, torch.full((1, heads), float(dim), dtype=torch.float64), 2048)
@@ -162,7 +162,14 @@ def test_every_launch_compiles(folder, case, capability):
 @pytest.mark.parametrize("capability", [90, 80])
 def test_kernels_of_a_step_wait_for_each_other_on_hopper(folder, capability):
     """A kernel that is launched early and does not wait reads what is not there yet."""
-    step = ["encode_few_kernel", "decode_kernel", "merge_chunk_kernel", "merge_row_kernel", "merge_tile_kernel"]
+    step = [
+        "encode_few_kernel",
+        "decode_kernel",
+        "merge_chunk_kernel",
+        "merge_row_kernel",
+        "merge_tile_kernel",
+        "_turn_kernel",
+    ]
     for launch in compiled(folder, *TEMPLATE, capability):
         if launch["name"] in step:
             ptx = Path(launch["file"]).with_suffix(".ptx").read_text()

@@ -34,6 +34,8 @@ LENGTHS = st.lists(st.one_of(st.integers(0, 70), st.integers(0, 200_000)), min_s
 @given(LENGTHS, st.integers(1, 40), st.sampled_from([torch.int32, torch.int64]))
 @example([0, 0], 3, torch.int32)
 @example([131072] * 9, 132 * 12, torch.int32)
+@example([64 * CHUNK, 3], 9 * CHUNK, torch.int32)
+@example([64 * CHUNK + 1, 3], 9 * CHUNK, torch.int32)
 @settings(max_examples=12, deadline=None)
 def test_kernels_cut_as_their_twin(lengths, target, dtype):
     """Every token of every request lies in one split, and the grid has room for all splits."""
@@ -62,6 +64,15 @@ def test_splits_fill_what_is_wanted():
             size, counts = split_lengths(torch.tensor(lengths), target)
             wanted = min(target, sum(lengths) // SPLIT_UNIT)
             assert 0.3 * wanted <= int(counts.sum()) <= max(target, len(lengths))
+
+
+def test_a_short_request_is_merged_at_once():
+    """Up to 64 tokens for each split that a merging program takes, it is cut into no more splits than that."""
+    for length, most in ((64 * CHUNK, CHUNK), (17 * CHUNK, CHUNK), (64 * CHUNK + 1, 4 * CHUNK)):
+        _, counts = split_lengths(torch.tensor([length]), 100 * CHUNK)
+        assert CHUNK // 2 < int(counts) <= most
+    _, counts = split_lengths(torch.tensor([64 * CHUNK + 1]), 100 * CHUNK)
+    assert int(counts) > CHUNK
 
 
 def scratch_and_twin(case, lengths, target, q_len):
