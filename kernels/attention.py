@@ -20,9 +20,9 @@ import triton
 from .decode import decode_kernel
 from .dependent import dependent
 from .flash import attention_kernel
-from .merge_splits import merge_chunk_kernel, merge_row_kernel, merge_tile_kernel
+from .merge_splits import CHUNK, merge_chunk_kernel, merge_row_kernel, merge_tile_kernel
 from .naive import merge_states
-from .splits import CHUNK, SPLIT_UNIT, num_splits
+from .splits import SPLIT_UNIT, num_splits
 from .tables import DeviceTables
 from .turn import merge_and_turn, turn
 
@@ -347,7 +347,8 @@ def _merge(
     # goes through them. The row that has more than its share, a long request among short ones, is slower then.
     alone = tokens * num_heads <= _ROWS_ALONE and side.padded <= 128
     spread = alone and target > CHUNK * requests
-    chunks = triton.cdiv(num_splits(requests, target), CHUNK) if spread else 1
+    # Twice the share of each: a program too many costs as much to start as one that is needed.
+    chunks = triton.cdiv(2 * target // requests, CHUNK) if spread else 1
     block = max(4, min(CHUNK, triton.next_power_of_2(2 * target // requests)))
     merge_chunk_kernel[(num_heads, tokens, chunks)](
         scratch.out, scratch.lse, kv_indptr, requests, target, num_heads,

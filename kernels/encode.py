@@ -27,7 +27,8 @@ from .turn import BLOCK as TURN_BLOCK
 
 ROWS = 64  # of a program of the kernel for many tokens
 REGISTERS = 168  # of its threads: three programs on an SM. Wide heads and several scales need more
-FEW_VECTORS = 256  # keys of a batch, heads times tokens, up to which the kernel for a few tokens takes it
+#: Channels of a batch's keys, up to which the kernel for a few tokens takes it: each of its programs reads a matrix.
+FEW_CHANNELS = 1 << 14
 
 
 class Encoder:
@@ -55,7 +56,7 @@ class Encoder:
         tokens = loc.shape[0]
         if not tokens:
             return
-        if tables.v_columns is not None and tokens * tables.heads <= FEW_VECTORS:
+        if tables.v_columns is not None and tokens * tables.heads * tables.k.padded <= FEW_CHANNELS:
             few, spread = True, {}
             parts = tables.k.padded // _channels(tables)
             programs = (2 * tokens + triton.cdiv(tokens * group, TURN_BLOCK) * parts) * tables.heads

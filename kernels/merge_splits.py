@@ -1,10 +1,9 @@
 """Merge of decode attention's splits, exact by their log-sum-exp, and the turn of the result by ``v_out``.
 
 Both are linear in the splits' outputs, so the turn comes last and once. A first launch merges the splits of an output
-row, in the place of the first of them: 64 a program where requests are few and each has many, which spreads them over
-the GPU, or all of a row's. Where a row has no more than 64 it leaves them. A second launch merges what is left and
-turns it: with one program for each row where rows are few, else 16 rows at a time, so that the matrix is read a
-sixteenth as often.
+row, in the place of the first of them: 64 at a time where requests are few and each has many, which spreads them over
+the GPU, or all of a row's. A second launch merges what is left and turns it: with one program for each row where rows
+are few, else 16 rows at a time, so that the matrix is read a sixteenth as often.
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ import triton
 import triton.language as tl
 
 from .dependent import wait_and_release
-from .splits import CHUNK, request_splits, splits_of
+from .splits import request_splits, splits_of
+
+CHUNK = 64  # splits that are merged into one by the first launch
 
 _CHUNK = tl.constexpr(CHUNK)
 _PARTS = tl.constexpr(16)  # that the second launch takes at a time
@@ -31,35 +32,10 @@ def _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM
     return new_peak, total * keep + tl.sum(share, 0), merged * keep + tl.sum(part * share[:, None], 0)
 
 
-@triton.jit(
-    do_not_specialize=["num_requests", "target", "num_heads"],
-    do_not_specialize_on_alignment=["kv_indptr"],
-)
-def merge_chunk_kernel(
-    partial_out,  # float16 or float32 [splits, QUERIES, Hq, DIM]
-    partial_lse,  # float32 [splits, QUERIES, Hq]
-    kv_indptr,
-    num_requests,
-    target,
-    num_heads,
-    QUERIES: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    REQUESTS: tl.constexpr,
-    BLOCK: tl.constexpr,  # splits taken at a time
-    WHOLE: tl.constexpr,  # all splits of the row; else 64 if it has more
-    DEPENDENT: tl.constexpr,
-):
-    """The splits of a request and row, or 64 of them, into the place of the first."""
-    j, token, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS)
-    begin = chunk * _CHUNK
-    wait_and_release(DEPENDENT)
-    if begin >= count or (not WHOLE and count <= _CHUNK):
-        return
-    end = count
-    if not WHOLE:
-        end = tl.minimum(begin + _CHUNK, count)
+@triton.jit
+def _merge_run(partial_out, partial_lse, first, begin, end, token, j, num_heads, QUERIES: tl.constexpr,
+               DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Splits ``begin .. end - 1`` of a request whose first one is ``first``, into the place of ``begin``."""
     channel = tl.arange(0, PADDED)
     peak = -1e30
     total = 0.0
@@ -80,6 +56,41 @@ def merge_chunk_kernel(
     do_not_specialize=["num_requests", "target", "num_heads"],
     do_not_specialize_on_alignment=["kv_indptr"],
 )
+def merge_chunk_kernel(
+    partial_out,  # float16 or float32 [splits, QUERIES, Hq, DIM]
+    partial_lse,  # float32 [splits, QUERIES, Hq]
+    kv_indptr,
+    num_requests,
+    target,
+    num_heads,
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    BLOCK: tl.constexpr,  # splits taken at a time
+    WHOLE: tl.constexpr,  # all splits of the row; else 64
+    DEPENDENT: tl.constexpr,
+):
+    """The splits of a request and row, or each 64 of them, into the place of the first."""
+    j, token, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS)
+    wait_and_release(DEPENDENT)
+    if WHOLE:
+        if count > 0:
+            _merge_run(partial_out, partial_lse, first, 0, count, token, j, num_heads, QUERIES, DIM, PADDED, BLOCK)
+    else:
+        # A request that is much longer than the others has more chunks than it has programs.
+        for i in range(chunk, tl.cdiv(count, _CHUNK), tl.num_programs(2)):
+            end = tl.minimum((i + 1) * _CHUNK, count)
+            _merge_run(
+                partial_out, partial_lse, first, i * _CHUNK, end, token, j, num_heads, QUERIES, DIM, PADDED, BLOCK
+            )
+
+
+@triton.jit(
+    do_not_specialize=["num_requests", "target", "num_heads"],
+    do_not_specialize_on_alignment=["kv_indptr"],
+)
 def merge_row_kernel(
     partial_out,
     partial_lse,
@@ -92,7 +103,7 @@ def merge_row_kernel(
     num_heads,
     stride_ot,
     stride_oh,
-    WHOLE: tl.constexpr,  # merge_chunk_kernel has left one part of a row; else one for every 64 splits if it has more
+    WHOLE: tl.constexpr,  # merge_chunk_kernel has left one part of a row; else one for every 64 splits
     GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
     DIM: tl.constexpr,
@@ -114,9 +125,8 @@ def merge_row_kernel(
     peak = -1e30
     total = 0.0
     merged = tl.zeros([PADDED], tl.float32)
-    step = tl.where(count <= _CHUNK, 1, _CHUNK)
-    for i in range(0, tl.cdiv(count, _PARTS * step)):
-        split = (i * _PARTS + tl.arange(0, _PARTS)) * step
+    for start in range(0, count, _PARTS * _CHUNK):
+        split = start + tl.arange(0, _PARTS) * _CHUNK
         live = split < count
         row = ((first + split).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
         peak, total, merged = _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM)

@@ -16,11 +16,6 @@ _UNIT = tl.constexpr(SPLIT_UNIT)
 #: Below so many tokens a split, half as many splits are made: each has a start and an end of its own to pay for.
 WORTHWHILE = 256
 _WORTHWHILE = tl.constexpr(WORTHWHILE)
-#: Splits that one merging program takes. A request of up to 64 tokens for each of them is cut into no more, so that
-#: one launch merges them: it would take longer to merge twice than to read 64 tokens after one another.
-CHUNK = 64
-SHORT = 64 * CHUNK
-_CHUNK, _SHORT = tl.constexpr(CHUNK), tl.constexpr(SHORT)
 _STEPS = 6  # sizes that are tried: the ideal one, and up to five eighths more
 _TRIES = tl.constexpr(_STEPS)
 
@@ -40,11 +35,9 @@ def split_lengths(lengths: torch.Tensor, target: int) -> tuple[int, torch.Tensor
     if total < WORTHWHILE * target:
         target = -(-target // 2)
     ideal = -(-total // target)
-    longest = int(lengths.max())
-    least = _unit(-(-longest // CHUNK) if longest <= SHORT else 0)
-    size = max(least, _unit(-(-total // (target - batch)) if target > batch else total))
+    size = _unit(-(-total // (target - batch)) if target > batch else total)
     for k in reversed(range(_STEPS)):
-        trial = max(least, _unit(ideal + ideal * k // 8))
+        trial = _unit(ideal + ideal * k // 8)
         if int((-(-lengths // trial)).sum()) <= target:
             size = trial
     return size, -(-lengths // size)
@@ -66,11 +59,9 @@ def request_splits(kv_indptr, num_requests, target, REQUESTS: tl.constexpr):
     ideal = tl.cdiv(total, target)
     spare = tl.maximum(target - num_requests, 1)
     size = tl.where(target > num_requests, tl.cdiv(total, spare), total)
-    longest = tl.max(length, 0)
-    least = tl.maximum(tl.cdiv(tl.where(longest <= _SHORT, tl.cdiv(longest, _CHUNK), 0), _UNIT), 1) * _UNIT
-    size = tl.maximum(tl.cdiv(size, _UNIT) * _UNIT, least)
+    size = tl.maximum(tl.cdiv(size, _UNIT), 1) * _UNIT
     for i in tl.static_range(_TRIES):
-        trial = tl.maximum(tl.cdiv(ideal + ideal * (_TRIES - 1 - i) // 8, _UNIT) * _UNIT, least)
+        trial = tl.maximum(tl.cdiv(ideal + ideal * (_TRIES - 1 - i) // 8, _UNIT), 1) * _UNIT
         size = tl.where(tl.sum(tl.cdiv(length, trial), 0) <= target, trial, size)
     return size, tl.cdiv(length, size)
 

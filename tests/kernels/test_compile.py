@@ -100,7 +100,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, fold
     tables = DeviceTables.of(codec)
     rows = torch.zeros(64, codec.layout.row_bytes, dtype=torch.uint8)
     q, k, v = torch.zeros(8, 4 * heads, dim, dtype=dtype), *torch.zeros(2, 8, heads, dim, dtype=dtype)
-    for encode.FEW_VECTORS in (8 * heads, 0):
+    for encode.FEW_CHANNELS in (8 * heads * dim, 0):
         encode.encode(tables, k, v, rows, torch.arange(8), q, torch.zeros_like(q, dtype=torch.float32))
     # The CPU's tables carry float32 operands; a GPU's are float16.
     object.__setattr__(tables, "levels", tables.half_levels)

@@ -22,19 +22,19 @@ from .matrix import DEVICE, EVERY, LARGE, SMALL, Case, Data, data, over, relativ
 TEMPLATE, HANDMADE = SMALL[0], SMALL[9]
 #: bfloat16 takes a matrix of its own, in two pieces.
 BFLOAT16 = [replace(case, dtype="bfloat16") for case in (TEMPLATE, SMALL[2], SMALL[7])]
-#: Both kernels, and the number of keys up to which the one for a few tokens is chosen.
+#: Both kernels, and the number of channels up to which the one for a few tokens is chosen.
 KERNELS = {"rows": 0, "few": 1 << 30}
 both_kernels = pytest.mark.parametrize("kernel", KERNELS)
 
 
 @contextmanager
 def chosen(kernel: str):
-    usual = encode_module.FEW_VECTORS
-    encode_module.FEW_VECTORS = KERNELS[kernel]
+    usual = encode_module.FEW_CHANNELS
+    encode_module.FEW_CHANNELS = KERNELS[kernel]
     try:
         yield
     finally:
-        encode_module.FEW_VECTORS = usual
+        encode_module.FEW_CHANNELS = usual
 
 
 def skip_unless_read(d: Data, kernel: str) -> None:
