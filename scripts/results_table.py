@@ -85,7 +85,7 @@ def speed() -> str:
     for r in read("kernels_h100.csv"):
         if r["kernel"] != "decode" or r["index"] != "shuffled" or not r["us"]:
             continue
-        method = r["method"].split("-")[1] if "-" in r["method"] else f"{r['method']} {r['k_bits']}"
+        method = r["method"].split("-")[1] if r["method"].endswith(("bf16", "fp8")) else f"{r['method']} {r['k_bits']}"
         at = best.setdefault((r["shape"], int(r["batch"]), int(r["context"])), {})
         at[method] = min(float(r["us"]), at.get(method, float("inf")))
     lines = [
@@ -93,9 +93,9 @@ def speed() -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for (shape, batch, context), us in best.items():
-        cells = [us["bf16"], us["fp8"], us["uniform 3"], us["template 3"], us["template 2"]]
-        name = f"{shape}, {batch} x {context // 1024}K"
-        lines.append(f"| {name} | {' | '.join(f'{x:.1f}' for x in cells)} | {cells[0] / cells[3]:.2f}x |")
+        cells = [us.get(name) for name in ("bf16", "fp8", "uniform 3", "template 3", "template 2")]
+        name, shown = f"{shape}, {batch} x {context // 1024}K", (f"{x:.1f}" if x else "" for x in cells)
+        lines.append(f"| {name} | {' | '.join(shown)} | {cells[0] / cells[3]:.2f}x |")
     steps: dict[tuple, dict[str, float]] = {}
     names = {"decode_step": "decode step", "prefill": "prefill", "extend": "512 new tokens on a cached prefix"}
     for r in read("server_steps_h100.csv"):
