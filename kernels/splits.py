@@ -14,7 +14,8 @@ import triton.language as tl
 SPLIT_UNIT = 32  # tokens
 _UNIT = tl.constexpr(SPLIT_UNIT)
 #: Below so many tokens a split, half as many splits are made: each has a start and an end of its own to pay for.
-WORTHWHILE = 256
+#: Not higher: half as many programs leave half of a multiprocessor's warps empty, and take nearly as long.
+WORTHWHILE = 192
 _WORTHWHILE = tl.constexpr(WORTHWHILE)
 _STEPS = 6  # sizes that are tried: the ideal one, and up to five eighths more
 _TRIES = tl.constexpr(_STEPS)
