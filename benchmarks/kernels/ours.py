@@ -14,6 +14,8 @@ from sglang_blockgtq.kernels.attention import DecodeScratch, decode_attention
 from sglang_blockgtq.kernels.encode import encode
 from sglang_blockgtq.kernels.tables import DeviceTables
 
+from .folded import decode_folded
+
 INDEX_DTYPE = torch.int64  # of kv_indices, as SGLang's Triton backend has it
 
 __all__ = ["INDEX_DTYPE", "encode", "ours", "ours_folded", "ours_multi", "plan"]
@@ -64,7 +66,8 @@ def ours_folded(
     kv_indices: torch.Tensor,
     sm_scale: float,
     page: int,
+    longest: int,
     **step: Any,
 ) -> torch.Tensor:
     """As :func:`ours`, with another query for each page of ``page`` tokens: the cost of a page-relative frame."""
-    raise NotImplementedError("not built: no kernel takes a query per page")
+    return decode_folded(tables, q, rows, kv_indptr, kv_indices, sm_scale, page, longest, **step)

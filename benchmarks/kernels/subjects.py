@@ -13,7 +13,7 @@ from sglang_blockgtq.kernels import naive
 from sglang_blockgtq.kernels.layout import gather_rows, num_slots
 from sglang_blockgtq.kernels.tables import DeviceTables
 
-from . import ours, peers
+from . import folded, ours, peers
 from .cases import ENCODE_KERNEL, Case, Method
 from .data import FP8, Encode, Index, Pool, make_codec, windows
 from .reference import dense_attention, relative_error, small_lengths
@@ -180,7 +180,7 @@ class Packed(Attention):
         longest, heads = max(index.lengths), case.shape.q_heads
         step = ours.plan(self.tables, index.batch, longest, self.pool.device, heads, case.queries)
         if case.method.folded:
-            step["page"] = case.method.folded
+            step |= {"page": case.method.folded, "longest": longest}
         if case.queries > 1:
             step["queries"] = case.queries
         call = ours.ours_folded if case.method.folded else ours.ours_multi if case.queries > 1 else ours.ours
@@ -188,6 +188,8 @@ class Packed(Attention):
 
     def reference(self, case: Case, index: Index, q: torch.Tensor) -> torch.Tensor:
         rows, slots = windows(self.rows, index.slots)[0], index.flat(1, torch.int64)
+        if case.method.folded:
+            return folded.reference(self.codec, q, rows, *slots, self.pool.sm_scale, case.method.folded)
         return naive.decode_attention(self.codec, q, rows, *slots, self.pool.sm_scale, case.queries)[0]
 
     def windows(self, case: Case) -> int:
