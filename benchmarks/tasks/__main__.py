@@ -212,7 +212,8 @@ def run_tasks(args: argparse.Namespace, servers: Servers, jobs: list[Job], recor
                 if error:
                     failed[config] = error
             except (ServerError, requests.RequestException) as e:
-                failed[config] = summary(str(e))
+                if budget.left > 0:  # else it was only cut off
+                    failed[config] = summary(str(e))
                 print(f"{config}: {e}", file=sys.stderr, flush=True)
         if left := len(open_jobs(jobs, config, name, record)):
             missing[config] = left

@@ -106,6 +106,8 @@ def test_chains_of_variables(haystack):
     for new, old in re.findall(r"The variable (\w+) is set to (?:the value of )?(\w+)\.", sample.context):
         values[new] = values.get(old, old)  # in the order of the text: a chain never runs ahead of itself
     wanted = re.search(r"value (\d+)", sample.question)[1]
+    begins = [m.start() for m in re.finditer(r"is set to \d", sample.context)]
+    assert max(begins) - min(begins) > 0.1 * len(sample.context)  # other chains begin elsewhere
     assert len(values) == 15 and len(set(values.values())) == 3
     assert {name for name, value in values.items() if value == wanted} == set(sample.answers)
 
@@ -126,6 +128,8 @@ def test_what_does_not_fit_is_refused(haystack):
         make("multikey", haystack, 300, 0.5, 0, RUNGS["multikey"][8], 0)
     with pytest.raises(ValueError, match="length 400: too short for 10 words of ratio 20"):
         make("words", haystack, 400, None, 0, {"count": 10, "ratio": 20}, 0)
+    with pytest.raises(ValueError, match="ratio 1 does not set 2 words apart"):
+        make("words", haystack, 2000, None, 0, {"count": 2, "ratio": 1}, 0)
     with pytest.raises(ValueError, match="distractors 25: 24 is the most"):
         make("distractor", haystack, 4000, 0.5, 0, {"digits": 7, "count": 25}, 0)
     with pytest.raises(ValueError, match="1 sentences of prose"):
@@ -141,6 +145,18 @@ def test_fit_exchanges_when_nothing_of_the_size_is_spare():
     assert sorted(size for _, size in got) == [5, 5, 5, 7]
     with pytest.raises(ValueError, match="length 3"):
         fit([], spare, lambda units: sum(size for _, size in units), 3, random.Random(0))
+
+
+def test_fit_counts_what_neighbours_lose():
+    """Neighbours of one kind merge into one token less: sizes alone would miss the target."""
+    spare = [(kind, size) for kind in "abc" for size in (3, 4, 5)]
+
+    def count(units: list) -> int:
+        return sum(size for _, size in units) - sum(a[0] == b[0] for a, b in zip(units, units[1:], strict=False))
+
+    for seed in range(50):
+        rng = random.Random(seed)
+        assert count(fit(rng.choices(spare, k=30), spare, count, 100, rng)) == 100
 
 
 def test_lay_puts_sentences_at_the_nearest_gap():
@@ -188,6 +204,8 @@ def test_search_finds_the_range_by_bisection():
     asked, measure = rates(1, 0.7, 0.3, None, None)  # what does not fit is too hard
     rung, measured = search(5, measure)
     assert (rung, asked) == (1, [2, 0, 1]) and verdict(measured, rung, 5) == ""
+    asked, measure = rates(1, 0.7, None, None, None)
+    assert search(5, measure)[0] == 1 and asked == [2, 0, 1]
 
 
 def test_search_says_why_nothing_is_in_range():

@@ -178,7 +178,8 @@ def test_a_second_run_goes_on(model, fake, text, tmp_path):
     assert len(fake.requests) == asked and out.read_text() == before
     assert program.main(arguments(model, fake, text, out, "--depths", "0,100")) == 0
     assert len(fake.requests) == 2 * asked
-    assert len(lines.read_text().splitlines()) == 16 and len(table(out)) == 8
+    answers = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert len(answers) == 16 and all(a["config"] == "k3v3" for a in answers) and len(table(out)) == 8
     assert len(json.loads(out.with_suffix(".json").read_text())["resumed"]) == 2
 
 
