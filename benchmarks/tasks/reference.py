@@ -16,6 +16,7 @@ class Reference:
 
     def __init__(self, model: Any, tokenizer: Any):
         self.model, self.tokenizer, self.lock = model.eval(), tokenizer, threading.Lock()
+        self.closed = False
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -26,10 +27,13 @@ class Reference:
                 except (KeyError, ValueError) as e:
                     status, answer = 400, {"error": str(e)}
                 data = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
+                try:
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(data)))
+                    self.end_headers()
+                    self.wfile.write(data)
+                except (BrokenPipeError, ConnectionResetError):
+                    pass  # who asked ran out of time and went
 
             def log_message(self, *args: object) -> None:
                 pass
@@ -53,6 +57,9 @@ class Reference:
     def __exit__(self, *_: object) -> None:
         self.http.shutdown()
         self.http.server_close()
+        # An answer still being generated would be computing while the process ends; none begins after it.
+        with self.lock:
+            self.closed = True
 
     def complete(self, body: dict) -> dict:
         """Answer to a body of /v1/completions. ValueError for what this server cannot do."""
@@ -67,6 +74,8 @@ class Reference:
         if new > 1:
             prompt = torch.tensor([ids], device=self.model.device)
             with self.lock, torch.inference_mode():
+                if self.closed:
+                    raise ValueError("the server is closing")
                 every = self.model.generate(
                     prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False
                 )
