@@ -85,24 +85,25 @@ def metric(rows: Sequence[Row], column: str, path: Path, title: str, window: str
 
 
 def wins(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Share of layers won by each method, per measure: at equal bytes where that was compared, else at equal bits."""
+    """Layers won by each method, per measure: at equal code bits, and below at equal bytes if that was compared."""
     plain = [row for row in rows if not row.get("window")]
-    at = "bytes" if any(row["at"] == "bytes" for row in plain) else "bits"
-    plain = [row for row in plain if row["at"] == at]
     bits = _bits(plain)
-    against = plain[0]["against"]
-    figure, axes = _figure(1, len(bits), 3.8, 3.6, f"{title}: layers won against {against} at equal {at}", sharey=True)
-    for width, ax in zip(bits, axes[0], strict=True):
-        chosen = [row for row in plain if float(row["k_bits"]) == width]
-        share = [[_share(row, column) for column in METRICS] for row in chosen]
-        _image(ax, np.array(share), vmin=0, vmax=1)
-        ax.set_xticks(range(len(METRICS)), METRICS, rotation=30, ha="right", fontsize=8)
-        ax.set_yticks(range(len(chosen)), [str(row["method"]) for row in chosen], fontsize=8)
-        for i, row in enumerate(chosen):
-            for j, column in enumerate(METRICS):
-                color = "white" if share[i][j] < 0.6 else "black"
-                ax.text(j, i, f"{row[column]}/{row['layers']}", ha="center", va="center", fontsize=7, color=color)
-        ax.set_title(f"{width:g} bits", fontsize=10)
+    kinds = [at for at in ("bits", "bytes") if any(row["at"] == at for row in plain)]
+    title = f"{title}: layers won against {plain[0]['against']}"
+    figure, axes = _figure(len(kinds), len(bits), 3.8, 3.4, title, sharex=True)
+    for at, line in zip(kinds, axes, strict=True):
+        for width, ax in zip(bits, line, strict=True):
+            chosen = [row for row in plain if row["at"] == at and float(row["k_bits"]) == width]
+            share = [[_share(row, column) for column in METRICS] for row in chosen]
+            _image(ax, np.array(share), vmin=0, vmax=1)
+            ax.set_xticks(range(len(METRICS)), METRICS, rotation=30, ha="right", fontsize=8)
+            names = [f"{row['method']}, {float(row['bytes']):.4g} B" for row in chosen]
+            ax.set_yticks(range(len(chosen)), names, fontsize=7)
+            for i, row in enumerate(chosen):
+                for j, column in enumerate(METRICS):
+                    color = "white" if share[i][j] < 0.6 else "black"
+                    ax.text(j, i, f"{row[column]}/{row['layers']}", ha="center", va="center", fontsize=7, color=color)
+            ax.set_title(f"{width:g} bits, at equal {at}", fontsize=10)
     figure.savefig(path)
 
 
