@@ -170,6 +170,19 @@ class TestReport:
         with pytest.raises(ValueError, match="template takes 53 bytes and uniform-hadamard 52"):
             report.counter_claim(rows)
 
+    def test_template_at_a_peers_bytes(self):
+        rows = [
+            *(row("kivi", i, mae=0.4, kl=0.3, equal=(3.5, 3.5), size=30.0) for i in range(2)),
+            *(row("template", i, bits=3.5, mae=0.1 + 0.3 * i, kl=0.1, equal=(3.5, 3.5), size=30.0) for i in range(2)),
+        ]
+        (line,) = report.peer_rows(self.rows + rows)
+        assert (line["method"], line["k_bits"], line["against"]) == ("template", 3.5, "kivi K3")
+        assert (line["bytes"], line["against_bytes"]) == (56, 56)
+        assert line["mae_ratio"] == pytest.approx((0.25 + 1) / 2) and (line["wins_mae"], line["wins_softmax_kl"]) == (
+            1,
+            2,
+        )
+
     def test_rows_read_back_give_the_same(self):
         text = [{k: str(v) for k, v in r.items()} for r in self.rows]
         assert report.summary(text) == report.summary(self.rows)
@@ -218,6 +231,8 @@ def test_line_up(subject):
     asked = {(name, bits, 0) for name in lineup.CODED for bits in (2, 3)}
     asked |= {(name, bits, 1) for name in lineup.SEEDED for bits in (2, 3)}
     assert set(names) >= asked | {("bf16", 16, 0), ("fp8_e4m3", 8, 0)}
+    ours = {(e.method.k_bits, e.method.v_bits) for e in entries if e.method.name == "template"}
+    assert {e.equal for e in entries if e.method.name in lineup.PEERS} <= ours
     uniform = {(e.method.k_bits, e.method.v_bits): e for e in entries if e.method.name == lineup.BASELINE}
     for e in entries:
         if e.method.name == "bf16":
@@ -270,7 +285,9 @@ def test_program_on_a_tiny_model(subject, tmp_path, monkeypatch, capsys):
     argv = f"panel --model-path tiny --out {out} --pictures {images} --prefix t_ --bits 3 --queries 4 --window"
     assert program.main([*argv.split(), "--tokens", "300"]) == 0
     tables = {path.stem: read_csv(path) for path in out.glob("*.csv")}
-    assert sorted(tables) == sorted(["layers", "summary", "wins", "counter_claim", "fingerprint", "entropy", "energy"])
+    assert sorted(tables) == sorted(
+        ["layers", "summary", "wins", "counter_claim", "peers", "fingerprint", "entropy", "energy"]
+    )
     rows = tables["layers"]
     assert {r["tokens"] for r in rows} == {"300"} and {r["queries"] for r in rows} == {"4"}
     assert {(r["method"], r["window"]) for r in rows} == {
@@ -285,6 +302,14 @@ def test_program_on_a_tiny_model(subject, tmp_path, monkeypatch, capsys):
         plain = next(r for r in rows if r["method"] == "template" and r["layer"] == windowed["layer"])
         assert float(windowed["mae"]) < float(plain["mae"]) and float(windowed["k_bytes"]) > float(plain["k_bytes"])
     assert len(tables["summary"]) == len(report.summary(rows)) and len(tables["counter_claim"]) == 4
+    assert {r["against"] for r in tables["peers"]} == {
+        "fp8_e4m3 K8",
+        "int_per_token K3",
+        "kivi K3",
+        "kivi-scale-only K3",
+    }
+    for r in tables["peers"]:
+        assert r["method"] == "template" and float(r["bytes"]) <= float(r["against_bytes"]) + 1
     record = json.loads((out / "panel.json").read_text())
     assert record["evaluation"]["layers"] == [0, 1] and record["evaluation"]["tokens"] == 300
     assert "--bits 3 --window" in record["command"] and str(tmp_path) not in record["command"]

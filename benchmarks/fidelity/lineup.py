@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,8 @@ BLOCK_GTQ = ("paper", "paper-slot", "product", "product-slot", "template")
 CODED = (BASELINE, HADAMARD, "int_per_token", "kivi", "kivi-scale-only", *BLOCK_GTQ)
 CASTS = {"bf16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn}
 METHODS = (*CASTS, *CODED)
+PEERS = ("fp8_e4m3", "int_per_token", "kivi", "kivi-scale-only")  # of other sizes than whole bits and one scale
+DEFAULT = "template"  # so run at the peers' bytes, too
 SEEDED = (BASELINE, HADAMARD, "product-slot", "template")  # run with further rotations if asked
 
 
@@ -76,8 +78,9 @@ def _method(subject: Subject, name: str, bits: float, seed: int, first: torch.Te
 
 
 def line_up(subject: Subject, names: Sequence[str], bits: Sequence[float], seeds: int = 1) -> list[Entry]:
-    """All methods with K and V of one width, then the uniform caches that a comparison at equal bytes still wants.
+    """All methods with K and V of one width, then what a comparison at equal bytes still wants.
 
+    That is the uniform cache at everybody's bytes and, if asked for, ``template`` at the peers'.
     seeds: rotations of those in :data:`SEEDED`; everything else is there once, as seed 0.
     """
     tokens, dim = len(subject.ids), subject.head_dim
@@ -91,7 +94,12 @@ def line_up(subject: Subject, names: Sequence[str], bits: Sequence[float], seeds
     for seed, method in methods:
         equal = [equal_bits(size, dim) for size in method.sizes(tokens)]
         out.append(Entry(method, seed, None if None in equal else tuple(equal)))
-    have = {(e.method.k_bits, e.method.v_bits) for e in out if e.method.name == BASELINE and e.seed == 0}
-    for pair in sorted({e.equal for e in out if e.equal and e.seed == 0} - have):
-        out.append(Entry(_uniform(subject, BASELINE, *pair, 0), 0, pair))
-    return out
+
+    def at_bytes(name: str, of: Sequence[str], make: Callable[[float, float], Packed]) -> list[Entry]:
+        have = {(e.method.k_bits, e.method.v_bits) for e in out if e.method.name == name and e.seed == 0}
+        wanted = {e.equal for e in out if e.equal and e.seed == 0 and e.method.name in of}
+        return [Entry(make(*pair), 0, pair) for pair in sorted(wanted - have)]
+
+    if DEFAULT in names:
+        out += at_bytes(DEFAULT, PEERS, lambda k, v: Packed(subject.allocation(DEFAULT, k, v)))
+    return out + at_bytes(BASELINE, METHODS, lambda k, v: _uniform(subject, BASELINE, k, v, 0))

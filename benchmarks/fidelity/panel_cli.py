@@ -99,6 +99,7 @@ def measure(subject: run.Subject, args: argparse.Namespace) -> dict[str, list[Ro
         "summary": report.summary(rows),
         "wins": report.win_rows(rows, args.against),
         "counter_claim": report.counter_claim(rows),
+        "peers": report.peer_rows(rows),
         "fingerprint": prints,
         "entropy": entropies,
         "energy": widths.energy_rows(subject),
@@ -114,6 +115,7 @@ def fields(stem: str, rows: list[Row]) -> tuple[str, ...]:
         "summary": report.SUMMARY_FIELDS,
         "wins": report.WINS_FIELDS,
         "counter_claim": report.COUNTER_FIELDS,
+        "peers": report.COUNTER_FIELDS,
         "entropy": widths.ENTROPY_FIELDS,
         "energy": widths.ENERGY_FIELDS,
     }[stem]
@@ -123,10 +125,12 @@ def verdict(tables: dict[str, list[Row]]) -> str:
     """The summary at equal bytes and the counter-claim, for a person to read."""
     equal = [row for row in tables["summary"] if "bytes" in str(row.get("at", "bytes"))]
     lines = [f"ratios to {BASELINE} at equal bytes", report.text(equal, COLUMNS)]
-    if tables["counter_claim"]:
-        columns = {"method": "method", "k_bits": "K", "window": "window", "seed": "seed", "bytes": "bytes"}
-        columns |= {name: heading for name, heading in COLUMNS.items() if name not in columns and name != "v_bits"}
-        lines += ["", "against uniform-hadamard at equal bytes", report.text(tables["counter_claim"], columns)]
+    for stem, heading in (("counter_claim", "against uniform-hadamard"), ("peers", "template at the bytes of others")):
+        if tables[stem]:
+            columns = {"method": "method", "k_bits": "K", "window": "window", "seed": "seed", "bytes": "bytes"}
+            columns |= {"against": "against", "against_bytes": "its bytes"}
+            columns |= {name: text for name, text in COLUMNS.items() if name not in columns and name != "v_bits"}
+            lines += ["", heading, report.text(tables[stem], columns)]
     return "\n".join(lines)
 
 

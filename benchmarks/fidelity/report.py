@@ -1,4 +1,4 @@
-"""Tables from the panel's rows: the summary, layers won, and the answer to the Hadamard counter-claim.
+"""Tables from the panel's rows: the summary, layers won, the Hadamard counter-claim, ``template`` at others' bytes.
 
 Rows are those of panel.py, measured or read back from the CSV.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from statistics import fmean
 
-from .lineup import BASELINE, HADAMARD
+from .lineup import BASELINE, DEFAULT, HADAMARD, PEERS
 from .panel import METRICS
 from .run import Row
 
@@ -29,7 +29,7 @@ COUNTER_FIELDS = (
     *RATIOS,
     *(f"wins_{name}" for name in METRICS),
 )
-CONTENDERS = ("template", "product-slot")
+CONTENDERS = (DEFAULT, "product-slot")
 
 Key = tuple[str, float, float, str, int]
 Layers = dict[int, Row]
@@ -96,13 +96,15 @@ def _label(key: Key) -> Row:
     return dict(zip(("method", "k_bits", "v_bits", "window"), key, strict=False))
 
 
-def _equal_bytes(key: Key, layers: Layers, configs: dict[Key, Layers]) -> tuple[Key, Layers] | None:
-    """The uniform cache of as many bytes (see lineup.equal_bits)."""
+def _equal_bytes(
+    key: Key, layers: Layers, configs: dict[Key, Layers], name: str = BASELINE
+) -> tuple[Key, Layers] | None:
+    """The cache ``name`` of as many bytes (see lineup.equal_bits)."""
     row = next(iter(layers.values()))
     k_bits, v_bits = _number(row, "equal_k_bits"), _number(row, "equal_v_bits")
     if k_bits is None:
         return None
-    found = (BASELINE, k_bits, v_bits, key[3], 0)
+    found = (name, k_bits, v_bits, key[3], 0)
     return (found, configs[found]) if found in configs else None
 
 
@@ -169,13 +171,28 @@ def counter_claim(rows: Iterable[Row]) -> list[Row]:
         base = configs.get((HADAMARD, *key[1:]))
         if key[0] not in CONTENDERS or base is None:
             continue
-        sizes = {"bytes": size(mine), "against_bytes": size(base)}
-        if abs(sizes["bytes"] - sizes["against_bytes"]) > 1e-6:
-            raise ValueError(f"{key[0]} takes {sizes['bytes']:g} bytes and {HADAMARD} {sizes['against_bytes']:g}")
-        won = {f"wins_{name}": count for name in METRICS if (count := wins(mine, base, name)) is not None}
-        label = {**_label(key), "seed": key[4], "against": HADAMARD, "layers": len(mine)}
-        out.append({**label, **sizes, **_ratios(mine, base), **won})
+        if abs(size(mine) - size(base)) > 1e-6:
+            raise ValueError(f"{key[0]} takes {size(mine):g} bytes and {HADAMARD} {size(base):g}")
+        out.append(_duel(key, mine, HADAMARD, base))
     return out
+
+
+def peer_rows(rows: Iterable[Row]) -> list[Row]:
+    """``template`` at the bytes of each cache of another kind: K and V bits are template's."""
+    configs = by_config(rows)
+    out = []
+    for key, peer in configs.items():
+        equal = _equal_bytes(key, peer, configs, DEFAULT) if key[0] in PEERS else None
+        if equal:
+            out.append(_duel(*equal, f"{key[0]} K{key[1]:g}", peer))
+    return out
+
+
+def _duel(key: Key, mine: Layers, against: str, base: Layers) -> Row:
+    """One configuration against another, in every column."""
+    label = {**_label(key), "seed": key[4], "against": against, "layers": len(mine)}
+    won = {f"wins_{name}": count for name in METRICS if (count := wins(mine, base, name)) is not None}
+    return {**label, "bytes": size(mine), "against_bytes": size(base), **_ratios(mine, base), **won}
 
 
 def text(rows: list[Row], columns: dict[str, str]) -> str:
