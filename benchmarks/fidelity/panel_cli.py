@@ -50,11 +50,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--every", type=int, default=1, help="measure each n-th layer only (default 1: all)")
     p.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
     p.add_argument("--quick", action="store_true", help=f"to try it out, under a minute on a small model: {QUICK}")
-    p.add_argument("--draw", action="store_true", help="only draw the pictures again from the CSV files in --out")
+    p.add_argument(
+        "--draw", action="store_true", help="only make tables and pictures again, from what was measured in --out"
+    )
     return p
 
 
-def provenance(args: argparse.Namespace, subject: run.Subject, head: str, layers: list[int]) -> dict:
+def provenance(args: argparse.Namespace, subject: run.Subject, head: str) -> dict:
     """What someone needs to make the same files again. Absolute paths are reduced to names."""
 
     def named(path: str | Path) -> str:
@@ -80,7 +82,7 @@ def provenance(args: argparse.Namespace, subject: run.Subject, head: str, layers
             **text_source(args.text),
             "tokens": len(subject.ids),
             "queries_per_window": args.queries,
-            "layers": layers,
+            "layers": list(range(0, len(subject.rope), args.every)),
             "seed": run.SEED,
             "rotations": args.seeds,
         },
@@ -88,22 +90,39 @@ def provenance(args: argparse.Namespace, subject: run.Subject, head: str, layers
     }
 
 
-def measure(subject: run.Subject, args: argparse.Namespace) -> dict[str, list[Row]]:
-    """All tables, by stem of their file."""
-    layers = list(range(0, len(subject.rope), args.every))
-    entries = line_up(subject, args.methods, args.bits, args.seeds)
-    rows = panel.panel_rows(subject, entries, args.queries, layers, args.window)
-    prints, entropies = widths.allocation_rows(subject, FINGERPRINT_BITS)
+def derived(rows: list[Row], against: str) -> dict[str, list[Row]]:
+    """The tables that follow from ``layers.csv``, by stem of their file. Rows as read back: a tie stays a tie."""
     return {
-        "layers": rows,
         "summary": report.summary(rows),
-        "wins": report.win_rows(rows, args.against),
+        "wins": report.win_rows(rows, against),
         "counter_claim": report.counter_claim(rows),
         "peers": report.peer_rows(rows),
-        "fingerprint": prints,
-        "entropy": entropies,
-        "energy": widths.energy_rows(subject),
     }
+
+
+def write_all(tables: dict[str, list[Row]], folder: Path) -> None:
+    for stem, rows in tables.items():
+        if rows:
+            write_csv(rows, folder / f"{stem}.csv", fields(stem, rows))
+
+
+def measure(subject: run.Subject, args: argparse.Namespace) -> None:
+    """Write ``layers.csv`` and what follows from calibration alone."""
+    entries = line_up(subject, args.methods, args.bits, args.seeds)
+    rows = panel.panel_rows(subject, entries, args.queries, range(0, len(subject.rope), args.every), args.window)
+    prints, entropies = widths.allocation_rows(subject, FINGERPRINT_BITS)
+    energies = widths.energy_rows(subject)
+    write_all({"layers": rows, "fingerprint": prints, "entropy": entropies, "energy": energies}, args.out)
+
+
+def finish(args: argparse.Namespace) -> None:
+    """Tables and pictures from the files that :func:`measure` wrote."""
+    measured = {stem: read_csv(args.out / f"{stem}.csv") for stem in ("layers", "fingerprint", "entropy", "energy")}
+    tables = derived(measured["layers"], args.against)
+    write_all(tables, args.out)
+    name = json.loads((args.out / "panel.json").read_text())["model"]["name"]
+    pictures.draw_all({**measured, **tables}, args.pictures or args.out, args.prefix, name)
+    print(verdict(tables))
 
 
 def fields(stem: str, rows: list[Row]) -> tuple[str, ...]:
@@ -137,10 +156,7 @@ def verdict(tables: dict[str, list[Row]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.draw:
-        stems = ("layers", *pictures.TABLES)
-        tables = {stem: read_csv(args.out / f"{stem}.csv") for stem in stems}
-        name = json.loads((args.out / "panel.json").read_text())["model"]["name"]
-        pictures.draw_all(tables, args.pictures or args.out, args.prefix, name)
+        finish(args)
         return 0
     if not args.model_path:
         parser().error("--model-path is required, except with --draw")
@@ -151,15 +167,10 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     subject = run.load(args.model_path, args.text, args.calibration_text)
     subject.ids = subject.ids[: args.tokens]
-    tables = measure(subject, args)
-    for stem, rows in tables.items():
-        if rows:
-            write_csv(rows, args.out / f"{stem}.csv", fields(stem, rows))
-    layers = sorted({int(row["layer"]) for row in tables["layers"]})
-    record = provenance(args, subject, head, layers)
+    measure(subject, args)
+    record = provenance(args, subject, head)
     (args.out / "panel.json").write_text(json.dumps(record, indent=2) + "\n")
-    pictures.draw_all(tables, args.pictures or args.out, args.prefix, record["model"]["name"])
-    print(verdict(tables))
+    finish(args)
     return 0
 
 
