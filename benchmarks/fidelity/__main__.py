@@ -1,54 +1,23 @@
-"""``python -m benchmarks.fidelity --model-path PATH --out FILE.csv``: measure, write CSV and JSON, check targets."""
+"""``python -m benchmarks.fidelity --model-path PATH --out FILE.csv``: measure, write CSV and JSON, check targets.
+
+``python -m benchmarks.fidelity panel --help``: the paper's panel, all methods side by side.
+"""
 
 from __future__ import annotations
 
 import argparse
-import csv
-import hashlib
 import json
-import platform
-import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from sglang_blockgtq.calibrate.model import config_hash, weights_hash
-
-from . import plot, run, targets
-
-
-def write_csv(rows: list[run.Row], path: Path) -> None:
-    """One line per row, six significant digits, empty where a column does not apply."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, run.FIELDS, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-
-
-def commit() -> str:
-    """Commit of the working tree, with ``-dirty`` where tracked or new files differ; "" outside git."""
-    root = Path(__file__).resolve().parents[2]
-    git = ["git", "-C", str(root)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "--", "kernels", "calibrate", "benchmarks/fidelity"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return head + ("-dirty" if changes.strip() else "")
+from . import panel_cli, plot, run, targets
+from .record import commit, machine, sources, text_source, write_csv
 
 
 def provenance(args: argparse.Namespace, subject: run.Subject, head: str) -> dict:
     """What someone needs to make the same file again. Absolute paths are reduced to names."""
-    text = args.text or run.default_text()
     command = ["python -m benchmarks.fidelity"]
     for option in ("model_path", "out", "text", "calibration_text", "picture"):
         if path := getattr(args, option):
@@ -57,35 +26,23 @@ def provenance(args: argparse.Namespace, subject: run.Subject, head: str) -> dic
     return {
         "command": " ".join([*command, f"--queries {args.queries}"]),
         "commit": head,
-        "model": {
-            "name": Path(args.model_path).name,
-            "config_hash": config_hash(subject.model.config),
-            "weights_hash": weights_hash(args.model_path),
-            "dtype": "float32",
-        },
-        "calibration": {
-            "text": Path(args.calibration_text).name if args.calibration_text else "pydoc_data.topics",
-            "tokens": subject.moments.tokens,
-            "ids_sha256": subject.calibration_hash,
-        },
+        **sources(args.model_path, args.calibration_text, subject),
         "evaluation": {
-            "text": text.name if args.text else "sglang/test/long_prompt.txt",
-            "sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
+            **text_source(args.text),
             "tokens": len(subject.ids),
             "queries_per_window": args.queries,
             "seed": run.SEED,
             "shift": run.SHIFT,
             "perplexity_length": run.PPL_LENGTH,
         },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "sglang")},
-        },
-        "machine": platform.machine(),
+        **machine(),
     }
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["panel"]:
+        return panel_cli.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity", description=__doc__)
     parser.add_argument("--model-path", required=True, help="model folder")
     parser.add_argument("--out", required=True, type=Path, help="CSV to write; a .json of the same name tells how")
@@ -101,9 +58,9 @@ def main(argv: list[str] | None = None) -> int:
 
     subject = run.load(args.model_path, args.text, args.calibration_text)
     rows = run.attention_rows(subject, bits=(2, 3, 4), shift_bits=(2, 3), queries=args.queries)
-    write_csv(rows, args.out)  # in case the second half is cut short
+    write_csv(rows, args.out, run.FIELDS)  # in case the second half is cut short
     rows += run.perplexity_rows(subject, run.perplexity_methods(subject))
-    write_csv(rows, args.out)
+    write_csv(rows, args.out, run.FIELDS)
     record = provenance(args, subject, head)
     args.out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
     if args.picture:

@@ -46,8 +46,8 @@ class Reference:
     keys: torch.Tensor  # [N] keys each query sees
 
 
-def _logits(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, scale: float) -> torch.Tensor:
-    """q ``[N, Hq, D]``, k ``[T, H, D]``; query head j reads KV head j // G."""
+def causal_logits(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, scale: float) -> torch.Tensor:
+    """q ``[N, Hq, D]``, k ``[T, H, D]`` to ``[H, G, N, T]``, -inf ahead; query head j reads KV head j // G."""
     grouped = q.unflatten(1, (k.shape[1], -1))
     logits = torch.einsum("nhgd,thd->hgnt", grouped, k) * scale
     ahead = torch.arange(k.shape[0]) > positions[:, None]
@@ -55,7 +55,7 @@ def _logits(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, scale: fl
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, scale: float) -> Reference:
-    logits = _logits(q, k, positions, scale)
+    logits = causal_logits(q, k, positions, scale)
     return Reference(logits, logits.log_softmax(-1), logits.topk(TOP, -1).indices, positions + 1)
 
 
@@ -68,7 +68,11 @@ def compare(
     softmax_kl: KL(true || approximate) of the attention distributions, nats.
     top10_overlap: share of the ten most attended keys that are still among the ten most attended.
     """
-    logits = _logits(q, k, positions, scale)
+    return compare_logits(true, causal_logits(q, k, positions, scale))
+
+
+def compare_logits(true: Reference, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    """As :func:`compare`, from approximate logits ``[H, G, N, T]``."""
     error = (logits - true.logits).abs().nan_to_num_(nan=0.0)  # -inf - -inf, keys ahead
     mae = error.sum(-1) / true.keys
     log_prob = logits.log_softmax(-1)

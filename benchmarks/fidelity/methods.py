@@ -1,7 +1,8 @@
 """What is compared: the allocators through their packed rows, and three caches people know, for scale.
 
-Every method has ``name``, ``k_bits``, ``v_bits``, ``bytes_per_token_head`` and
-``round_trip(layer, k, v)``: keys ``[T, H, D]`` and values ``[T, H, Dv]``, float32, as they are read back.
+Every method has ``name``, ``k_bits``, ``v_bits``, ``bytes_per_token_head``, ``sizes(tokens)`` and
+``round_trip(layer, k, v)``: post-RoPE keys ``[T, H, D]`` and values ``[T, H, Dv]``, float32, as they are read back.
+Peers that are only drawn into the panel have files of their own: kivi, hadamard, window.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 
 from sglang_blockgtq.calibrate.table import AllocationTable
 from sglang_blockgtq.kernels import naive
+from sglang_blockgtq.kernels.layout import NORM_BYTES
 
 CHUNK = 1024  # tokens coded at once; the bytes do not depend on it (naive.encode), the speed does
 
@@ -22,17 +24,26 @@ class Method(Protocol):
     v_bits: float
     bytes_per_token_head: float
 
+    def sizes(self, tokens: int) -> tuple[float, float]:
+        """Bytes of a key and of a value: codes and scales, mean over layers and over a sequence of ``tokens``."""
+        ...
+
     def round_trip(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class Packed:
     """An allocation table: encode to packed rows, decode them."""
 
-    def __init__(self, table: AllocationTable):
-        self.name = table.header.allocator + ("-slot" if table.header.granularity == "slot" else "")
+    def __init__(self, table: AllocationTable, name: str | None = None):
+        self.name = name or table.header.allocator + ("-slot" if table.header.granularity == "slot" else "")
         self.k_bits, self.v_bits = table.header.k_bits, table.header.v_bits
         self.bytes_per_token_head = table.bytes_per_token_head()
         self.codecs = [table.layer_codec(i) for i in range(table.header.layers)]
+
+    def sizes(self, tokens: int) -> tuple[float, float]:
+        rows = [codec.layout for codec in self.codecs]
+        key = sum(row.k_code_bytes + NORM_BYTES * row.k_norms for row in rows) / len(rows)
+        return key, rows[0].v_code_bytes + NORM_BYTES
 
     def round_trip(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pairs = zip(k.split(CHUNK), v.split(CHUNK), strict=True)
@@ -41,13 +52,21 @@ class Packed:
 
 
 class Cast:
-    """Keys and values rounded to a narrower floating-point type, no scales: ``bf16`` or ``fp8_e4m3``."""
+    """Keys and values rounded to a narrower floating-point type, no scales: ``bf16`` or ``fp8_e4m3``.
+
+    As SGLang 0.5.23 stores them without calibrated scales (MHATokenToKVPool.set_kv_buffer: a plain cast), except that
+    what lies outside the type's range becomes its largest number here.
+    """
 
     def __init__(self, name: str, dtype: torch.dtype, head_dim: int, v_head_dim: int):
         self.name, self.dtype = name, dtype
         self.k_bits = self.v_bits = 8 * dtype.itemsize
         self.bytes_per_token_head = (head_dim + v_head_dim) * dtype.itemsize
         self.max = torch.finfo(dtype).max
+        self._sizes = float(head_dim * dtype.itemsize), float(v_head_dim * dtype.itemsize)
+
+    def sizes(self, tokens: int) -> tuple[float, float]:
+        return self._sizes
 
     def _cast(self, x: torch.Tensor) -> torch.Tensor:
         return x.clamp(-self.max, self.max).to(self.dtype).float()
@@ -57,13 +76,20 @@ class Cast:
 
 
 class IntPerToken:
-    """Asymmetric integers between the smallest and largest channel of each token and head; float16 step and offset."""
+    """Asymmetric integers between the smallest and largest channel of each token and head; float16 step and offset.
+
+    The plain round-to-nearest cache that peers are compared with, e.g. in KIVI (arXiv 2402.02750, section 3).
+    """
 
     name = "int_per_token"
 
     def __init__(self, bits: int, head_dim: int, v_head_dim: int):
         self.k_bits = self.v_bits = bits
         self.bytes_per_token_head = (head_dim + v_head_dim) * bits / 8 + 2 * 4
+        self._sizes = head_dim * bits / 8 + 4, v_head_dim * bits / 8 + 4
+
+    def sizes(self, tokens: int) -> tuple[float, float]:
+        return self._sizes
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
         low = x.amin(-1, keepdim=True).half().float()

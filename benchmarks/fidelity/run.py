@@ -12,12 +12,13 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sglang_blockgtq.calibrate.allocate import ALLOCATORS
-from sglang_blockgtq.calibrate.build import build_table
+from sglang_blockgtq.calibrate.build import ROTATION_SEED, build_table
 from sglang_blockgtq.calibrate.hf import collect
 from sglang_blockgtq.calibrate.model import check_model, rope_blocks
 from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.calibrate.slots import SLOT_ALLOCATORS
+from sglang_blockgtq.calibrate.table import AllocationTable
 from sglang_blockgtq.calibrate.text import DEFAULT_TOKENS, read_text, text_hash, token_sequences
 
 from . import attention, perplexity
@@ -45,24 +46,27 @@ class Subject:
     moments: Moments
     ids: list[int]
     calibration_hash: str
+    calibration_ids: list[list[int]]
 
     @property
     def head_dim(self) -> int:
         return self.rope[0].head_dim
 
-    def table(self, name: str, k_bits: float, v_bits: float) -> Packed:
-        """``name``: one of :data:`PACKED`."""
+    def allocation(self, name: str, k_bits: float, v_bits: float, seed: int = ROTATION_SEED) -> AllocationTable:
+        """``name``: one of :data:`PACKED`. seed: of the rotations."""
         allocator, _, slot = name.partition("-")
-        return Packed(
-            build_table(
-                self.moments,
-                self.rope,
-                k_bits=k_bits,
-                v_bits=v_bits,
-                allocator=allocator,
-                granularity=slot or "block",
-            )
+        return build_table(
+            self.moments,
+            self.rope,
+            k_bits=k_bits,
+            v_bits=v_bits,
+            allocator=allocator,
+            granularity=slot or "block",
+            seed=seed,
         )
+
+    def table(self, name: str, k_bits: float, v_bits: float) -> Packed:
+        return Packed(self.allocation(name, k_bits, v_bits))
 
 
 def default_text() -> Path:
@@ -86,7 +90,7 @@ def load(model_path: str, text_path: Path | None = None, calibration_path: str |
     rope = rope_blocks(model.config)
     sequences = token_sequences(tokenizer, calibration, DEFAULT_TOKENS, model.config.max_position_embeddings)
     moments = collect(model, sequences, rope)
-    return Subject(model, rope, moments, tokenizer.encode(text), text_hash(sequences))
+    return Subject(model, rope, moments, tokenizer.encode(text), text_hash(sequences), sequences)
 
 
 def attention_methods(subject: Subject, bits: Iterable[int]) -> list[Method]:
