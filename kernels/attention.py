@@ -348,7 +348,7 @@ def _merge(
     alone = tokens * num_heads <= _ROWS_ALONE and side.padded <= 128
     spread = alone and target > CHUNK * requests
     # Twice the share of each: a program too many costs as much to start as one that is needed.
-    chunks = triton.cdiv(2 * target // requests, CHUNK) if spread else 1
+    chunks = triton.cdiv(min(target, 2 * target // requests), CHUNK) if spread else 1
     block = max(4, min(CHUNK, triton.next_power_of_2(2 * target // requests)))
     merge_chunk_kernel[(num_heads, tokens, chunks)](
         scratch.out, scratch.lse, kv_indptr, requests, target, num_heads,
