@@ -1,4 +1,5 @@
 # make serve   serve a real model with the packed KV cache, ask it one question, keep serving
+# make quality write quality.md: what each preset costs MODEL, beside bf16 and fp8
 # make test    run the tests        make lint   ruff        make clean   remove what make made here
 #
 # PYTHON=python3.12  interpreter for .venv (3.11 or newer)
@@ -24,12 +25,17 @@ export PYTHONSAFEPATH := 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: serve test lint clean
+.PHONY: serve quality test lint clean
 
 serve: $(INSTALLED)
 	@set -e; model='$(MODEL)'; \
 	if [ -z "$$model" ]; then model=$$($(BIN)/python scripts/get_model.py); fi; \
 	exec $(BIN)/python scripts/serve.py --model-path "$$model" $(if $(filter-out 0,$(ONCE)),--once) -- $(ARGS)
+
+quality: $(INSTALLED)
+	@set -e; model='$(MODEL)'; \
+	if [ -z "$$model" ]; then model=$$($(BIN)/python scripts/get_model.py); fi; \
+	PYTHONPATH='$(CURDIR)' exec $(BIN)/python -m benchmarks.fidelity card --model-path "$$model" --out quality.md $(ARGS)
 
 test: $(INSTALLED)
 	@set -e; SMOLLM2=$$($(BIN)/python scripts/get_model.py); export SMOLLM2; \

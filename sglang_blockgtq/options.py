@@ -16,6 +16,12 @@ ALLOCATORS = ("uniform", "paper", "product", "template")
 GRANULARITIES = ("block", "slot")
 BY_SLOTS = ("paper", "product")  # allocators that have a choice
 CHUNK_ATTENTION = ("raw", "quantized")
+#: name -> options that it stands for; those that are given beside it win. What each costs a model: make quality.
+PRESETS: dict[str, dict[str, Any]] = {
+    "quality": {"k_bits": 4, "v_bits": 4},
+    "balanced": {"k_bits": 3, "v_bits": 3},
+    "compact": {"k_bits": 2, "v_bits": 2},
+}
 DEFAULT_BITS = 3.0
 DEFAULT_ALLOCATOR = "template"
 
@@ -65,7 +71,7 @@ class KVQuantOptions:
         return None if values is None else cls(**values)
 
 
-FLAGS = (PREFIX, *(f"{PREFIX}_{f.name}" for f in fields(KVQuantOptions)))
+FLAGS = (PREFIX, f"{PREFIX}_preset", *(f"{PREFIX}_{f.name}" for f in fields(KVQuantOptions)))
 
 
 def flag(name: str) -> str:
@@ -78,6 +84,12 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("KV-cache quantization (sglang-blockgtq)")
     add = group.add_argument
     add("--kv-quant", default="none", help="'blockgtq' packs the KV cache to mixed 1-8 bit codes; 'none' (default).")
+    add(
+        flag("preset"),
+        default=None,
+        metavar="NAME",
+        help=f"Bits by name: {', '.join(PRESETS)} (balanced is the default).",
+    )
     add(
         flag("k_bits"), default=None, metavar="BITS", help="Average bits per key channel, 1 to 8, e.g. 2.5 (default 3)."
     )
@@ -150,7 +162,7 @@ def parse(values: dict[str, Any]) -> KVQuantOptions | None:
     Raises KVQuantError.
     """
     mode = values.get(PREFIX)
-    given = {f.name: values.get(f"{PREFIX}_{f.name}") for f in fields(KVQuantOptions)}
+    given = {name: values.get(f"{PREFIX}_{name}") for name in ("preset", *(f.name for f in fields(KVQuantOptions)))}
     given = {name: value for name, value in given.items() if value is not None}
     if mode in (None, "none", False):
         if given:
@@ -160,6 +172,11 @@ def parse(values: dict[str, Any]) -> KVQuantOptions | None:
     if mode != NAME:
         raise KVQuantError(f"--kv-quant {mode}: unknown; choose {NAME} or none")
 
+    if "preset" in given:
+        name = _choice("preset", given.pop("preset"), tuple(PRESETS))
+        if "table" in given:
+            raise KVQuantError(f"{flag('preset')} {name}: a table has its own bits; leave it or {flag('table')} out")
+        given = PRESETS[name] | given
     out: dict[str, Any] = {"cache_dir": default_cache_dir()}
     for name in ("k_bits", "v_bits"):
         if name in given:

@@ -155,6 +155,8 @@ def test_allocator_and_chunk_attention(model):
     message = refusal(model(), "--kv-quant-granularity", "slot", kv_quant_granularity="slot")
     assert "--kv-quant-granularity slot: has no effect on --kv-quant-allocator template" in message
     assert "--kv-quant-allocator paper or product" in message
+    message = refusal(model(), "--kv-quant-preset", "fast", kv_quant_preset="fast")
+    assert "--kv-quant-preset fast" in message and "quality, balanced, compact" in message
     message = refusal(model(), "--kv-quant-chunk-attention", "exact", kv_quant_chunk_attention="exact")
     assert "raw, quantized" in message
 

@@ -8,7 +8,7 @@ import pytest
 from sglang.srt.plugins import load_plugins
 
 from sglang_blockgtq import compat, plugin
-from sglang_blockgtq.options import KVQuantError, KVQuantOptions
+from sglang_blockgtq.options import PRESETS, KVQuantError, KVQuantOptions
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,6 +42,20 @@ def test_options_travel_to_spawned_processes():
     assert options.allocator == "template" and options.calibration_tokens == 2048
     assert options.granularity == "block"
     assert there.attention_backend == "blockgtq"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_what_it_stands_for(name):
+    options = KVQuantOptions.of(server_args("--kv-quant", "blockgtq", "--kv-quant-preset", name))
+    assert {key: getattr(options, key) for key in PRESETS[name]} == PRESETS[name]
+    bits = {key: value for key, value in PRESETS[name].items() if key != "k_bits"}
+    options = KVQuantOptions.of(server_args("--kv-quant=blockgtq", f"--kv-quant-preset={name}", "--kv-quant-k-bits=6"))
+    assert options.k_bits == 6 and {key: getattr(options, key) for key in bits} == bits
+
+
+def test_balanced_is_the_default():
+    plain = KVQuantOptions.of(server_args("--kv-quant", "blockgtq"))
+    assert KVQuantOptions.of(server_args("--kv-quant", "blockgtq", "--kv-quant-preset", "balanced")) == plain
 
 
 def test_yaml_config(tmp_path):

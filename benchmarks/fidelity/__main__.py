@@ -1,6 +1,7 @@
 """``python -m benchmarks.fidelity --model-path PATH --out FILE.csv``: measure, write CSV and JSON, check targets.
 
 ``python -m benchmarks.fidelity panel --help``: the paper's panel, all methods side by side.
+``python -m benchmarks.fidelity card --help``: what each preset costs a model, on one page.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import panel_cli, plot, run, targets
+from . import card, panel_cli, plot, run, targets
 from .record import commit, machine, sources, text_source, write_csv
 
 
@@ -43,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["panel"]:
         return panel_cli.main(argv[1:])
+    if argv[:1] == ["card"]:
+        return card.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity", description=__doc__)
     parser.add_argument("--model-path", required=True, help="model folder")
     parser.add_argument("--out", required=True, type=Path, help="CSV to write; a .json of the same name tells how")

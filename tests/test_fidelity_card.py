@@ -1,0 +1,80 @@
+"""The quality card: its numbers on a tiny model, its page on hand-made ones."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))  # benchmarks/ is not installed
+
+from benchmarks.fidelity import __main__ as program  # noqa: E402
+from benchmarks.fidelity import card, run  # noqa: E402
+from sglang_blockgtq.calibrate.hf import collect  # noqa: E402
+from sglang_blockgtq.calibrate.rope import RopeBlocks  # noqa: E402
+from sglang_blockgtq.options import PRESETS  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def subject() -> run.Subject:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        initializer_range=0.3,
+    )
+    tiny = LlamaForCausalLM(config).eval()
+    draw = torch.Generator().manual_seed(1)
+    text, ids = (torch.randint(0, 97, (n,), generator=draw).tolist() for n in (200, 400))
+    rope = [RopeBlocks(64, 64)] * 2
+    return run.Subject(tiny, rope, collect(tiny, [text], rope, progress=False), ids, "", [text])
+
+
+def test_every_preset_has_a_line_and_more_bits_cost_less(subject, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "load", lambda *args: subject)
+    monkeypatch.setattr(card, "sources", lambda *args: {"model": {"name": "tiny"}})
+    lines = {line["name"]: line for line in card.measure(subject, 4)}
+    assert list(lines) == ["float32", "bf16", "fp8_e4m3", *PRESETS]
+    assert [lines[n]["bytes"] for n in ("float32", "bf16", "fp8_e4m3")] == [512, 256, 128]
+    ranked = sorted(PRESETS, key=lambda name: lines[name]["bytes"], reverse=True)
+    for column in ("mae", "softmax_kl", "kl_final"):
+        values = [lines[name][column] for name in ("bf16", *ranked)]
+        assert 0 < values[0] and values == sorted(values), column
+    out = tmp_path / "quality.md"
+    assert program.main(["card", "--model-path", "tiny", "--out", str(out), "--queries", "4", "--every", "2"]) == 0
+    text = out.read_text()
+    assert all(f"| {name} (K" in text for name in PRESETS) and capsys.readouterr().out.strip() in text
+    record = json.loads(text.split("```json\n")[1].split("```")[0])
+    assert record["model"]["name"] == "tiny" and record["evaluation"]["tokens"] == 400
+
+
+def test_pass_rates_of_tasks_are_weighed_by_their_samples(tmp_path):
+    tasks = tmp_path / "tasks.csv"
+    tasks.write_text(
+        "config,task,samples,pass_rate\nbf16,single,10,1.0\nbf16,single,30,0.8\nk3v3,single,40,0.5\nk3v3,f1,40,\n"
+    )
+    rates = card.pass_rates(tasks)
+    assert rates == {"bf16": {"single": pytest.approx(0.85)}, "k3v3": {"single": 0.5}}
+    lines = [
+        {"name": "bf16", "bytes": 256, "against_bf16": 1.0},
+        {"name": "balanced", "bytes": 52, "against_bf16": 4.92},
+    ]
+    table = [line for line in card.page("m", lines, {}, rates).splitlines() if line.startswith("|")]
+    assert table[0].endswith("| KL of the answer | single |")
+    assert table[2].startswith("| bf16 | 256 | 1.00x |") and table[2].endswith("| 85 % |")
+    assert table[3].startswith("| balanced (K3V3) | 52 | 4.92x |") and table[3].endswith("| 50 % |")
+
+
+def test_missing_tasks_are_named(capsys):
+    with pytest.raises(SystemExit):
+        card.main(["--model-path", "m", "--out", "o", "--tasks", "/nowhere.csv"])
+    assert "--tasks /nowhere.csv: no such file" in capsys.readouterr().err
