@@ -1,5 +1,6 @@
-"""The quality card: its numbers on a tiny model, its page on hand-made ones."""
+"""The quality card and the split of bits: their numbers on a tiny model, their pages and files."""
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks.fidelity import __main__ as program  # noqa: E402
-from benchmarks.fidelity import card, run  # noqa: E402
+from benchmarks.fidelity import card, run, split  # noqa: E402
 from sglang_blockgtq.calibrate.hf import collect  # noqa: E402
 from sglang_blockgtq.calibrate.rope import RopeBlocks  # noqa: E402
 from sglang_blockgtq.options import PRESETS  # noqa: E402
@@ -78,3 +79,20 @@ def test_missing_tasks_are_named(capsys):
     with pytest.raises(SystemExit):
         card.main(["--model-path", "m", "--out", "o", "--tasks", "/nowhere.csv"])
     assert "--tasks /nowhere.csv: no such file" in capsys.readouterr().err
+
+
+def test_splits_of_one_sum_take_the_same_bytes(subject, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "load", lambda *args: subject)
+    monkeypatch.setattr(split, "sources", lambda *args: {"model": {"name": "tiny"}})
+    out = tmp_path / "split.csv"
+    assert program.main(["split", "--model-path", "/a/tiny", "--out", str(out)]) == 0
+    with out.open() as f:
+        rows = list(csv.DictReader(f))
+    assert [(r["method"], float(r["k_bits"]), float(r["v_bits"])) for r in rows[1:]] == [*split.SPLITS]
+    sizes: dict[float, set] = {}
+    for r in rows[1:]:
+        sizes.setdefault(float(r["k_bits"]) + float(r["v_bits"]), set()).add(float(r["bytes_per_token_head"]))
+        assert float(r["kl_final"]) > 0 == float(rows[0]["kl_final"])
+    assert all(len(found) == 1 for found in sizes.values())
+    record = json.loads(out.with_suffix(".json").read_text())
+    assert record["command"] == "python -m benchmarks.fidelity split --model-path tiny --out split.csv"

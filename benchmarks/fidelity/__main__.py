@@ -2,6 +2,7 @@
 
 ``python -m benchmarks.fidelity panel --help``: the paper's panel, all methods side by side.
 ``python -m benchmarks.fidelity card --help``: what each preset costs a model, on one page.
+``python -m benchmarks.fidelity split --help``: bits of keys against bits of values.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import card, panel_cli, plot, run, targets
+from . import card, panel_cli, plot, run, split, targets
 from .record import commit, machine, sources, text_source, write_csv
 
 
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         return panel_cli.main(argv[1:])
     if argv[:1] == ["card"]:
         return card.main(argv[1:])
+    if argv[:1] == ["split"]:
+        return split.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity", description=__doc__)
     parser.add_argument("--model-path", required=True, help="model folder")
     parser.add_argument("--out", required=True, type=Path, help="CSV to write; a .json of the same name tells how")
