@@ -39,8 +39,9 @@ def main(argv: list[str]) -> int:
     subject = run.load(args.model_path, args.text, args.calibration_text)
     rows = rows_of(subject)
     write_csv(rows, args.out, FIELDS)
+    options = f"--model-path {Path(args.model_path).name} --out {args.out.name}"
     record = {
-        "command": f"python -m benchmarks.fidelity split --model-path {Path(args.model_path).name} --out {args.out.name}",
+        "command": f"python -m benchmarks.fidelity split {options}",
         "commit": head,
         **sources(args.model_path, args.calibration_text, subject),
         "evaluation": text_source(args.text) | {"tokens": len(subject.ids), "perplexity_length": run.PPL_LENGTH},
