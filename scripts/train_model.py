@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 from tokenizers import ByteLevelBPETokenizer
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SUFFIXES = {".py", ".pyi", ".txt", ".md", ".rst"}
@@ -66,7 +66,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], most: int) -> np.ndarray:
     """All texts one after another, uint16, each behind an end token; no more than ``most`` tokens."""
     parts, total, end = [], 0, np.array([tokenizer.eos_token_id], dtype=np.uint16)
-    for start in track(range(0, len(texts), 256), "encoding"):
+    for start in tqdm(range(0, len(texts), 256), desc="encoding", mininterval=10):
         for ids in tokenizer._tokenizer.encode_batch(texts[start : start + 256]):
             parts += [end, np.array(ids.ids, dtype=np.uint16)]
             total += 1 + len(ids.ids)
