@@ -79,7 +79,9 @@ def judge(answers: Answers, bits: float, real: bool, reference: list[float] | No
     CheckError where a bound is exceeded."""
     found = {name: round(value, 5) for name, value in asdict(answers).items() if name != "tail"}
     if answers.repeated_gap > REPEATED:
-        raise CheckError(f"the same request twice: log-probabilities {answers.repeated_gap:.3g} apart, {REPEATED} allowed")
+        raise CheckError(
+            f"the same request twice: log-probabilities {answers.repeated_gap:.3g} apart, {REPEATED} allowed"
+        )
     if not real:
         return found | {"note": "random weights: only that answers are finite and repeat"}
     allowed = bound(bits)

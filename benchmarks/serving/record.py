@@ -1,4 +1,4 @@
-"""Measurements in long format (CSV), how they were made (JSON); both survive a run cut short, and a later run goes on."""
+"""Measurements in long format (CSV), how they were made (JSON). A run cut short keeps them, a later one goes on."""
 
 from __future__ import annotations
 

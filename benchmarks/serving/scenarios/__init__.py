@@ -4,7 +4,7 @@ as they come, or what kept it from being measured."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...launch import Server
@@ -53,13 +53,17 @@ class Context:
     info: dict
     budget: Budget
     raw: Path
-    packed: bool
+    limit: float  # seconds that one load generator may take
     held: float | None = None  # bytes of GPU memory right after start
-    notes: list[str] = field(default_factory=list)
+    held_by: str = ""
 
     @property
     def sizes(self) -> Sizes:
         return self.plan.sizes
+
+    def timeout(self) -> float:
+        """Seconds for the next load generator. TimeoutError when the budget is spent."""
+        return min(self.budget.timeout(), self.limit)
 
 
 Outcome = list[Value] | Unfit | Failed

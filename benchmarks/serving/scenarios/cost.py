@@ -28,5 +28,6 @@ def measure(ctx: Context, cases: list[str]) -> Outcomes:
     if use:
         values += [Value("memory_weights", use["weight"] * GB, "bytes"), Value("memory_graphs", graphs, "bytes")]
     if ctx.held is not None and use and (pool := pool_bytes(ctx.info)):
-        values.append(Value("memory_rest", ctx.held - use["weight"] * GB - graphs - pool, "bytes", "; ".join(ctx.notes)))
+        rest = ctx.held - use["weight"] * GB - graphs - pool
+        values.append(Value("memory_rest", rest, "bytes", ctx.held_by))
     yield CASE, values

@@ -18,9 +18,7 @@ def cases(plan: Plan) -> list[str]:
 def measure(ctx: Context, cases: list[str]) -> Outcomes:
     repeats = ctx.sizes.repeats
     seconds: dict[int, list[float]] = defaultdict(list)
-    for length, result, _ in batches.run(
-        ctx, NAME, 1, [int(case) for case in cases for _ in range(repeats)], ANSWER
-    ):
+    for length, result, _ in batches.run(ctx, NAME, 1, [int(case) for case in cases for _ in range(repeats)], ANSWER):
         if isinstance(result, Unfit):
             if length not in seconds:
                 yield str(length), result

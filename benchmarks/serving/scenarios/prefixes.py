@@ -29,9 +29,12 @@ def working_set(plan: Plan) -> int:
     return prefixes * (plan.sizes.prefix + each * (plan.sizes.question + plan.sizes.prefix_answer))
 
 
-def cases(plan: Plan) -> list[str]:
+def rounds(plan: Plan) -> list[str]:
     prefixes, each = shape(plan)
     return [f"{prefixes}x{plan.sizes.prefix} by {each}, round {i + 1}" for i in range(plan.sizes.rounds)]
+
+
+cases = rounds
 
 
 def load(plan: Plan) -> list[str]:
@@ -54,13 +57,13 @@ def measure(ctx: Context, cases: list[str]) -> Outcomes:
         for case in cases:
             yield case, Unfit(f"{longest} tokens are needed by one request, {tokens} fit")
         return
-    # A round means something only after those before it.
-    for i, case in enumerate(globals()["cases"](ctx.plan)):
+    every = rounds(ctx.plan)  # a round means something only after those before it
+    for i, case in enumerate(every):
         out = ctx.raw / f"{NAME}_{i + 1}.jsonl"
         before = retracted(ctx.server)
         first = i == 0
         command = serving_command(ctx.target, out, load(ctx.plan), sizes.prefix_answer, warm=first, flush=first)
-        result = serving(command, out, out.with_suffix(".log"), ctx.budget.timeout())
+        result = serving(command, out, out.with_suffix(".log"), ctx.timeout())
         values = [*stream_values(result), Value("retractions", retracted(ctx.server) - before, "requests")]
         values.append(Value("working_set", working_set(ctx.plan), "tokens"))
         if case in cases:

@@ -35,7 +35,7 @@ def measure(ctx: Context, cases: list[str]) -> Outcomes:
         out = ctx.raw / f"{NAME}_{case.rpartition('x')[2]}.jsonl"
         before = retracted(ctx.server)
         command = serving_command(ctx.target, out, load(ctx.plan, case), answer, warm=True, flush=True)
-        result = serving(command, out, out.with_suffix(".log"), ctx.budget.timeout())
+        result = serving(command, out, out.with_suffix(".log"), ctx.timeout())
         yield case, [*stream_values(result), Value("retractions", retracted(ctx.server) - before, "requests")]
 
 
