@@ -71,7 +71,7 @@ class Run:
         for model in self.args.model:
             methods = [m for m in self.args.method if self.pending(model, m)]
             if self._reference_missing(model, methods):
-                self.serve(model, BASELINES[0])
+                self.refer(model)
             for method in methods:
                 if self.budget.left <= 0:
                     break
@@ -99,7 +99,15 @@ class Run:
         found = self.record.meta["references"].get(model.name)
         return found["logprobs"] if found and found["prompt"] == self.sizes.check_prompt else None
 
-    def serve(self, model: Model, method: str) -> None:
+    def refer(self, model: Model) -> None:
+        """Ask an unquantized server that is not itself to be measured for its answers."""
+        for method in BASELINES:
+            self.serve(model, method, timed=False)
+            self.why.pop((model.name, method), None)
+            if self._reference(model) is not None:
+                return
+
+    def serve(self, model: Model, method: str, timed: bool = True) -> None:
         """Start a server, check it, measure what is pending."""
         name, args = f"{model.name}/{method}", self.args
         given = arguments(model, method, self.sizes, args.mem_fraction, args.quick_graphs, args.server_args)
@@ -116,6 +124,8 @@ class Run:
                     **({"kv_quant": info["kv_quant"]} if info.get("kv_quant") else {}),
                 }
                 self.check(model, method, server)
+                if not timed:
+                    return
                 raw = args.out / "raw" / f"{model.name}_{method}"
                 raw.mkdir(parents=True, exist_ok=True)
                 target = Target(server.url, model.path, model.tokenizer or model.path)
