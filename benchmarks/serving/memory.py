@@ -1,48 +1,56 @@
-"""GPU memory of a server while something runs, by nvidia-smi: this process takes none itself."""
+"""GPU memory of a server while something runs, by NVML: neither GPU memory nor a process for every sample."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import threading
 
-MIB = 1 << 20
 
-
-def _ask(query: str) -> list[list[str]]:
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+def _nvml() -> tuple[list[tuple[int, int | None]], int] | None:
+    """(process id, bytes) of everything on the GPUs, and the bytes used on them. None without NVML or a GPU."""
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [[part.strip() for part in line.split(",")] for line in found.stdout.splitlines() if not found.returncode]
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()  # counts its calls: cheap after the first
+        apps, total = [], 0
+        for i in range(pynvml.nvmlDeviceGetCount()):
+            device = pynvml.nvmlDeviceGetHandleByIndex(i)
+            found = pynvml.nvmlDeviceGetComputeRunningProcesses(device)
+            apps += [(process.pid, process.usedGpuMemory) for process in found]
+            total += pynvml.nvmlDeviceGetMemoryInfo(device).used
+    except pynvml.NVMLError:
+        return None
+    return apps, total
 
 
-def of_group(apps: list[list[str]], group: int) -> int | None:
-    """MiB that the processes of a process group hold; None where none of them is listed, as inside containers that
+def of_group(apps: list[tuple[int, int | None]], group: int) -> int | None:
+    """Bytes that the processes of a process group hold; None where none of them is listed, as inside containers that
     do not see the host's process ids."""
     total = None
-    for pid, used in apps:
+    for pid, held in apps:
         try:
-            if os.getpgid(int(pid)) == group:
-                total = (total or 0) + int(used)
-        except (ValueError, ProcessLookupError):
+            if held is not None and os.getpgid(pid) == group:
+                total = (total or 0) + held
+        except ProcessLookupError:
             continue
     return total
 
 
 def used(group: int) -> tuple[float | None, str]:
-    """Bytes, and what they count. None without nvidia-smi."""
-    if (found := of_group(_ask("--query-compute-apps=pid,used_memory"), group)) is not None:
-        return float(found * MIB), "processes of the server"
-    devices = [int(row[0]) for row in _ask("--query-gpu=memory.used") if row[0].isdigit()]
-    return (float(sum(devices) * MIB), "all processes on the device") if devices else (None, "no nvidia-smi")
+    """Bytes, and what they count. None without NVML."""
+    if (found := _nvml()) is None:
+        return None, "no NVML"
+    apps, total = found
+    mine = of_group(apps, group)
+    return (float(total), "all processes on all GPUs") if mine is None else (float(mine), "processes of the server")
 
 
 class Sampler:
     """Samples :func:`used` in a thread; ``take()`` gives the peak since the last call."""
 
-    def __init__(self, group: int, every: float = 0.5):
+    def __init__(self, group: int, every: float = 0.25):
         self.group, self.every = group, every
         self._peak: float | None = None
         self._what = "no sample"

@@ -53,7 +53,7 @@ def table(record: Record, model: str, scenario: str) -> list[str]:
                 ratio = reference and reference.value and method != base and measure not in PLAIN
                 cells.append(f"{text} ({row.value / reference.value:.2f}x)" if ratio else text)
             if measure or any(cells):
-                label = f"{measure}, {unit}" if unit else measure
+                label = f"{measure}, {unit}" if unit and unit != measure else measure
                 out.append(f"| {case} | {label} | {' | '.join(cells)} |")
     return out if len(out) > 2 else []
 
@@ -77,19 +77,22 @@ def page(record: Record, pictures: list[str]) -> str:
     versions = ", ".join(f"{name} {v}" for name, v in settings.get("versions", {}).items())
     commits = ", ".join(dict.fromkeys(run["commit"][:12] or "unknown" for run in runs))
     out = ["# Serving benchmark", "", f"{gpu}; {versions}. Commit {commits or 'unknown'}.", ""]
-    if settings.get("sizes", {}).get("name") == "smoke":
+    smoke = settings.get("sizes", {}).get("name") == "smoke"
+    if smoke:
         out += ["**A smoke run: the loads are far too small for its figures to mean anything.**", ""]
     out += [f"    {run['command']}" for run in runs[-1:]]
     share = settings.get("mem_fraction")
-    out += ["", f"Every server had `--mem-fraction-static={share}`. In brackets: the ratio to bf16, of which less is"]
-    out += ["better for times and memory, more for all else. An empty cell was not measured; the end says why.", ""]
-
-    out += ["## Targets", "", "| model | scenario | case | measure | method | target | measured | |"]
-    out += ["|---|---|---|---|---|---|---:|---|"]
-    for v in verdicts(record):
-        met = {True: "met", False: "**missed**", None: ""}[v.met]
-        cells = (v.model, v.scenario, v.case, v.measure, v.method, v.target, v.shown, met)
-        out.append(f"| {' | '.join(cells)} |")
+    share, own = settings.get("mem_fraction"), settings.get("server_args")
+    out += ["", f"Every server had `--mem-fraction-static={share}`{f', then `{own}`' if own else ''}. In brackets: the"]
+    out += ["ratio to bf16, of which less is better for times and memory, more for all else. An empty cell was not"]
+    out += ["measured; the end says why.", ""]
+    if not smoke:
+        out += ["## Targets", "", "| model | scenario | case | measure | method | target | measured | |"]
+        out += ["|---|---|---|---|---|---|---:|---|"]
+        for v in verdicts(record):
+            met = {True: "met", False: "**missed**", None: ""}[v.met]
+            cells = (v.model, v.scenario, v.case, v.measure, v.method, v.target, v.shown, met)
+            out.append(f"| {' | '.join(cells)} |")
     for model in models(record):
         out += ["", f"## {model}"]
         for scenario, heading in HEADINGS.items():

@@ -289,11 +289,12 @@ def main(argv: list[str] | None = None) -> int:
             made["seconds"] = round(time.monotonic() - started, 1)
             record.write()
             write_report(record, args.out)
+        left = [row for row in record.rows if row.where in run.handled and row.state == UNMEASURED]
         failed = {f"{model}/{method}": why for (model, method), why in run.why.items()}
         for name, why in failed.items():
             print(f"{name}: {why}", file=sys.stderr)
         print(f"{len(record.rows)} rows, {args.out / 'report.md'}, {made['seconds']} s")
-        return 1 if failed else 0
+        return 1 if failed or left else 0
     write_report(record, args.out)
     return 0
 

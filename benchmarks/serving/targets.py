@@ -27,7 +27,7 @@ class Target:
     last: bool = False  # only in the last of these cases
 
     def text(self) -> str:
-        return f"{'at most' if self.most else 'at least'} {self.limit:g}x {self.against or 'bf16'}"
+        return f"{'at most' if self.most else 'at least'} {self.limit:.3g}x {self.against or 'bf16'}"
 
 
 K3, K2 = "blockgtq-k3v3", "blockgtq-k2v2"

@@ -134,9 +134,25 @@ def test_every_target_is_of_a_known_scenario():
 
 def test_memory_of_the_servers_own_processes():
     mine = os.getpgid(0)
-    apps = [[str(os.getpid()), "100"], ["999999999", "5"], ["1", "7"], [str(os.getpid()), "[N/A]"]]
-    assert memory.of_group(apps, mine) == 100
-    assert memory.of_group([["999999999", "5"]], mine) is None
+    apps = [(os.getpid(), 100), (999999999, 5), (1, 7), (os.getpid(), None), (os.getpid(), 20)]
+    assert memory.of_group(apps, mine) == 120
+    assert memory.of_group([(999999999, 5)], mine) is None
+
+
+def test_memory_of_the_whole_device_where_processes_are_hidden(monkeypatch):
+    monkeypatch.setattr(memory, "_nvml", lambda: ([(999999999, 5)], 700))
+    assert memory.used(os.getpgid(0)) == (700.0, "all processes on all GPUs")
+    monkeypatch.setattr(memory, "_nvml", lambda: ([(os.getpid(), 5)], 700))
+    assert memory.used(os.getpgid(0)) == (5.0, "processes of the server")
+    monkeypatch.setattr(memory, "_nvml", lambda: None)
+    assert memory.used(os.getpgid(0)) == (None, "no NVML")
+
+
+def test_smoke_figures_are_not_judged(record):
+    both(record, "capacity", "start", "tokens", 1.0, 5.0)
+    assert "## Targets" in page(record, [])
+    record.meta["settings"] = {"sizes": {"name": "smoke"}}
+    assert "## Targets" not in page(record, [])
 
 
 def test_peak_since_the_last_look(monkeypatch):

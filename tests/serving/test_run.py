@@ -75,7 +75,7 @@ def test_a_wrong_server_is_not_timed(standin, tmp_path, monkeypatch, fake, refus
 
 def test_reference_is_asked_for_where_it_is_missing(standin, tmp_path):
     code, rows, meta = go(tmp_path, "--method", K3, "--only", "*/decode/*", model="tiny=some/model")
-    assert code == 0 and {r["method"] for r in rows} == {K3}
+    assert code == 0 and len(standin()) == 1 and {r["method"] for r in rows} == {K3}
     assert meta["references"]["tiny"]["method"] == "bf16-fa3"
     assert meta["checks"][f"tiny/{K3}"]["reference_gap"] == 0
     assert check.bound(3) == meta["checks"][f"tiny/{K3}"]["allowed"]
@@ -98,6 +98,7 @@ def test_a_server_that_dies_says_why(standin, tmp_path):
 def test_a_broken_load_generator_is_tried_again(standin, tmp_path, monkeypatch):
     monkeypatch.setenv("BROKEN", "serving")
     code, rows, _ = go(tmp_path, "--method", K3, "--only", "*/decode/*", "*/pressure/*")
+    assert code == 1
     broken = [r for r in rows if r["scenario"] == "pressure"]
     assert [r["state"] for r in broken] == ["not measured"] and "exit code 1" in broken[0]["note"]
     assert not broken[0]["value"] and values(rows, K3, "decode")["64", "step"] == "5"
