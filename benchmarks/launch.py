@@ -140,6 +140,12 @@ class Server:
         response.raise_for_status()
         return response.json()
 
+    def metrics(self) -> str:
+        """Prometheus text; the server needs --enable-metrics."""
+        response = self._session.get(self.url + "/metrics", timeout=60)
+        response.raise_for_status()
+        return response.text
+
     def flush(self) -> None:
         """Empty the prefix cache; waits for requests that are just ending."""
         response = self._session.post(self.url + "/flush_cache?timeout=10", timeout=60)

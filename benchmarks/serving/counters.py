@@ -1,0 +1,33 @@
+"""What SGLang counts by itself: Prometheus text, memory and start-up times of /server_info."""
+
+from __future__ import annotations
+
+import re
+
+from ..launch import Server
+
+GB = 1 << 30  # SGLang's "GB" in /server_info
+
+
+def total(text: str, name: str) -> float:
+    """Sum of a counter over its labels. A counter that never counted is absent, which is 0."""
+    pattern = rf"^{re.escape(name)}(?:\{{[^\n]*\}})?\s+([\d.eE+-]+)$"
+    return sum(float(value) for value in re.findall(pattern, text, re.MULTILINE))
+
+
+def retracted(server: Server) -> float:
+    """Requests that were pushed out of the running batch because the cache was full, since start."""
+    return total(server.metrics(), "sglang:num_retracted_requests_total")
+
+
+def state(info: dict) -> dict:
+    """The scheduler's own report; empty where there is none."""
+    return (info.get("internal_states") or [{}])[0]
+
+
+def pool_bytes(info: dict) -> float | None:
+    """Bytes of the cache: exactly for a packed one, else as SGLang rounds it."""
+    if packed := info.get("kv_quant"):
+        return float(packed["pool_bytes"])
+    found = state(info).get("memory_usage", {}).get("kvcache")
+    return None if found is None else found * GB

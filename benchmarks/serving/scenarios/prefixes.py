@@ -1,0 +1,70 @@
+"""Long prefixes that requests share, asked for again round after round.
+
+The prefixes together take at least twice what fits the unquantized cache, where that is known: it has lost a prefix
+when the next round asks for it, a cache several times larger has not. Every round sends the same requests, in the
+same order, the first to an empty cache.
+"""
+
+from __future__ import annotations
+
+from ..bench import serving, serving_command
+from ..counters import retracted
+from . import Context, Outcomes, Plan, Unfit, Value
+from .pressure import stream_values
+
+NAME = "prefixes"
+SLOTS = 8
+
+
+def shape(plan: Plan) -> tuple[int, int]:
+    """Prefixes, and requests of a round for each."""
+    sizes = plan.sizes
+    prefixes = max(sizes.prefixes, -(-2 * (plan.capacity or 0) // sizes.prefix))
+    return prefixes, max(1, sizes.prefix_requests // prefixes)
+
+
+def working_set(plan: Plan) -> int:
+    """Tokens that a cache must hold to keep everything."""
+    prefixes, each = shape(plan)
+    return prefixes * (plan.sizes.prefix + each * (plan.sizes.question + plan.sizes.prefix_answer))
+
+
+def rounds(plan: Plan) -> list[str]:
+    prefixes, each = shape(plan)
+    return [f"{prefixes}x{plan.sizes.prefix} by {each}, round {i + 1}" for i in range(plan.sizes.rounds)]
+
+
+cases = rounds
+
+
+def load(plan: Plan) -> list[str]:
+    """bench_serving's options."""
+    prefixes, each = shape(plan)
+    sizes = plan.sizes
+    return [
+        *("--dataset-name", "generated-shared-prefix", "--gsp-num-groups", str(prefixes)),
+        *("--gsp-prompts-per-group", str(each), "--gsp-system-prompt-len", str(sizes.prefix)),
+        *("--gsp-question-len", str(sizes.question), "--gsp-output-len", str(sizes.prefix_answer)),
+        *("--max-concurrency", str(SLOTS)),
+    ]
+
+
+def measure(ctx: Context, cases: list[str]) -> Outcomes:
+    sizes = ctx.sizes
+    longest = sizes.prefix + sizes.question + sizes.prefix_answer
+    tokens = ctx.info.get("max_total_num_tokens") or 0
+    if tokens < longest:
+        for case in cases:
+            yield case, Unfit(f"{longest} tokens are needed by one request, {tokens} fit")
+        return
+    every = rounds(ctx.plan)  # a round means something only after those before it
+    for i, case in enumerate(every):
+        out = ctx.raw / f"{NAME}_{i + 1}.jsonl"
+        before = retracted(ctx.server)
+        first = i == 0
+        command = serving_command(ctx.target, out, load(ctx.plan), sizes.prefix_answer, warm=first, flush=first)
+        result = serving(command, out, out.with_suffix(".log"), ctx.timeout())
+        values = [*stream_values(result), Value("retractions", retracted(ctx.server) - before, "requests")]
+        values.append(Value("working_set", working_set(ctx.plan), "tokens"))
+        if case in cases:
+            yield case, values

@@ -1,0 +1,133 @@
+"""What SGLang's load generators are told, and how their files are read; the files are real ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.server_steps import Model
+from benchmarks.serving import bench, counters
+from benchmarks.serving.bench import BenchError, Target
+from benchmarks.serving.configs import FULL, SERVERS, SMOKE, arguments
+from benchmarks.serving.scenarios import Plan, batches, prefixes, pressure
+
+TARGET = Target("http://127.0.0.1:1", "some/model", "some/tokenizer")
+
+
+def option(command: list[str], name: str) -> str:
+    assert command.count(name) == 1, (name, command)
+    return command[command.index(name) + 1]
+
+
+def test_reads_bench_serving(data):
+    result = bench.parse_serving((data / "bench_serving.jsonl").read_text())
+    values = {v.measure: v for v in pressure.stream_values(result)}
+    assert values["output_throughput"].value == pytest.approx(6.664, rel=1e-3)
+    assert values["ttft_p50"].value == pytest.approx(978.94, rel=1e-3)
+    assert values["tpot_p99"].value == pytest.approx(223.43, rel=1e-3)
+    assert values["hit_rate"].value == 0 and values["hit_rate"].unit == "of prompt tokens"
+    assert values["output_throughput"].note == "4 requests in 4.802 s"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"errors": ["", "Bad gateway", "", ""]}, "1 of 4 requests failed: Bad gateway"),
+        ({"ttfts": [0.0, 1.0, 1.0, 1.0]}, "no text"),
+        ({"completed": 0}, "no request was completed"),
+        ({"p99_tpot_ms": float("nan")}, "p99_tpot_ms is nan"),
+    ],
+)
+def test_refuses_bench_serving(data, change, says):
+    result = json.loads((data / "bench_serving.jsonl").read_text())
+    with pytest.raises(BenchError, match=says):
+        bench.parse_serving(json.dumps(result | change))
+
+
+def test_reads_one_batch(data):
+    first, second, third = map(json.loads, (data / "bench_one_batch.jsonl").read_text().splitlines())
+    assert (first["input_len"], second["input_len"], third["batch_size"]) == (64, 2000, 2)
+    assert batches.step_ms(first) == pytest.approx(1e3 * first["steady_state_window_s"] / 7, rel=1e-2)
+    # Two requests in a batch: each waits for the whole step.
+    assert batches.step_ms(third) == pytest.approx(1e3 * third["steady_state_window_s"] / 7, rel=1e-2)
+
+
+def test_reads_what_one_batch_left_out(data):
+    assert bench.parse_skips((data / "bench_one_batch.log").read_text()) == [
+        bench.Skipped(2, 2000, "4016 tokens are needed, 3000 fit")
+    ]
+    with pytest.raises(BenchError, match="fewer than 64 requests"):
+        bench.parse_skips("Skip benchmark batch_size=64 > skip_max_running_requests_threshold=48 due to max")
+
+
+def test_counters(data):
+    text = (data / "metrics.txt").read_text()
+    assert counters.total(text, "sglang:prompt_tokens_total") == 2518
+    assert counters.total(text, "sglang:num_retracted_requests_total") == 0
+    assert counters.total(text, "sglang:kv_quant_k_bits") == 3
+
+
+def test_serving_command(tmp_path):
+    plan = Plan(FULL)
+    command = bench.serving_command(TARGET, tmp_path / "o", pressure.load(plan, "32768+512 x64"), 512, True, True)
+    assert option(command, "-m") == "sglang.benchmark.serving"
+    assert option(command, "--max-concurrency") == "64" and option(command, "--num-prompts") == "128"
+    assert option(command, "--random-input-len") == "32768" and option(command, "--random-range-ratio") == "1"
+    assert "--flush-cache" in command and option(command, "--warmup-requests") == "1"
+    sampling = json.loads(option(command, "--extra-request-body"))["sampling_params"]
+    assert sampling["max_new_tokens"] == 512 == int(option(command, "--random-output-len"))
+    assert sampling["ignore_eos"] and not sampling["skip_special_tokens"]
+    warm = bench.serving_command(TARGET, tmp_path / "o", prefixes.load(plan), 64, False, False)
+    assert "--flush-cache" not in warm and option(warm, "--warmup-requests") == "0"
+    assert int(option(warm, "--gsp-num-groups")) * int(option(warm, "--gsp-prompts-per-group")) == 64
+
+
+def test_commands_are_understood_by_sglang(tmp_path):
+    """Every option that is used is one of the installed release's."""
+    root = Path(importlib.util.find_spec("sglang").submodule_search_locations[0])  # found, not imported
+    for name, command in {
+        "serving": [
+            *bench.serving_command(TARGET, tmp_path, pressure.load(Plan(FULL), "1+1 x8"), 1, True, True),
+            *prefixes.load(Plan(FULL)),
+        ],
+        "one_batch_server": bench.one_batch_command(TARGET, tmp_path, 8, [1, 2], 3),
+    }.items():
+        source = (root / "benchmark" / f"{name}.py").read_text()
+        own = {word for word in command if word.startswith("--")} - {"--model"}
+        assert own and not [word for word in own if f'"{word}"' not in source and f'"--{word[5:]}"' not in source]
+
+
+def test_one_batch_command(tmp_path):
+    command = bench.one_batch_command(TARGET, tmp_path / "o", 8, [8192, 8192], 129)
+    at = command.index("--input-len")
+    assert command[at + 1 : at + 4] == ["8192", "8192", "--output-len"]
+    assert option(command, "--batch-size") == "8" and option(command, "--local-tokenizer-path") == "some/tokenizer"
+
+
+def test_prefixes_outgrow_the_unquantized_cache():
+    for capacity in (None, 100_000, 400_000, 1_600_000):
+        plan = Plan(FULL, capacity)
+        assert prefixes.working_set(plan) > 2 * (capacity or 0)
+        groups, each = prefixes.shape(plan)
+        assert groups >= FULL.prefixes and each >= 1
+    assert prefixes.shape(Plan(FULL)) == (8, 8)
+
+
+def test_own_home_keeps_the_hub_cache(monkeypatch):
+    monkeypatch.delenv("HF_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/users/one")
+    env = bench.environment("/scratch")
+    assert env["HOME"] == "/scratch" and env["HF_HOME"] == "/users/one/.cache/huggingface"
+    assert "127.0.0.1" in env["no_proxy"].split(",")
+
+
+@pytest.mark.parametrize("method", SERVERS)
+@pytest.mark.parametrize("sizes", [FULL, SMOKE])
+def test_every_server_gets_the_same_memory(method, sizes):
+    args = arguments(Model.of("m=config,tokenizer"), method, sizes, 0.8, True, ["--user"])
+    assert "--mem-fraction-static=0.8" in args and "--load-format=dummy" in args and args[-1] == "--user"
+    context = int(next(a for a in args if a.startswith("--context-length=")).split("=")[1])
+    assert context > max(sizes.decode) + sizes.steps and context > sum(sizes.pressure)
