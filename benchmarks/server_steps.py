@@ -320,8 +320,8 @@ def gpu() -> dict[str, str]:
     return dict(zip(("name", "driver"), found.stdout.strip().split(", "), strict=False)) if not found.returncode else {}
 
 
-def provenance(argv: list[str], head: str | None) -> dict:
-    """What someone needs to make the same files again."""
+def provenance(command: str, head: str | None) -> dict:
+    """What someone needs to make the same files again. head: the commit, None to ask git."""
     if head is None:
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
         head = git.stdout.strip()
@@ -331,14 +331,8 @@ def provenance(argv: list[str], head: str | None) -> dict:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return {
-        "command": "python -m benchmarks.server_steps " + shown(shlex.join(argv)),
-        "commit": head,
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "gpu": gpu(),
-        "versions": versions,
-        "servers": {},
-    }
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    return {"command": command, "commit": head, "date": date, "gpu": gpu(), "versions": versions}
 
 
 def lengths(text: str) -> list[int]:
@@ -397,7 +391,8 @@ def main(argv: list[str] | None = None) -> int:
     # Shapes with random weights are served at lengths that their configs do not name.
     os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     budget, started = Budget(args.budget), time.monotonic()
-    record = Record(args.out, provenance(sys.argv[1:] if argv is None else argv, args.commit))
+    command = "python -m benchmarks.server_steps " + shown(shlex.join(sys.argv[1:] if argv is None else argv))
+    record = Record(args.out, provenance(command, args.commit) | {"servers": {}})
     record.write()
     failed: dict[str, str] = {}
     try:

@@ -109,8 +109,8 @@ class Encoder:
             "PADDED": k.padded,
             "V_DIM": v.dim,
             "V_PADDED": v.padded,
-            "BINS": k.plan.few.bins if k.plan.few else (),
-            "V_BINS": v.plan.few.bins if v.plan.few else (),
+            "BINS": k.plan.columns.bins if k.plan.columns else (),
+            "V_BINS": v.plan.columns.bins if v.plan.columns else (),
             "RULE": self.tables.scale_rule,
             "FACTORS": triton.next_power_of_2(self.tables.search.shape[0]),
             "GROUP": group,
@@ -125,14 +125,14 @@ class Encoder:
             **self._common(dtype, group),
             words=self.rows.view(torch.int16),
             k_matrix=k.into,
-            k_fields=k.plan.few.fields,
-            k_pack=k.plan.few.pack,
+            k_fields=k.plan.columns.fields,
+            k_pack=k.plan.columns.pack,
             v_matrix=v.into,
-            v_fields=v.plan.few.fields,
-            v_pack=v.plan.few.pack,
+            v_fields=v.plan.columns.fields,
+            v_pack=v.plan.columns.pack,
             pad_at=row.norm_offset + row.heads * row.norms * NORM_BYTES,
-            BITS=k.plan.few.bits,
-            V_BITS=v.plan.few.bits,
+            BITS=k.plan.columns.bits,
+            V_BITS=v.plan.columns.bits,
             ROW_NORMS=row.norms,
             ROWS=TURN_BLOCK,
             CHANNELS=_channels(self.tables),
@@ -158,12 +158,12 @@ class Encoder:
             k_channels=a.channels,
             k_inverse_counts=a.inverse_counts,
             k_place=a.place,
-            k_pack=a.few and a.few.pack,
+            k_pack=a.columns and a.columns.pack,
             v_matrix=b.pieces if split else v.into,
             v_channels=b.channels,
             v_inverse_counts=b.inverse_counts,
             v_place=b.place,
-            v_pack=b.few and b.few.pack,
+            v_pack=b.columns and b.columns.pack,
             cells=self.tables.cells.table,
             places=self.tables.places,
             row_norms=row.norms,
@@ -238,7 +238,7 @@ def _rows_per_token(tables: DeviceTables, tokens: int, device: torch.device) -> 
 
 
 def _words(side: SideTables, rows: torch.Tensor) -> tuple[torch.Tensor, int]:
-    if side.plan.few is not None:
+    if side.plan.columns is not None:
         return rows.view(torch.int16), 2
     for dtype in (torch.int32, torch.int16):
         if not any(n % dtype.itemsize for n in (side.code_bytes, side.offset, rows.shape[1], rows.data_ptr())):

@@ -35,7 +35,7 @@ def _store_bin(
 ):
     """One bin of the codes, a tile ``[R, size]`` of them after the other, to slots ``within [R]`` of their blocks.
 
-    first: the head's first byte. pack: of the head, see :class:`.plan.FewPlan`.
+    first: the head's first byte. pack: of the head, see :class:`.plan.ColumnPlan`.
     """
     WORDS: tl.constexpr = BINS[BIN][1]
     ROWS: tl.constexpr = within.shape[0]

@@ -18,7 +18,6 @@ from .layout import CodeLayout
 TILE = 16  # channels; the shortest inner side of a float16 dot
 MAX_TILE = 64  # a wider one needs more registers at once when codes are made of it
 MAX_CHAIN_BITS = 4  # up to here the nearest level is found by comparing with every threshold
-CHANNEL_FIELDS = ("weight", "norm", "cell_start", "cell_scale", "half")
 COEFFICIENTS = 4  # of a codebook's polynomial, zeros included
 
 
@@ -42,7 +41,7 @@ class EncodePlan:
     channels ``[H, 5, P]`` float32: weight, norm index (-1: not stored), start and scale of the cells, half the
         number of levels.
     inverse_counts ``[H, norms]`` float32: one over the number of channels of a scale, 0 without any.
-    few: the same for a few tokens, where rows lie in columns.
+    columns: what is beside it for rows in columns, else None.
     place ``[H, rows, bytes]`` float16: per tile and bit position p, what ``code >> p`` of each channel adds to
         each byte of the head's codes, modulo 256. ``bytes`` is a multiple of ``chunk``.
     """
@@ -53,7 +52,7 @@ class EncodePlan:
     inverse_counts: torch.Tensor
     place: torch.Tensor
     chunk: int
-    few: FewPlan | None
+    columns: ColumnPlan | None
 
     @property
     def flat_tiles(self) -> tuple[int, ...]:
@@ -79,14 +78,14 @@ class EncodePlan:
         widths[:, : layouts[0].dim] = torch.tensor([layout.widths for layout in layouts])
         # A warpgroup's product wants 64 columns: with fewer, Triton 3.6 reads this operand wrongly from shared memory.
         chunk = 64
-        few = FewPlan.of(layouts, weight, norm_index) if in_columns else None
-        moves = [] if few else [_moves(layout) for layout in layouts]
-        tiles, blocks, lines = [], [torch.zeros(heads, 1, chunk)] if few else [], 0
+        columns = ColumnPlan.of(layouts, weight, norm_index) if in_columns else None
+        moves = [] if columns else [_moves(layout) for layout in layouts]
+        tiles, blocks, lines = [], [torch.zeros(heads, 1, chunk)] if columns else [], 0
         for start, size, bits in _tiles(widths):
             part = slice(start, start + size)
             flat = bool((weight[:, part] == weight[:, start : start + 1]).all()) and bits > 0
-            if few:
-                bins = sum(1 << b for b in range(len(few.bins)) if bool((few.pack[:, b, part] >> 8).any()))
+            if columns:
+                bins = sum(1 << b for b in range(len(columns.bins)) if bool((columns.pack[:, b, part] >> 8).any()))
                 tiles.append(Tile(start, size, bits, flat, 0, 0, bins))
                 continue
             block = torch.zeros(MAX_BITS, heads, size, -(-code_bytes // chunk) * chunk)
@@ -107,13 +106,13 @@ class EncodePlan:
             inverse_counts=torch.where(counts > 0, 1 / counts.clamp(min=1), 0.0),
             place=torch.cat(blocks, 1).half(),
             chunk=chunk,
-            few=few,
+            columns=columns,
         )
 
 
 @dataclass(frozen=True)
-class FewPlan:
-    """What :mod:`.encode_few` needs, all of it per channel. H KV heads, P padded channels.
+class ColumnPlan:
+    """How rows in columns are encoded, all of it per channel. H KV heads, P padded channels.
 
     fields ``[H, 12, P]`` float32: weight; part in the mean of squares; half the number of levels; its inverse; the
         coefficients of the thresholds' polynomial, which has threshold j at ``j / half``; those of the levels'.
@@ -127,7 +126,7 @@ class FewPlan:
     bits: int
 
     @classmethod
-    def of(cls, layouts: tuple[CodeLayout, ...], weight: torch.Tensor, norm_index: torch.Tensor) -> FewPlan:
+    def of(cls, layouts: tuple[CodeLayout, ...], weight: torch.Tensor, norm_index: torch.Tensor) -> ColumnPlan:
         """layouts: of a row in columns. Its heads have the same bins, as these depend on the sum of bits alone."""
         columns = [layout.columns for layout in layouts]
         assert all(c.bins == columns[0].bins for c in columns) and int(norm_index.max()) == 0

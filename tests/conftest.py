@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from sglang_blockgtq.options import default_cache_dir
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -39,6 +44,28 @@ def nan_poison(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         plain = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, _plain=plain, **kw: _poison(_plain(*a, **kw)))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[[int], LlamaForCausalLM]:
+    """head_dim -> a model of two layers, four query heads and two KV heads with random weights, always the same."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(head_dim: int) -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=97,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=head_dim,
+            initializer_range=0.3,
+        )
+        return LlamaForCausalLM(config).eval()
+
+    return make
 
 
 @pytest.fixture(scope="session")

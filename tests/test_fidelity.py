@@ -9,7 +9,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from sglang_blockgtq.calibrate.rope import RopeBlocks
 
@@ -193,19 +193,8 @@ def test_queries_do_not_depend_on_later_text():
 
 
 @pytest.fixture(scope="module")
-def tiny() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
+def tiny(tiny_llama):
+    return tiny_llama(32)
 
 
 def test_hook_replaces_keys_and_values(tiny):

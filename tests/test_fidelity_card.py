@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -21,19 +20,8 @@ from sglang_blockgtq.options import PRESETS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def subject() -> run.Subject:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        initializer_range=0.3,
-    )
-    tiny = LlamaForCausalLM(config).eval()
+def subject(tiny_llama) -> run.Subject:
+    tiny = tiny_llama(64)
     draw = torch.Generator().manual_seed(1)
     text, ids = (torch.randint(0, 97, (n,), generator=draw).tolist() for n in (200, 400))
     rope = [RopeBlocks(64, 64)] * 2

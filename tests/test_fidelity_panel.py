@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from sglang_blockgtq.calibrate.hf import collect
 from sglang_blockgtq.calibrate.rope import RopeBlocks
@@ -196,20 +195,9 @@ def test_entropy():
 
 
 @pytest.fixture(scope="module")
-def subject() -> run.Subject:
+def subject(tiny_llama) -> run.Subject:
     """A tiny model with random weights, calibrated on random tokens; 400 other tokens to measure."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        initializer_range=0.3,
-    )
-    tiny = LlamaForCausalLM(config).eval()
+    tiny = tiny_llama(64)
     draw = torch.Generator().manual_seed(1)
     first, second, ids = (torch.randint(0, 97, (n,), generator=draw).tolist() for n in (200, 200, 400))
     rope = [RopeBlocks(64, 64)] * 2

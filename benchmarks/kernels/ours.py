@@ -14,7 +14,7 @@ from sglang_blockgtq.kernels.attention import DecodeScratch, decode_attention
 from sglang_blockgtq.kernels.encode import encode
 from sglang_blockgtq.kernels.tables import DeviceTables
 
-from .folded import decode_folded
+from .folded import decode_folded as ours_folded
 
 INDEX_DTYPE = torch.int64  # of kv_indices, as SGLang's Triton backend has it
 
@@ -56,18 +56,3 @@ def ours_multi(
 ) -> torch.Tensor:
     """``queries`` tokens per request, causal among themselves, sharing each read. q ``[B * queries, Hq, D]``."""
     return decode_attention(tables, q, rows, kv_indptr, kv_indices, sm_scale, q_len=queries, **step)[0]
-
-
-def ours_folded(
-    tables: DeviceTables,
-    q: torch.Tensor,
-    rows: torch.Tensor,
-    kv_indptr: torch.Tensor,
-    kv_indices: torch.Tensor,
-    sm_scale: float,
-    page: int,
-    longest: int,
-    **step: Any,
-) -> torch.Tensor:
-    """As :func:`ours`, with another query for each page of ``page`` tokens: the cost of a page-relative frame."""
-    return decode_folded(tables, q, rows, kv_indptr, kv_indices, sm_scale, page, longest, **step)

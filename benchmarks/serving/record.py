@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import csv
-import datetime
 import json
 import os
-import platform
-import subprocess
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ..server_steps import PACKAGES, gpu
 from .configs import SERVERS
 
 MEASURED = "measured"
@@ -95,18 +90,3 @@ class Record:
         scratch = scratch.with_name(f".{self.json.name}.{os.getpid()}")
         scratch.write_text(json.dumps(self.meta, indent=1) + "\n")
         scratch.replace(self.json)
-
-
-def provenance(command: str, head: str | None) -> dict:
-    """What someone needs to make the same files again."""
-    if head is None:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-        head = git.stdout.strip()
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    return {"command": command, "commit": head, "date": date, "gpu": gpu(), "versions": versions}

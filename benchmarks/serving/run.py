@@ -23,11 +23,11 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..launch import Server, ServerError, exit_on_sigterm, shown
-from ..server_steps import Budget, Model, prompt, summary
+from ..server_steps import Budget, Model, prompt, provenance, summary
 from . import check, memory
 from .bench import BenchError, Target
 from .configs import BASELINES, DEFAULT, NAMED, SERVERS, Sizes, arguments
-from .record import UNFIT, UNMEASURED, Record, Row, provenance
+from .record import UNFIT, UNMEASURED, Record, Row
 from .report import write as write_report
 from .scenarios import Context, Failed, Outcome, Plan, Unfit, batch, capacity, cost, decode, prefill, prefixes, pressure
 

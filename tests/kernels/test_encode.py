@@ -180,7 +180,7 @@ def test_turns_queries_in_the_same_launch(case, kernel):
 def packed_by_plan(side: SideTables, h: int, codes: torch.Tensor, code_bytes: int) -> torch.Tensor:
     """``codes [N, P]`` of head h as its plan puts them into bytes, uint8 ``[N, code_bytes]``."""
     plan = side.plan
-    if plan.few is None:
+    if plan.columns is None:
         total = torch.zeros(len(codes), plan.place.shape[2], dtype=torch.int64)
         for tile in plan.tiles:
             part = codes[:, tile.start : tile.start + tile.size]
@@ -190,8 +190,8 @@ def packed_by_plan(side: SideTables, h: int, codes: torch.Tensor, code_bytes: in
         assert not (total & 255)[:, code_bytes:].any()
         return (total & 255)[:, :code_bytes].to(torch.uint8)
     out = torch.zeros(len(codes), code_bytes, dtype=torch.uint8)
-    for b, (byte, words, repeat) in enumerate(plan.few.bins):
-        move = plan.few.pack[h, b].cpu().long()
+    for b, (byte, words, repeat) in enumerate(plan.columns.bins):
+        move = plan.columns.pack[h, b].cpu().long()
         moved = ((codes >> (move & 15)) & (move >> 8)) << (move >> 4 & 15)
         column = moved.unflatten(1, (-1, 16)).sum(1)
         word = column.unflatten(1, (repeat, words)).sum(1)
@@ -209,7 +209,7 @@ def test_plan_places_codes_as_pack_does(case):
     """What a plan adds up of the shifted codes are the packed bytes, in planes and in columns."""
     d = data(case)
     row = d.codec.layout
-    assert (d.tables.k.plan.few is None) != row.in_columns
+    assert (d.tables.k.plan.columns is None) != row.in_columns
     for side, layouts in ((d.tables.k, row.k), (d.tables.v, (row.v,) * row.heads)):
         for h, layout in enumerate(layouts):
             generator = torch.Generator().manual_seed(h)
