@@ -80,6 +80,70 @@ def load_shifts(column_shifts, BINS: tl.constexpr):
 
 
 @triton.jit
+def add_values(
+    logits,
+    v_words,
+    v_scale,
+    v_shifts,
+    acc,
+    peak,
+    total,
+    weight,
+    V_SLOTS: tl.constexpr,
+    V_REPEAT: tl.constexpr,
+    V_POLY: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """A tile's values into the running softmax, by its logits ``[N, M]`` in base 2: acc, peak, total, weight.
+
+    acc: per slot of V ``[16, M]``. total: summed over tokens once, behind the loop. weight: of the values, where
+    their codebook is linear.
+    """
+    new_peak = tl.maximum(peak, tl.max(logits, 0))
+    keep = tl.exp2(peak - new_peak)
+    prob = tl.exp2(logits - new_peak[None, :])
+    total = total * keep[None, :] + prob
+    weighted = (prob * (v_scale * _LIFT)[:, None]).to(tl.float16 if ASM else tl.float32)
+    if len(V_POLY[0]) == 0:
+        weight = weight * keep[None, :] + weighted.to(tl.float32)
+    sums = ()
+    for i in tl.static_range(len(V_SLOTS)):
+        v = slot_levels(v_words, v_shifts, 0, i, V_SLOTS, V_REPEAT, V_POLY, ASM)
+        sums += (tl.dot(v, weighted, acc[i] * keep[None, :], input_precision="ieee"),)
+    return sums, new_peak, total, weight
+
+
+@triton.jit
+def store_split(
+    acc,
+    peak,
+    total,
+    weight,
+    row,
+    live_row,
+    partial_out,
+    partial_lse,
+    V_DIM: tl.constexpr,
+    V_SLOTS: tl.constexpr,
+    V_REPEAT: tl.constexpr,
+    V_POLY: tl.constexpr,
+    V_SLOPE: tl.constexpr,
+):
+    """What the loop leaves (see :func:`add_values`) to the partial results at ``row [M]``."""
+    c = tl.arange(0, _COLUMNS)
+    total = tl.sum(total, 0)
+    seen_any = total > 0  # not where a query sees nothing of this split
+    scale = tl.where(seen_any, V_SLOPE / (tl.where(seen_any, total, 1.0) * _LIFT), 0.0)
+    weights = tl.sum(weight, 0)
+    for i in tl.static_range(len(V_SLOTS)):
+        to = row[None, :] * V_DIM + (c + i * _COLUMNS)[:, None]
+        value = acc[i] - (weights * slot_offset(i, V_SLOTS, V_REPEAT, V_POLY))[None, :]
+        tl.store(partial_out + to, value * scale[None, :], mask=live_row[None, :])
+    lse = tl.where(seen_any, (peak + tl.log2(tl.where(seen_any, total, 1.0))) * _LN2, float("-inf"))
+    tl.store(partial_lse + row, lse, mask=live_row)
+
+
+@triton.jit
 def _attend_split(
     q,
     rows16,
@@ -179,31 +243,14 @@ def _attend_split(
         else:
             logits = tl.where((n < end)[:, None] & (n[:, None] < seen[None, :]), logits, float("-inf"))
 
-        new_peak = tl.maximum(peak, tl.max(logits, 0))
-        keep = tl.exp2(peak - new_peak)
-        prob = tl.exp2(logits - new_peak[None, :])
-        total = total * keep[None, :] + prob  # summed over tokens once, behind the loop
-        peak = new_peak
-        weighted = (prob * (v_scale * _LIFT)[:, None]).to(operand)
-        if len(V_POLY[0]) == 0:
-            weight = weight * keep[None, :] + weighted.to(tl.float32)
-        sums = ()
-        for i in tl.static_range(len(V_SLOTS)):
-            v = slot_levels(v_words, v_shifts, 0, i, V_SLOTS, V_REPEAT, V_POLY, ASM)
-            sums += (tl.dot(v, weighted, acc[i] * keep[None, :], input_precision="ieee"),)
-        acc = sums
+        acc, peak, total, weight = add_values(
+            logits, v_words, v_scale, v_shifts, acc, peak, total, weight, V_SLOTS, V_REPEAT, V_POLY, ASM
+        )
 
-    total = tl.sum(total, 0)
-    seen_any = total > 0  # not where a query sees nothing of this split
     row = (split.to(tl.int64) * QUERIES + query) * (HEADS * GROUP) + j
-    scale = tl.where(seen_any, V_SLOPE / (tl.where(seen_any, total, 1.0) * _LIFT), 0.0)
-    weights = tl.sum(weight, 0)
-    for i in tl.static_range(len(V_SLOTS)):
-        to = row[None, :] * V_DIM + (c + i * _COLUMNS)[:, None]
-        value = acc[i] - (weights * slot_offset(i, V_SLOTS, V_REPEAT, V_POLY))[None, :]
-        tl.store(partial_out + to, value * scale[None, :], mask=live_row[None, :])
-    lse = tl.where(seen_any, (peak + tl.log2(tl.where(seen_any, total, 1.0))) * _LN2, float("-inf"))
-    tl.store(partial_lse + row, lse, mask=live_row)
+    store_split(
+        acc, peak, total, weight, row, live_row, partial_out, partial_lse, V_DIM, V_SLOTS, V_REPEAT, V_POLY, V_SLOPE
+    )
 
 
 @triton.jit(

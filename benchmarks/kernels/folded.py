@@ -20,8 +20,8 @@ from sglang_blockgtq.kernels.address import block_base
 from sglang_blockgtq.kernels.attention import DecodeScratch, target_splits
 from sglang_blockgtq.kernels.codec import LayerCodec
 from sglang_blockgtq.kernels.columns import COLUMNS
-from sglang_blockgtq.kernels.decode import load_shifts, load_words
-from sglang_blockgtq.kernels.fields import offset_of, slot_levels, slot_offset
+from sglang_blockgtq.kernels.decode import add_values, load_shifts, load_words, store_split
+from sglang_blockgtq.kernels.fields import offset_of, slot_levels
 from sglang_blockgtq.kernels.layout import BLOCK_SLOTS, gather_rows
 from sglang_blockgtq.kernels.splits import find_split, num_splits
 from sglang_blockgtq.kernels.tables import ColumnTables, DeviceTables
@@ -31,8 +31,7 @@ PAGES = 8  # folded by one program
 TILE = 32  # tokens
 _COLUMNS = tl.constexpr(COLUMNS)
 _SLOTS = tl.constexpr(BLOCK_SLOTS)
-_LN2, _LOG2E = tl.constexpr(0.6931471805599453), 1.4426950408889634
-_LIFT = tl.constexpr(64.0)  # as in the decode kernel
+_LOG2E = 1.4426950408889634
 
 
 def angles(pages: int, page: int, dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,31 +213,14 @@ def attend_kernel(
         logits = logits * k_scale[:, None] * to_log2[None, :]
         logits = tl.where((n < end)[:, None], logits, float("-inf"))
 
-        new_peak = tl.maximum(peak, tl.max(logits, 0))
-        keep = tl.exp2(peak - new_peak)
-        prob = tl.exp2(logits - new_peak[None, :])
-        total = total * keep[None, :] + prob
-        peak = new_peak
-        weighted = (prob * (v_scale * _LIFT)[:, None]).to(operand)
-        if len(V_POLY[0]) == 0:
-            weight = weight * keep[None, :] + weighted.to(tl.float32)
-        sums = ()
-        for i in tl.static_range(len(V_SLOTS)):
-            v = slot_levels(v_words, v_shifts, 0, i, V_SLOTS, V_REPEAT, V_POLY, ASM)
-            sums += (tl.dot(v, weighted, acc[i] * keep[None, :], input_precision="ieee"),)
-        acc = sums
+        acc, peak, total, weight = add_values(
+            logits, v_words, v_scale, v_shifts, acc, peak, total, weight, V_SLOTS, V_REPEAT, V_POLY, ASM
+        )
 
-    total = tl.sum(total, 0)
-    some = total > 0
     row = split.to(tl.int64) * (HEADS * GROUP) + j
-    scale = tl.where(some, V_SLOPE / (tl.where(some, total, 1.0) * _LIFT), 0.0)
-    weights = tl.sum(weight, 0)
-    for i in tl.static_range(len(V_SLOTS)):
-        to = row[None, :] * V_DIM + (c + i * _COLUMNS)[:, None]
-        value = acc[i] - (weights * slot_offset(i, V_SLOTS, V_REPEAT, V_POLY))[None, :]
-        tl.store(partial_out + to, value * scale[None, :], mask=live_row[None, :])
-    lse = tl.where(some, (peak + tl.log2(tl.where(some, total, 1.0))) * _LN2, float("-inf"))
-    tl.store(partial_lse + row, lse, mask=live_row)
+    store_split(
+        acc, peak, total, weight, row, live_row, partial_out, partial_lse, V_DIM, V_SLOTS, V_REPEAT, V_POLY, V_SLOPE
+    )
 
 
 def _of_slots(k: ColumnTables, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
