@@ -22,7 +22,7 @@ from .dependent import dependent
 from .flash import attention_kernel
 from .merge_splits import CHUNK, merge_chunk_kernel, merge_row_kernel, merge_tile_kernel
 from .naive import merge_states
-from .splits import SPLIT_UNIT, num_splits
+from .splits import SPLIT_UNIT, num_splits, request_block
 from .tables import DeviceTables
 from .turn import merge_and_turn, turn
 
@@ -123,7 +123,7 @@ def _attend(
         V_MASKS=v.masks,
         K_NORMS=k.norms,
         QUERIES=q_len,
-        REQUESTS=triton.next_power_of_2(requests),
+        REQUESTS=request_block(requests),
         SPLIT_UNIT=SPLIT_UNIT,
         BLOCK_M=block_m,
         BLOCK_N=32,
@@ -311,7 +311,7 @@ def _decode(
         V_POLY=v.poly if one_book else v.codebook,
         K_SLOPE=tuple(k.slope for k in ks),
         V_SLOPE=v.slope[0] if one_book else 1.0,
-        REQUESTS=triton.next_power_of_2(requests),
+        REQUESTS=request_block(requests),
         BLOCK_M=block_m,
         BLOCK_N=TUNING.block_n,
         STAGES=TUNING.stages,
@@ -339,7 +339,7 @@ def _merge(
         "QUERIES": q_len,
         "DIM": side.dim,
         "PADDED": side.padded,
-        "REQUESTS": triton.next_power_of_2(requests),
+        "REQUESTS": request_block(requests),
         "DEPENDENT": dependent(tables.device),
         "launch_pdl": dependent(tables.device),
     }

@@ -13,10 +13,6 @@ import triton.language as tl
 
 SPLIT_UNIT = 32  # tokens
 _UNIT = tl.constexpr(SPLIT_UNIT)
-#: Below so many tokens a split, half as many splits are made: each has a start and an end of its own to pay for.
-#: Not higher: half as many programs leave half of a multiprocessor's warps empty, and take nearly as long.
-WORTHWHILE = 192
-_WORTHWHILE = tl.constexpr(WORTHWHILE)
 _STEPS = 6  # sizes that are tried: the ideal one, and up to five eighths more
 _TRIES = tl.constexpr(_STEPS)
 
@@ -26,6 +22,14 @@ def num_splits(batch: int, target: int) -> int:
     return max(batch, target)
 
 
+def request_block(requests: int) -> int:
+    """Requests that a kernel's tile has room for: a power of 8, so that all batch sizes share a few binaries."""
+    block = 8
+    while block < requests:
+        block *= 8
+    return block
+
+
 def _unit(tokens: int) -> int:
     return max(-(-tokens // SPLIT_UNIT), 1) * SPLIT_UNIT
 
@@ -33,8 +37,6 @@ def _unit(tokens: int) -> int:
 def split_lengths(lengths: torch.Tensor, target: int) -> tuple[int, torch.Tensor]:
     """Twin of :func:`request_splits`: tokens of a split, and how many splits each request takes."""
     total, batch = int(lengths.sum()), len(lengths)
-    if total < WORTHWHILE * target:
-        target = -(-target // 2)
     ideal = -(-total // target)
     size = _unit(-(-total // (target - batch)) if target > batch else total)
     for k in reversed(range(_STEPS)):
@@ -56,7 +58,6 @@ def request_splits(kv_indptr, num_requests, target, REQUESTS: tl.constexpr):
     start = tl.load(kv_indptr + r, mask=live, other=0)
     length = (tl.load(kv_indptr + r + 1, mask=live, other=0) - start).to(tl.int32)
     total = tl.sum(length, 0)
-    target = tl.where(total < target * _WORTHWHILE, tl.cdiv(target, 2), target)
     ideal = tl.cdiv(total, target)
     spare = tl.maximum(target - num_requests, 1)
     size = tl.where(target > num_requests, tl.cdiv(total, spare), total)

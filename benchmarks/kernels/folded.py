@@ -23,7 +23,7 @@ from sglang_blockgtq.kernels.columns import COLUMNS
 from sglang_blockgtq.kernels.decode import add_values, load_shifts, load_words, store_split
 from sglang_blockgtq.kernels.fields import offset_of, slot_levels
 from sglang_blockgtq.kernels.layout import BLOCK_SLOTS, gather_rows
-from sglang_blockgtq.kernels.splits import find_split, num_splits
+from sglang_blockgtq.kernels.splits import find_split, num_splits, request_block
 from sglang_blockgtq.kernels.tables import ColumnTables, DeviceTables
 
 THETA = 1e6  # of RoPE; any would do
@@ -278,7 +278,7 @@ def decode_folded(
         NORM_OFFSET=row.norm_offset, HEADS=tables.heads, GROUP=group, V_DIM=tables.v.dim,
         K_BINS=k.bins, V_BINS=v.bins, K_REPEAT=k.repeat, V_REPEAT=v.repeat, K_SLOTS=k.slots, V_SLOTS=v.slots,
         K_POLY=k.poly, V_POLY=v.poly if one_book else v.codebook, V_SLOPE=v.slope[0] if one_book else 1.0,
-        REQUESTS=triton.next_power_of_2(requests), PAGE=page, BLOCK_M=block_m, BLOCK_N=min(page, TILE),
+        REQUESTS=request_block(requests), PAGE=page, BLOCK_M=block_m, BLOCK_N=min(page, TILE),
         STAGES=attention.TUNING.stages, ASM=q.is_cuda, num_warps=1, num_stages=attention.TUNING.stages,
     )  # fmt: skip
     out = q.new_empty(requests, num_heads, tables.v.dim)

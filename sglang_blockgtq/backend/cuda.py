@@ -7,6 +7,7 @@ read or written differs. On Hopper, extend reads an unpacked prefix (:mod:`.exte
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from ..capture import refuse_extras
 from ..kernels.attention import DecodeScratch, decode_attention, merge_states, prefix_attention
 from ..options import NAME
-from . import require_packed_pool
+from . import require_packed_pool, warm_up
 from .extend import ExtendPlan, FlashExtend, flash_attention_3
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class TritonPackedBackend(TritonAttnBackend):
         # One for all layers and batch sizes, so that no captured graph keeps its own.
         self.scratch = DecodeScratch.of(pool.tables[0], runner.req_to_token_pool.size, self.num_head)
         self.flash = self._flash_extend(runner)
+        self._warm_up(runner)
         self._plan: tuple[Any, ExtendPlan] | None = None
 
     def _flash_extend(self, runner: Any) -> FlashExtend | None:
@@ -50,7 +52,6 @@ class TritonPackedBackend(TritonAttnBackend):
             return None
         most = min(pool.size, runner.model_config.context_len)
         flash = FlashExtend(pool.tables, attend, runner.dtype, most)
-        flash.warm_up(pool.rows)
         logger.info(
             "%s: prefill attention in FlashAttention-3 over a workspace of %d tokens (%.0f MiB): %s",
             NAME,
@@ -59,6 +60,16 @@ class TritonPackedBackend(TritonAttnBackend):
             why,
         )
         return flash
+
+    def _warm_up(self, runner: Any) -> None:
+        """Have every kernel compiled before a graph is captured or a request waits for it."""
+        pool, started = self.pool, time.monotonic()
+        most = runner.req_to_token_pool.size
+        todo = warm_up.jobs(pool.encoders[0], self.scratch, self.num_head, runner.dtype, most)
+        if self.flash is not None:
+            todo.append(lambda: self.flash.warm_up(pool.rows))
+        warm_up.run(todo, pool.rows[0].device)
+        logger.info("%s: kernels ready after %.1f s", NAME, time.monotonic() - started)
 
     def _save(self, layer: RadixAttention, forward_batch: Any, k: torch.Tensor, v: torch.Tensor) -> None:
         swa_loc = self.forward_metadata.swa_out_cache_loc

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sglang_blockgtq.kernels import attention
 from sglang_blockgtq.kernels.attention import DecodeScratch
 from sglang_blockgtq.kernels.merge_splits import CHUNK
-from sglang_blockgtq.kernels.splits import SPLIT_UNIT, find_split, num_splits, split_lengths, splits_of
+from sglang_blockgtq.kernels.splits import SPLIT_UNIT, find_split, num_splits, request_block, split_lengths, splits_of
 
 from .matrix import DEVICE, SMALL, data, relative_error
 
@@ -41,7 +41,7 @@ def test_kernels_cut_as_their_twin(lengths, target, dtype):
     kv_indptr = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, dtype)
     found = torch.full((grid, 3), -1, dtype=torch.int32, device=DEVICE)
     of = torch.full((batch, 2), -1, dtype=torch.int32, device=DEVICE)
-    _where_kernel[(1,)](kv_indptr, batch, target, found, of, SPLITS=grid, REQUESTS=triton.next_power_of_2(batch))
+    _where_kernel[(1,)](kv_indptr, batch, target, found, of, SPLITS=grid, REQUESTS=request_block(batch))
 
     size, counts = split_lengths(torch.tensor(lengths), target)
     assert size % SPLIT_UNIT == 0 and size > 0
