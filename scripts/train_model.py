@@ -6,6 +6,7 @@ For judging a cache where no other model with such heads is at hand: its queries
 training gives them, under RoPE and grouped queries, which no generator has. 27 million parameters, 4 query and 2 KV
 heads, contexts of 4,096 tokens, trained for as long as it is allowed to. FOLDER gets a Hugging Face model and
 tokenizer, held-out text (``heldout.txt``, from files that it never saw) and ``training.json``: how, and how well.
+``--prepare`` first, on a machine with the text, and only the training is left for the one with the GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SUFFIXES = {".py", ".pyi", ".txt", ".md", ".rst"}
 END = "<|end|>"
@@ -32,6 +33,7 @@ VOCABULARY = 8192  # fits 16 bits
 MAX_FILE_BYTES = 400_000  # larger ones are mostly tables
 TOKENIZER_BYTES = 30_000_000  # of text that the vocabulary is made from
 SHARD = "14MB"
+PREPARED = "tokens.npz"
 
 
 def text_files(folders: list[Path], held_out: int) -> Iterator[tuple[str, bool]]:
@@ -152,6 +154,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", type=Path, required=True)
+    add("--prepare", action="store_true", help="only tokenize, for a training elsewhere: it takes what is in --out")
     add("--minutes", type=float, default=12, help="of training alone (default 12)")
     add("--text", type=Path, nargs="+", default=default_folders(), help="folders of text (default: installed packages)")
     add("--tokens", type=int, default=150_000_000, help="most tokens of text (default 150 million)")
@@ -175,36 +178,48 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def prepare(args: argparse.Namespace) -> str | None:
+    """Put tokenizer, tokens and held-out text to ``args.out``. Returns what is wrong with the text, if anything."""
     train_texts, held_out = [], []
     for text, out in text_files(args.text, args.held_out):
         (held_out if out else train_texts).append(text)
     # Files come in the order of their hashes: the first ones are a fair sample.
     if not train_texts or not held_out:
-        print(f"--text: {len(train_texts)} files to train on and {len(held_out)} held out are too few", file=sys.stderr)
-        return 2
-    args.out.mkdir(parents=True, exist_ok=True)
+        return f"{len(train_texts)} files to train on and {len(held_out)} held out are too few"
     tokenizer = make_tokenizer(train_texts)
-    tokens = torch.from_numpy(encode(tokenizer, train_texts, args.tokens))
-    unseen = torch.from_numpy(encode(tokenizer, held_out, args.tokens // args.held_out + args.context))
+    tokens = encode(tokenizer, train_texts, args.tokens)
+    unseen = encode(tokenizer, held_out, args.tokens // args.held_out + args.context)
     if min(len(tokens), len(unseen)) <= args.context:
-        print(
-            f"--text: {len(tokens)} and {len(unseen)} tokens do not fill a context of {args.context}", file=sys.stderr
-        )
-        return 2
+        return f"{len(tokens)} and {len(unseen)} tokens do not fill a context of {args.context}"
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(args.out)
+    (args.out / "heldout.txt").write_text("\n\n".join(held_out)[:4_000_000])
+    np.savez(args.out / PREPARED, tokens=tokens, unseen=unseen, files=len(train_texts))
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.prepare or not (args.out / PREPARED).exists():
+        if wrong := prepare(args):
+            print(f"--text: {wrong}", file=sys.stderr)
+            return 2
+    if args.prepare:
+        return 0
+    tokenizer = AutoTokenizer.from_pretrained(args.out)
+    with np.load(args.out / PREPARED) as prepared:
+        tokens, unseen = (torch.from_numpy(prepared[name]) for name in ("tokens", "unseen"))
+        files = int(prepared["files"])
     model = make_model(args, tokenizer).to(device)
     steps, log = train(model, tokens, args, device)
     loss = held_out_loss(model, unseen, args.context, device)
     model.to(torch.bfloat16).save_pretrained(args.out, max_shard_size=SHARD)
-    tokenizer.save_pretrained(args.out)
-    (args.out / "heldout.txt").write_text("\n\n".join(held_out)[:4_000_000])
     record = {
         "command": "python scripts/train_model.py " + " ".join(argv if argv is not None else sys.argv[1:]),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "parameters": sum(p.numel() for p in model.parameters()),
-        "files": len(train_texts),
+        "files": files,
         "tokens": len(tokens),
         "tokens_seen": steps * args.batch * args.context,
         "held_out_loss": round(loss, 4),

@@ -48,6 +48,19 @@ def test_a_model_with_its_tokenizer_and_held_out_text_is_written(script, corpus,
     assert not any(text in unseen for text in seen)
 
 
+def test_text_is_prepared_for_a_training_elsewhere(script, corpus, tmp_path):
+    here = ["--out", str(tmp_path / "a"), "--minutes", "0.01", "--text", str(corpus), *TINY]
+    assert script.main([*here, "--prepare"]) == 0
+    assert not (tmp_path / "a" / "config.json").exists()
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "empty").mkdir()
+    there = ["--out", str(tmp_path / "b"), "--minutes", "0.01", "--text", str(tmp_path / "empty"), *TINY]
+    assert script.main(there) == 0
+    record = json.loads((tmp_path / "b" / "training.json").read_text())
+    assert record["files"] == len([text for text, out in script.text_files([corpus], 4) if not out])
+    AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+
+
 def test_files_are_taken_once_and_in_one_order(script, corpus, tmp_path):
     found = list(script.text_files([corpus], 4))
     assert len(found) == 40 and 0 < sum(out for _, out in found) < 20
