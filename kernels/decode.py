@@ -7,7 +7,8 @@ Words go from memory to shared memory asynchronously, from there to registers in
 and are turned into levels there, slot by slot (:mod:`.fields`). No level is ever stored.
 
 The loop is compiled for the widths of a head's keys. Heads of a model may have up to four kinds of them
-(templates), and so the kernel up to four loops, of which a program runs one.
+(templates), and so the kernel up to four loops, of which a program runs one. A loop is 16 KB of instructions, so the
+programs of a multiprocessor should run the same.
 
 K's scales touch the logits, V's the probabilities. What the loop leaves is merged in :mod:`.merge_splits`.
 """
@@ -22,7 +23,7 @@ from .columns import COLUMNS
 from .dependent import wait_and_release
 from .fields import slot_levels, slot_offset
 from .layout import BLOCK_SLOTS
-from .splits import find_split
+from .splits import by_multiprocessor, find_split, request_splits
 
 _LN2 = tl.constexpr(0.6931471805599453)
 _COLUMNS = tl.constexpr(COLUMNS)
@@ -254,7 +255,7 @@ def _attend_split(
 
 
 @triton.jit(
-    do_not_specialize=["num_requests", "target"],
+    do_not_specialize=["num_requests", "target", "num_multiprocessors"],
     do_not_specialize_on_alignment=["kv_indptr", "kv_indices"],
 )
 def decode_kernel(
@@ -265,10 +266,12 @@ def decode_kernel(
     kv_indices,
     column_shifts,  # int32 [4, 16]: for 1, 2, 4 and 8 columns per word
     k_kinds,  # int32 [H], each head's template; None where there is one
+    k_order,  # int32 [H], the heads by their templates; None where there is one
     partial_out,  # float16 or float32 [splits, QUERIES, Hq, V_DIM]
     partial_lse,  # float32 [splits, QUERIES, Hq]
     num_requests,
     target,
+    num_multiprocessors,
     to_log2,
     stride_qt,
     stride_qh,
@@ -299,11 +302,22 @@ def decode_kernel(
     ASM: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    head = tl.program_id(0) % HEADS
-    first_row = tl.program_id(0) // HEADS * BLOCK_M
-    split = tl.program_id(1)
+    if len(K_SLOTS) == 1:
+        kind = 0
+        head = tl.program_id(0) % HEADS
+        tile = tl.program_id(0) // HEADS
+        split = tl.program_id(1)
+    else:
+        _, count = request_splits(kv_indptr, num_requests, target, REQUESTS)
+        splits, tiles = tl.maximum(tl.sum(count, 0), 1), tl.num_programs(0) // HEADS
+        program, total = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), splits * tl.num_programs(0)
+        place = by_multiprocessor(program, total, num_multiprocessors)
+        head = tl.load(k_order + tl.minimum(place // (splits * tiles), HEADS - 1))
+        kind = tl.load(k_kinds + head)
+        tile = place // splits % tiles
+        split = tl.where(program < total, place % splits, 1 << 30)
+    first_row = tile * BLOCK_M
     request, begin, end = find_split(kv_indptr, num_requests, target, split, REQUESTS)
-    kind = 0 if k_kinds is None else tl.load(k_kinds + head)
     wait_and_release(DEPENDENT)
     if request >= num_requests:
         return

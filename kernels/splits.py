@@ -81,6 +81,17 @@ def find_split(kv_indptr, num_requests, target, split, REQUESTS: tl.constexpr):
 
 
 @triton.jit
+def by_multiprocessor(program, total, count):
+    """Numbers 0 .. total - 1 so that the programs of a multiprocessor get numbers in a row.
+
+    For programs 0 .. total - 1 that go to ``count`` multiprocessors in turn; whatever the GPU does, each number once.
+    """
+    share, more = total // count, total % count
+    first = program % count
+    return first * share + tl.minimum(first, more) + program // count
+
+
+@triton.jit
 def splits_of(kv_indptr, num_requests, target, request, REQUESTS: tl.constexpr):
     """The first split of a request and their number."""
     r = tl.arange(0, REQUESTS)

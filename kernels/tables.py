@@ -168,7 +168,8 @@ class DeviceTables:
     """What the Triton kernels need to encode and read one layer, on one device.
 
     levels ``[9, 256]`` float32; half_levels the levels in float16, for tensor-core dots.
-    k_templates: the templates that keys of the model have, k_kinds ``[H]`` int32: which of them each head has;
+    k_templates: the templates that keys of the model have, k_kinds ``[H]`` int32: which of them each head has,
+        k_order ``[H]`` int32: the heads by their templates;
         v_columns: the values'. For rows in columns with the project's own codebooks, else () and None.
     column_shifts: see there.
     places ``[2, row_bytes]`` int32: RowLayout.places().
@@ -185,6 +186,7 @@ class DeviceTables:
     scale_rule: str
     k_templates: tuple[ColumnTables, ...]
     k_kinds: torch.Tensor
+    k_order: torch.Tensor
     v_columns: ColumnTables | None
     column_shifts: torch.Tensor
     places: torch.Tensor
@@ -242,6 +244,7 @@ class DeviceTables:
             cells=cells,
             in_columns=row.in_columns,
         )
+        kinds = torch.tensor([templates.index(head) if regular else 0 for head in row.k], dtype=torch.int32)
         return cls(
             row=row,
             k=_moved(k, device),
@@ -252,9 +255,8 @@ class DeviceTables:
             cells=_moved(cells, device),
             scale_rule=codec.scale_rule,
             k_templates=tuple(map(ColumnTables.of, templates)) if regular else (),
-            k_kinds=torch.tensor(
-                [templates.index(head) if regular else 0 for head in row.k], dtype=torch.int32, device=device
-            ),
+            k_kinds=kinds.to(device),
+            k_order=kinds.argsort(stable=True).int().to(device),
             v_columns=ColumnTables.of(row.v) if regular else None,
             column_shifts=column_shifts().to(device),
             places=row.places().to(device),

@@ -346,6 +346,18 @@ def test_templates_of_other_layers(case):
         DeviceTables.of(d.codec, templates=(other,))
 
 
+@over(SLOTS)
+def test_programs_are_dealt_to_multiprocessors_by_template(case, monkeypatch):
+    """Fewer programs than multiprocessors, a last round that is not full, and splits that no request needs."""
+    d = data(case)
+    for count, target in ((3, 7), (200, 2)):
+        monkeypatch.setattr(attention, "_multiprocessors", lambda device, count=count: count)
+        got = decode_attention(
+            d.tables, decode_queries(case, 4), d.rows, d.kv_indptr, d.kv_indices, d.sm_scale, q_len=4, target=target
+        )
+        assert_same(got, decoded_by_twin(case, 4), TOLERANCE[DEVICE][case.dtype])
+
+
 def test_more_templates_than_kernels_have_loops_for():
     """Such rows lie in columns all the same, and the generic kernel reads them."""
     case = SLOTS[2]

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from sglang_blockgtq.kernels import attention
 from sglang_blockgtq.kernels.attention import DecodeScratch
 from sglang_blockgtq.kernels.merge_splits import CHUNK
-from sglang_blockgtq.kernels.splits import SPLIT_UNIT, find_split, num_splits, request_block, split_lengths, splits_of
+from sglang_blockgtq.kernels.splits import (
+    SPLIT_UNIT,
+    by_multiprocessor,
+    find_split,
+    num_splits,
+    request_block,
+    split_lengths,
+    splits_of,
+)
 
 from .matrix import DEVICE, SMALL, data, relative_error
 
@@ -110,3 +118,19 @@ def test_merge_matches_twin(case, alone, target, q_len, monkeypatch):
     # The GPU's dots are in three pieces of TF32.
     for head in range(out.shape[1]):
         assert relative_error(out[:, head], want[:, head]) < (1e-5 if DEVICE == "cpu" else 1e-4)
+
+
+@triton.jit
+def _places_kernel(total, count, places):
+    for program in range(total):
+        tl.store(places + program, by_multiprocessor(program, total, count))
+
+
+@pytest.mark.parametrize("total, count", [(1, 1), (7, 1), (5, 8), (24, 8), (29, 8)])
+def test_a_multiprocessors_programs_get_numbers_in_a_row(total, count):
+    places = torch.full((total,), -1, dtype=torch.int32, device=DEVICE)
+    _places_kernel[(1,)](total, count, places)
+    assert sorted(places.tolist()) == list(range(total))
+    for first in range(min(total, count)):
+        mine = places[first::count].tolist()
+        assert mine == list(range(mine[0], mine[0] + len(mine)))
