@@ -46,6 +46,7 @@ class Tuning:
 
 
 TUNING = Tuning()
+REGISTERS = 168  # of a thread, with which 12 programs fit a multiprocessor
 
 
 @cache
@@ -322,6 +323,8 @@ def _decode(
         launch_pdl=dependent(tables.device),
         num_warps=1,
         num_stages=TUNING.stages,
+        # One loop stays below by itself; of several, the compiler sometimes spends more than they need.
+        maxnreg=REGISTERS if len(ks) > 1 and max(tables.k.padded, tables.v.padded) <= 128 else None,
     )
 
 

@@ -194,7 +194,7 @@ def prepare(args: argparse.Namespace) -> str | None:
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(args.out)
     (args.out / "heldout.txt").write_text("\n\n".join(held_out)[:4_000_000])
-    np.savez(args.out / PREPARED, tokens=tokens, unseen=unseen, files=len(train_texts))
+    np.savez_compressed(args.out / PREPARED, tokens=tokens, unseen=unseen, files=len(train_texts))
     return None
 
 
