@@ -23,9 +23,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..launch import Server, ServerError, exit_on_sigterm, shown
-from ..server_steps import Budget, Model, prompt, provenance, summary
+from ..server_steps import TOKEN_IDS, Budget, Model, prompt, provenance, summary
 from . import check, memory
-from .bench import BenchError, Target
+from .bench import BenchError, Target, Worker
 from .configs import BASELINES, DEFAULT, NAMED, SERVERS, Sizes, arguments
 from .record import UNFIT, UNMEASURED, Record, Row
 from .report import write as write_report
@@ -40,12 +40,13 @@ ERRORS = (ServerError, BenchError, OSError)  # requests' and socket errors, time
 class Run:
     """One call of the program."""
 
-    def __init__(self, args: argparse.Namespace, record: Record):
-        self.args, self.record = args, record
+    def __init__(self, args: argparse.Namespace, record: Record, worker: Worker):
+        self.args, self.record, self.worker = args, record, worker
         self.sizes: Sizes = NAMED[args.sizes]
         self.budget = Budget(args.budget)
         self.handled: set[tuple[str, str, str, str]] = set()  # cases that were tried
         self.why: dict[tuple[str, str], str] = {}  # why a server's cases were not measured
+        self.started: list[float] = []  # seconds that servers took to start
 
     def plan(self, model: Model) -> Plan:
         for method in BASELINES:
@@ -73,7 +74,8 @@ class Run:
             if self._reference_missing(model, methods):
                 self.refer(model)
             for method in methods:
-                if self.budget.left <= 0:
+                # No server is started that, as the others went, would be ready only when the time is over.
+                if self.budget.left <= min(self.started, default=0):
                     break
                 self.serve(model, method)
         for model in self.args.model:
@@ -115,7 +117,11 @@ class Run:
         self.why.pop((model.name, method), None)
         try:
             with Server(model.path, *given, log=log) as server:
+                if timed and self.pending(model, method).keys() - {capacity.NAME, cost.NAME}:
+                    self.worker.start()  # imports while the server starts
+                word = plain_token(model.tokenizer) if model.tokenizer else None
                 server.wait(self.budget.timeout())
+                self.started.append(server.start_s)
                 held, held_by = memory.used(server.process.pid)
                 info = server.info()
                 self.record.meta["servers"][name] = {
@@ -128,9 +134,13 @@ class Run:
                     return
                 raw = args.out / "raw" / f"{model.name}_{method}"
                 raw.mkdir(parents=True, exist_ok=True)
-                target = Target(server.url, model.path, model.tokenizer or model.path)
-                ctx = Context(Plan(self.sizes), server, target, info, self.budget, raw, args.limit, held, held_by)
+                target = Target(server.url, model.path, model.tokenizer or model.path, word)
+                ctx = Context(
+                    Plan(self.sizes), server, self.worker, target, info, self.budget, raw, args.limit, held, held_by
+                )
                 self.measure(model, method, ctx)
+                # It has nothing left to do in order: SGLang looks for SIGTERM every 5 s only.
+                server.process.kill()
         except TimeoutError as e:
             self.why[model.name, method] = str(e)
         except (check.CheckError, *ERRORS) as e:
@@ -209,6 +219,17 @@ def check_prompt(model: Model, tokens: int) -> list[int]:
     return AutoTokenizer.from_pretrained(model.path)(text)["input_ids"][:tokens]
 
 
+def plain_token(tokenizer: str) -> int:
+    """A token whose text is a word."""
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    for token in TOKEN_IDS:
+        if loaded.decode([token]).strip().isascii() and loaded.decode([token]).strip().isalpha():
+            return token
+    raise ValueError(f"{tokenizer}: none of the tokens {TOKEN_IDS.start} to {TOKEN_IDS.stop - 1} is a word")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -282,9 +303,10 @@ def main(argv: list[str] | None = None) -> int:
         record.meta.setdefault("runs", []).append(made)
         record.write()
         started = time.monotonic()
-        run = Run(args, record)
         try:
-            run.all()
+            with Worker() as worker:
+                run = Run(args, record, worker)
+                run.all()
         finally:
             made["seconds"] = round(time.monotonic() - started, 1)
             record.write()
