@@ -231,8 +231,11 @@ def test_knobs_of_a_file(tmp_path):
     file = tmp_path / "knobs.json"
     file.write_text(json.dumps({"tasks": {"single": {"512": {"knobs": {"digits": 9}}}}}))
     loaded = knobs.load(file)
-    assert knobs.choose("single", 512, loaded) == {"digits": 9}
-    assert knobs.choose("single", 512, None) == knobs.DEFAULTS["single"]
+    assert knobs.choose("single", 512, loaded) == [{"digits": 9}]
+    assert knobs.choose("single", 512, None) == [knobs.DEFAULTS["single"]]
+    assert knobs.choose("words", 512, loaded, [0, 8]) == [RUNGS["words"][0], RUNGS["words"][8]]
+    file.write_text(json.dumps({"tasks": {"single": {"512": {"knobs": [{"digits": 3}, {"digits": 9}]}}}}))
+    assert knobs.choose("single", 512, knobs.load(file)) == [{"digits": 3}, {"digits": 9}]
     with pytest.raises(ValueError, match=r"single at 1024 tokens was not calibrated \(512 was\)"):
         knobs.choose("single", 1024, loaded)
     with pytest.raises(ValueError, match=r"words at 512 .* \(no length was\)"):

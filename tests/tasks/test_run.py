@@ -122,6 +122,19 @@ def table(out: Path) -> list[dict]:
         return list(csv.DictReader(f))
 
 
+def test_several_difficulties_of_one_cell(model, fake, text, tmp_path):
+    out = tmp_path / "results.csv"
+    assert program.main(arguments(model, fake, text, out, "--depths", "50", "--rungs", "0,2")) == 0
+    assert {(r["task"], r["knobs"]) for r in table(out) if r["length"] == "1500"} == {
+        ("single", "digits=3"),
+        ("single", "digits=5"),
+        ("multikey", "digits=3 count=2"),
+        ("multikey", "digits=5 count=2"),
+    }
+    trials = [json.loads(line)["trial"] for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert sorted(trials) != [0, 1] * 8 and trials.index(1) >= 8 - 4  # requests at a time may overtake each other
+
+
 def test_run_writes_rates_answers_provenance_and_picture(model, fake, text, tmp_path, capsys):
     out = tmp_path / "folder" / "results.csv"
     fake.answer = deep_only
