@@ -12,6 +12,7 @@ SERVERS = {
     # SGLang's own choice of attention, for GPUs that have no FlashAttention-3.
     "bf16": Method(16, 16, ()),
 }
+NO_PREFILL_GRAPHS = "--cuda-graph-backend-prefill=disabled"
 #: bf16 first: its answers and its capacity are what the others are held against
 DEFAULT = (
     *("bf16-fa3", "bf16-flashinfer", "fp8-fa3"),
@@ -117,5 +118,7 @@ def arguments(
     if quick_graphs:
         # The sizes that are measured; SGLang's default list has them among many more.
         batch = max([1, *sizes.concurrency, *(size for size, _ in sizes.batches)])
-        out += [f"--cuda-graph-max-bs-decode={batch}", "--cuda-graph-bs-prefill", str(CHUNK)]
+        out += [f"--cuda-graph-max-bs-decode={batch}"]
+        if NO_PREFILL_GRAPHS not in user:
+            out += ["--cuda-graph-bs-prefill", str(CHUNK)]
     return [*out, *user]

@@ -197,6 +197,13 @@ def test_own_home_keeps_the_hub_cache(monkeypatch):
     assert "127.0.0.1" in env["no_proxy"].split(",")
 
 
+def test_graphs_that_the_user_forbids_are_not_asked_for():
+    model = Model.of("m=config,tokenizer")
+    for user, asked in ([], True), (["--cuda-graph-backend-prefill=disabled"], False):
+        args = arguments(model, "bf16-fa3", SHORT, 0.8, True, user)
+        assert ("--cuda-graph-bs-prefill" in args) == asked and "--cuda-graph-max-bs-decode=12" in args
+
+
 @pytest.mark.parametrize("method", SERVERS)
 @pytest.mark.parametrize("sizes", NAMED.values(), ids=NAMED)
 def test_every_server_gets_the_same_memory(method, sizes):
