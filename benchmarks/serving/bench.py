@@ -21,7 +21,6 @@ from pathlib import Path
 
 SERVING = "sglang.benchmark.serving"
 ONE_BATCH = "sglang.benchmark.one_batch_server"
-NO_GPU = "99"  # that nobody has: sglang.test.test_utils, which the second imports, reads a digit
 
 
 class BenchError(RuntimeError):
@@ -67,15 +66,15 @@ def one_batch_command(target: Target, out: Path, batch: int, lengths: Sequence[i
 
 
 def environment() -> dict[str, str]:
-    """Of the load generators: no GPU, no proxy, and the user's own hub cache, whatever HOME is."""
+    """Of the load generators: no proxy to this machine, and the user's own hub cache, whatever HOME is."""
     hub = os.environ.get("HF_HOME", str(Path.home() / ".cache" / "huggingface"))
     local = {name: f"{os.environ.get(name, '')},127.0.0.1".lstrip(",") for name in ("no_proxy", "NO_PROXY")}
-    return {**os.environ, "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": NO_GPU, "HF_HOME": hub, **local}
+    return {**os.environ, "PYTHONSAFEPATH": "1", "HF_HOME": hub, **local}
 
 
 class Worker:
     """The process in which load generators run, see worker.py. It starts with :meth:`start` or its first command, and
-    anew after one that failed to end; it ends with the with block."""
+    anew after :meth:`stop` or a command that failed to end; it ends with the with block."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -95,7 +94,7 @@ class Worker:
         return Path(self._folder.name) / "worker.log"
 
     def start(self) -> subprocess.Popen:
-        """Its process, which imports while the first server starts."""
+        """Its process, which imports while a server starts."""
         if self._process is None:
             script = Path(__file__).with_name("worker.py")
             with self.log.open("w") as out:

@@ -148,6 +148,8 @@ class Run:
             what = SPENT if cut else summary(str(e) or type(e).__name__)
             self.why[model.name, method] = shown(what)
             print(f"{name}: {e}", file=sys.stderr, flush=True)
+        finally:
+            self.worker.stop()  # what it may hold of a GPU would be missing to the next server
         self.record.write()
 
     def check(self, model: Model, method: str, server: Server) -> None:

@@ -2,8 +2,7 @@
 
 Started as a script by :class:`benchmarks.serving.bench.Worker`. It imports the modules that are named, then reads one
 JSON object a line: ``argv`` (module, then the module's own arguments), ``log``, ``home``, ``done``. The command's
-output goes to ``log``, its exit code to ``done``. It ends with its input. GPUs are hidden from it: a load generator
-would only take memory on one.
+output goes to ``log``, its exit code to ``done``. It ends with its input.
 """
 
 from __future__ import annotations
