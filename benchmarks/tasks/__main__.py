@@ -174,9 +174,17 @@ def plan(args: argparse.Namespace, tokens: Tokens, haystack: Haystack | None) ->
                         continue
                     raise ValueError(f"{task} {knobs}: {e}") from None
                 out += jobs
-    # The first samples of everything come first: a run that is cut short has some of each cell.
-    last = {task: max(job.trial for job in out if job.task == task) + 1 for task in {job.task for job in out}}
-    return sorted(out, key=lambda job: job.trial / last[job.task])
+    return in_turn(out)
+
+
+def in_turn(jobs: list[Job]) -> list[Job]:
+    """One sample of every cell after another, each depth once before any is asked again: a run that is cut short has
+    some of all."""
+    cells: dict[tuple, list[Job]] = {}
+    for job in sorted(jobs, key=lambda job: job.trial):
+        cells.setdefault((job.task, job.length, tuple(job.knobs.items())), []).append(job)
+    places = [(i / len(cell), job) for cell in cells.values() for i, job in enumerate(cell)]
+    return [job for _, job in sorted(places, key=lambda place: place[0])]
 
 
 class Servers:

@@ -50,6 +50,11 @@ def _cell(answer: Answer) -> tuple:
     return answer.task, answer.length
 
 
+def _hardness(knobs: dict[str, int]) -> int:
+    """Larger numbers are harder, but for a ratio of frequencies."""
+    return sum(-value if name == "ratio" else value for name, value in knobs.items())
+
+
 def choose(answers: Iterable[Answer], reference: str) -> dict[tuple, dict]:
     """(task, length) -> {knobs, rate, samples, note}: of the knobs that were asked at a length those with which
     ``reference`` passes nearest to AIM, in LOW..HIGH if any are.
@@ -73,7 +78,9 @@ def choose(answers: Iterable[Answer], reference: str) -> dict[tuple, dict]:
         apart = all(own.values())
         held = own if apart else by_knobs
         rates = {k: fmean(bool(a.passed) for a in v) for k, v in held.items()}
-        best = min(rates, key=lambda k: (not LOW <= rates[k] <= HIGH, abs(rates[k] - AIM)))
+        # Among equals the one next to the range.
+        turn = {k: _hardness(by_knobs[k][0].knobs) * (-1 if rates[k] > HIGH else 1) for k in rates}
+        best = min(rates, key=lambda k: (not LOW <= rates[k] <= HIGH, abs(rates[k] - AIM), turn[k]))
         note = "" if LOW <= rates[best] <= HIGH else "too easy" if rates[best] > HIGH else "too hard"
         if not apart:
             note = "; ".join(filter(None, (note, "chosen by the samples that are compared")))

@@ -83,6 +83,13 @@ def test_says_where_no_difficulty_suits(tmp_path):
     assert chosen["single", 512]["note"] == "too easy; chosen by the samples that are compared"
 
 
+@pytest.mark.parametrize(("passes", "knobs", "note"), [(True, HARD, "too easy"), (False, EASY, "too hard")])
+def test_the_nearest_of_unsuitable_difficulties(tmp_path, passes, knobs, note):
+    out = [part(tmp_path, "bf16", lambda *_: passes, 3), part(tmp_path, "k3v3", lambda *_: passes, 1)]
+    _, chosen = merge.write(tmp_path / "o.csv", out, "bf16", {})
+    assert (chosen["single", 512]["knobs"], chosen["single", 512]["note"]) == (knobs, note)
+
+
 def test_refuses_what_does_not_belong_together(parts, tmp_path, capsys):
     other = part(tmp_path / "other", "k2v2", lambda *_: True, 1, seed=1)
     again = part(tmp_path / "again", "k3v3", lambda *_: True, 1)
