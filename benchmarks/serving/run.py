@@ -17,8 +17,10 @@ import os
 import shlex
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from fnmatch import fnmatch
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -119,8 +121,9 @@ class Run:
             with Server(model.path, *given, log=log) as server:
                 if timed and self.pending(model, method).keys() - {capacity.NAME, cost.NAME}:
                     self.worker.start()  # imports while the server starts
-                word = plain_token(model.tokenizer) if model.tokenizer else None
-                server.wait(self.budget.timeout())
+                with ThreadPoolExecutor(1) as aside:
+                    word = aside.submit(plain_token, model.tokenizer) if model.tokenizer else None
+                    server.wait(self.budget.timeout())
                 self.started.append(server.start_s)
                 held, held_by = memory.used(server.process.pid)
                 info = server.info()
@@ -134,7 +137,7 @@ class Run:
                     return
                 raw = args.out / "raw" / f"{model.name}_{method}"
                 raw.mkdir(parents=True, exist_ok=True)
-                target = Target(server.url, model.path, model.tokenizer or model.path, word)
+                target = Target(server.url, model.path, model.tokenizer or model.path, word and word.result())
                 ctx = Context(
                     Plan(self.sizes), server, self.worker, target, info, self.budget, raw, args.limit, held, held_by
                 )
@@ -221,6 +224,7 @@ def check_prompt(model: Model, tokens: int) -> list[int]:
     return AutoTokenizer.from_pretrained(model.path)(text)["input_ids"][:tokens]
 
 
+@cache
 def plain_token(tokenizer: str) -> int:
     """A token whose text is a word."""
     from transformers import AutoTokenizer

@@ -283,9 +283,12 @@ def run_merge(args: argparse.Namespace) -> int:
 
 
 def pictures(out: Path, every: list[dict]) -> None:
-    """A heat map of each configuration beside OUT."""
-    for config in dict.fromkeys(row["config"] for row in every):
-        plot.heat_map(every, config, out.with_name(f"{out.stem}_{config}.png"))
+    """A heat map of each configuration beside OUT; none where matplotlib is not there."""
+    try:
+        for config in dict.fromkeys(row["config"] for row in every):
+            plot.heat_map(every, config, out.with_name(f"{out.stem}_{config}.png"))
+    except ModuleNotFoundError as e:
+        print(f"no pictures ({e}): --merge {out.name} draws them where it is installed", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,11 @@ def test_rates_reach_the_quality_card(parts, tmp_path):
     page = card.page("tiny", lines, {}, rates).splitlines()
     assert page[2].endswith("| single |")
     assert page[4].endswith("| 100 % |") and page[5].endswith("| 50 % |") and page[6].endswith("|  |")
+
+
+def test_no_pictures_without_matplotlib(parts, tmp_path, monkeypatch, capsys):
+    for name in ("matplotlib", "matplotlib.pyplot"):
+        monkeypatch.setitem(sys.modules, name, None)
+    out = tmp_path / "all" / "results.csv"
+    assert program.main(["--out", str(out), "--merge", *map(str, parts)]) == 0
+    assert rows(out) and not list(out.parent.glob("*.png")) and "matplotlib" in capsys.readouterr().err
