@@ -20,15 +20,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from fnmatch import fnmatch
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 
 from ..launch import Server, ServerError, exit_on_sigterm, shown
-from ..server_steps import TOKEN_IDS, Budget, Model, prompt, provenance, summary
+from ..server_steps import Budget, Model, provenance, summary
 from . import check, memory
 from .bench import BenchError, Target, Worker
 from .configs import BASELINES, DEFAULT, NAMED, SERVERS, Sizes, arguments
+from .prompts import check_prompt, plain_token
 from .record import UNFIT, UNMEASURED, Record, Row
 from .report import write as write_report
 from .scenarios import Context, Failed, Outcome, Plan, Unfit, batch, capacity, cost, decode, prefill, prefixes, pressure
@@ -212,28 +211,6 @@ def rows_of(where: tuple[str, str, str, str], outcome: Outcome) -> list[Row]:
     if isinstance(outcome, Failed):
         return [Row(*where, state=UNMEASURED, note=outcome.note)]
     return [Row(*where, v.measure, v.value, v.unit, note=v.note) for v in outcome]
-
-
-def check_prompt(model: Model, tokens: int) -> list[int]:
-    """Real weights read English, random ones random tokens."""
-    if model.tokenizer:
-        return prompt("check", tokens)
-    from transformers import AutoTokenizer
-
-    text = (files("sglang") / "test" / "long_prompt.txt").read_text()
-    return AutoTokenizer.from_pretrained(model.path)(text)["input_ids"][:tokens]
-
-
-@cache
-def plain_token(tokenizer: str) -> int:
-    """A token whose text is a word."""
-    from transformers import AutoTokenizer
-
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
-    for token in TOKEN_IDS:
-        if loaded.decode([token]).strip().isascii() and loaded.decode([token]).strip().isalpha():
-            return token
-    raise ValueError(f"{tokenizer}: none of the tokens {TOKEN_IDS.start} to {TOKEN_IDS.stop - 1} is a word")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

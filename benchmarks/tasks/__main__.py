@@ -33,7 +33,7 @@ from .knobs import RUNGS, choose, load
 from .prompts import Tokens
 from .record import Record, rows
 from .record import summary as table
-from .run import Job, measure, open_jobs
+from .run import Job, in_turn, measure, open_jobs
 from .servers import CONFIGURATIONS, engine, serve
 
 HARDEST = min(map(len, RUNGS.values())) - 1
@@ -175,16 +175,6 @@ def plan(args: argparse.Namespace, tokens: Tokens, haystack: Haystack | None) ->
                     raise ValueError(f"{task} {knobs}: {e}") from None
                 out += jobs
     return in_turn(out)
-
-
-def in_turn(jobs: list[Job]) -> list[Job]:
-    """One sample of every cell after another, each depth once before any is asked again: a run that is cut short has
-    some of all."""
-    cells: dict[tuple, list[Job]] = {}
-    for job in sorted(jobs, key=lambda job: job.trial):
-        cells.setdefault((job.task, job.length, tuple(job.knobs.items())), []).append(job)
-    places = [(i / len(cell), job) for cell in cells.values() for i, job in enumerate(cell)]
-    return [job for _, job in sorted(places, key=lambda place: place[0])]
 
 
 class Servers:
