@@ -1,4 +1,4 @@
-"""SGLang's own load generators as subprocesses: their command lines, their JSON, their errors.
+"""SGLang's own load generators in a process beside: their command lines, their JSON, their errors.
 
 ``sglang.benchmark.serving`` (bench_serving) for streams of requests, ``sglang.benchmark.one_batch_server``
 (bench_one_batch_server) for one batch at a time. Both are pointed at a running server and work offline.
@@ -29,20 +29,24 @@ class BenchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Target:
-    """The server that is loaded."""
+    """The server that is loaded. word: for random weights, the token that every answer consists of."""
 
     url: str
     model: str
     tokenizer: str
+    word: int | None = None
 
 
 def serving_command(target: Target, out: Path, load: Sequence[str], answer: int, warm: bool, flush: bool) -> list[str]:
     """bench_serving on prompts of token ids. answer: tokens of every answer. flush: empty the cache first, after
     ``warm`` has sent one request of the load."""
-    # Without special tokens an answer of random weights can be empty text, of which bench_serving takes no time.
+    # bench_serving takes no time of a token without text. Random weights choose special tokens, and ones that another
+    # model's tokenizer does not have: they are told which token to choose.
     sampling = {"temperature": 0, "max_new_tokens": answer, "ignore_eos": True, "skip_special_tokens": False}
+    if target.word is not None:
+        sampling["logit_bias"] = {str(target.word): 1000.0}
     return [
-        *(sys.executable, "-m", SERVING, "--backend", "sglang", "--base-url", target.url),
+        *(SERVING, "--backend", "sglang", "--base-url", target.url),
         *("--model", target.model, "--tokenizer", target.tokenizer, "--tokenize-prompt", *load),
         *("--extra-request-body", json.dumps({"sampling_params": sampling})),
         *("--warmup-requests", str(int(warm)), *(["--flush-cache"] if flush else [])),
@@ -54,69 +58,135 @@ def one_batch_command(target: Target, out: Path, batch: int, lengths: Sequence[i
     """bench_one_batch_server: each length in turn, the cache emptied before each. A length that stands twice is
     measured twice, with other prompts."""
     return [
-        *(sys.executable, "-m", ONE_BATCH, "--model", "None", "--base-url", target.url),
+        *(ONE_BATCH, "--model", "None", "--base-url", target.url),
         *("--local-tokenizer-path", target.tokenizer, "--dataset-name", "random-ids"),
         *("--batch-size", str(batch), "--input-len", *map(str, lengths), "--output-len", str(answer)),
         *("--result-filename", str(out), "--no-append-to-github-summary"),
     ]
 
 
-def environment(home: str) -> dict[str, str]:
-    """bench_serving keeps prompts of shared prefixes in ~/.cache by the *class* of the tokenizer: two models would be
-    sent the same token ids. So every run gets a home of its own, in which only the hub's cache is the user's."""
+def environment() -> dict[str, str]:
+    """Of the load generators: no proxy to this machine, and the user's own hub cache, whatever HOME is."""
     hub = os.environ.get("HF_HOME", str(Path.home() / ".cache" / "huggingface"))
     local = {name: f"{os.environ.get(name, '')},127.0.0.1".lstrip(",") for name in ("no_proxy", "NO_PROXY")}
-    return {**os.environ, "PYTHONSAFEPATH": "1", "HOME": home, "HF_HOME": hub, **local}
+    return {**os.environ, "PYTHONSAFEPATH": "1", "HF_HOME": hub, **local}
 
 
-class Process:
-    """A load generator. Its whole process group ends with the with block."""
+class Worker:
+    """The process in which load generators run, see worker.py. It starts with :meth:`start` or its first command, and
+    anew after :meth:`stop` or a command that failed to end; it ends with the with block."""
 
-    def __init__(self, command: list[str], log: Path):
-        self._home = tempfile.TemporaryDirectory()
-        self.log = log
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as out:
-            self.process = subprocess.Popen(
-                command, stdout=out, stderr=subprocess.STDOUT, env=environment(self._home.name), start_new_session=True
-            )
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._process: subprocess.Popen | None = None
+        self._count = 0
 
-    def __enter__(self) -> Process:
+    def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._folder.cleanup()
+
+    @property
+    def log(self) -> Path:
+        """What it said before its first command."""
+        return Path(self._folder.name) / "worker.log"
+
+    def start(self) -> subprocess.Popen:
+        """Its process, which imports while a server starts."""
+        if self._process is None:
+            script = Path(__file__).with_name("worker.py")
+            with self.log.open("w") as out:
+                self._process = subprocess.Popen(
+                    [sys.executable, str(script), SERVING, ONE_BATCH],
+                    stdin=subprocess.PIPE,
+                    bufsize=0,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    env=environment(),
+                    start_new_session=True,
+                )
+        return self._process
+
+    def stop(self) -> None:
+        """End it with all that it started."""
+        if self._process is None:
+            return
         try:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-        self.process.wait()
-        self._home.cleanup()
+        self._process.wait()
+        self._process.stdin.close()
+        self._process = None
+
+    def run(self, command: Sequence[str], log: Path) -> Job:
+        """Start a command: module, then its arguments."""
+        process = self.start()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)
+        self._count += 1
+        # bench_serving keeps prompts of shared prefixes in ~/.cache by the *class* of the tokenizer: two models would
+        # be sent the same token ids. So every command has a home of its own.
+        home = Path(self._folder.name) / str(self._count)
+        home.mkdir()
+        done = home / "done"
+        line = {"argv": list(command), "log": str(log.absolute()), "home": str(home), "done": str(done)}
+        try:
+            process.stdin.write(json.dumps(line).encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass  # Job.done says what it died of
+        return Job(self, process, log, done)
+
+
+@dataclass
+class Job:
+    """A load generator at work. With its with block ends what has not ended by itself."""
+
+    worker: Worker
+    process: subprocess.Popen
+    log: Path
+    _done: Path
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._done.exists():
+            self.worker.stop()
 
     def output(self) -> str:
-        return self.log.read_text(errors="replace")
+        log = self.log if self.log.exists() else self.worker.log
+        return log.read_text(errors="replace")
 
     def error(self, what: str) -> BenchError:
         return BenchError("\n".join([f"the load generator {what}:", *self.output().splitlines()[-20:]]))
 
     def done(self, deadline: float) -> bool:
         """Whether it ended well. BenchError if it did not, TimeoutError after the deadline (time.monotonic)."""
-        code = self.process.poll()
-        if code:
-            raise self.error(f"ended with exit code {code}")
-        if code is None and time.monotonic() > deadline:
+        died = self.process.poll()  # before looking: what it ended with was written by then
+        if self._done.exists():
+            if code := int(self._done.read_text()):
+                raise self.error(f"ended with exit code {code}")
+            return True
+        if died is not None:
+            raise self.error(f"died with exit code {died}")
+        if time.monotonic() > deadline:
             raise TimeoutError("the time for it was over")
-        return code == 0
+        return False
 
 
-def serving(command: list[str], out: Path, log: Path, timeout: float) -> dict:
+def serving(worker: Worker, command: list[str], out: Path, log: Path, timeout: float) -> dict:
     """One result of bench_serving, checked. BenchError, TimeoutError."""
     out.unlink(missing_ok=True)  # it appends
     deadline = time.monotonic() + timeout
-    with Process(command, log) as process:
-        while not process.done(deadline):
-            time.sleep(0.2)
+    with worker.run(command, log) as job:
+        while not job.done(deadline):
+            time.sleep(0.1)
         if not out.exists():
-            raise process.error("wrote no result")
+            raise job.error("wrote no result")
     return parse_serving(out.read_text())
 
 
@@ -160,18 +230,18 @@ def parse_skips(text: str) -> list[Skipped]:
     return out
 
 
-def one_batch(command: list[str], out: Path, log: Path, timeout: float) -> Iterator[dict | Skipped]:
+def one_batch(worker: Worker, command: list[str], out: Path, log: Path, timeout: float) -> Iterator[dict | Skipped]:
     """Results of bench_one_batch_server as they come, then what it left out. BenchError, TimeoutError."""
     out.unlink(missing_ok=True)  # it appends
     deadline, seen = time.monotonic() + timeout, 0
-    with Process(command, log) as process:
+    with worker.run(command, log) as job:
         while True:
-            done = process.done(deadline)  # before reading: the last line was written by then
+            done = job.done(deadline)  # before reading: the last line was written by then
             lines = out.read_text().split("\n")[:-1] if out.exists() else []  # the last part is no whole line yet
             yield from map(json.loads, lines[seen:])
             seen = len(lines)
             if done:
                 break
-            time.sleep(0.2)
-        text = process.output()
+            time.sleep(0.1)
+        text = job.output()
     yield from parse_skips(text)

@@ -12,6 +12,7 @@ SERVERS = {
     # SGLang's own choice of attention, for GPUs that have no FlashAttention-3.
     "bf16": Method(16, 16, ()),
 }
+NO_PREFILL_GRAPHS = "--cuda-graph-backend-prefill=disabled"
 #: bf16 first: its answers and its capacity are what the others are held against
 DEFAULT = (
     *("bf16-fa3", "bf16-flashinfer", "fp8-fa3"),
@@ -30,9 +31,10 @@ class Sizes:
     batches: tuple[tuple[int, int], ...] = ((8, 8192), (8, 32768), (32, 8192), (32, 32768))
     pressure: tuple[int, int] = (32768, 512)  # prompt, answer
     concurrency: tuple[int, ...] = (8, 32, 64)
-    per_slot: int = 2  # requests under pressure for each of those at a time
+    per_slot: float = 2  # requests under pressure for each of those at a time
     prefix: int = 32768
-    prefixes: int = 8  # at the least; see scenarios/prefixes.py
+    prefixes: int = 8  # at the least
+    overfill: float = 2.0  # what the prefixes take of the unquantized cache, at the least
     prefix_requests: int = 64  # a round
     question: int = 128
     prefix_answer: int = 64
@@ -46,11 +48,11 @@ class Sizes:
     def context(self) -> int:
         """The longest request, with some room."""
         longest = [
-            max(self.decode) + self.steps + 1,
-            max(length for _, length in self.batches) + self.steps + 1,
-            sum(self.pressure),
-            self.prefix + self.question + self.prefix_answer,
-            max(self.prefill) + 8,
+            *(length + self.steps + 1 for length in self.decode),
+            *(length + self.steps + 1 for _, length in self.batches),
+            *(sum(self.pressure) for _ in self.concurrency),
+            *(self.prefix + self.question + self.prefix_answer for _ in range(self.rounds)),
+            *(length + 8 for length in self.prefill),
             self.check_prompt + 2 * self.check_new,
             1024 + 16,  # bench_one_batch_server's own warm-up
         ]
@@ -70,6 +72,22 @@ QUICK = Sizes(
     repeats=2,
     check_prompt=512,
 )
+#: minutes of one GPU, with little room for the cache: --mem-fraction at which the larger batch just fits bf16
+SHORT = Sizes(
+    decode=(),
+    batches=((8, 8192), (8, 32768)),
+    concurrency=(12,),
+    per_slot=1.2,
+    overfill=1.4,
+    prefix_requests=1,  # every prefix once a round
+    prefix_answer=16,
+    rounds=2,
+    prefill=(),
+    check_prompt=512,
+    check_new=16,
+)
+#: one long sequence, and nothing else
+LONG = Sizes(decode=(131072, 524288), batches=(), concurrency=(), rounds=0, prefill=(), check_prompt=512, check_new=16)
 #: to see that everything runs; its figures mean nothing
 SMOKE = Sizes(
     decode=(64, 128),
@@ -88,7 +106,7 @@ SMOKE = Sizes(
     check_prompt=96,
     check_new=4,
 )
-NAMED = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
+NAMED = {"full": FULL, "quick": QUICK, "short": SHORT, "long": LONG, "smoke": SMOKE}
 
 
 def arguments(
@@ -99,6 +117,8 @@ def arguments(
     out += [f"--mem-fraction-static={fraction}", "--enable-metrics", "--enable-cache-report", *SERVERS[method].args]
     if quick_graphs:
         # The sizes that are measured; SGLang's default list has them among many more.
-        batch = max([*sizes.concurrency, *(size for size, _ in sizes.batches)])
-        out += [f"--cuda-graph-max-bs-decode={batch}", "--cuda-graph-bs-prefill", str(CHUNK)]
+        batch = max([1, *sizes.concurrency, *(size for size, _ in sizes.batches)])
+        out += [f"--cuda-graph-max-bs-decode={batch}"]
+        if NO_PREFILL_GRAPHS not in user:
+            out += ["--cuda-graph-bs-prefill", str(CHUNK)]
     return [*out, *user]

@@ -17,16 +17,17 @@ import os
 import shlex
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from fnmatch import fnmatch
-from importlib.resources import files
 from pathlib import Path
 
 from ..launch import Server, ServerError, exit_on_sigterm, shown
-from ..server_steps import Budget, Model, prompt, provenance, summary
+from ..server_steps import Budget, Model, provenance, summary
 from . import check, memory
-from .bench import BenchError, Target
+from .bench import BenchError, Target, Worker
 from .configs import BASELINES, DEFAULT, NAMED, SERVERS, Sizes, arguments
+from .prompts import check_prompt, plain_token
 from .record import UNFIT, UNMEASURED, Record, Row
 from .report import write as write_report
 from .scenarios import Context, Failed, Outcome, Plan, Unfit, batch, capacity, cost, decode, prefill, prefixes, pressure
@@ -40,12 +41,13 @@ ERRORS = (ServerError, BenchError, OSError)  # requests' and socket errors, time
 class Run:
     """One call of the program."""
 
-    def __init__(self, args: argparse.Namespace, record: Record):
-        self.args, self.record = args, record
+    def __init__(self, args: argparse.Namespace, record: Record, worker: Worker):
+        self.args, self.record, self.worker = args, record, worker
         self.sizes: Sizes = NAMED[args.sizes]
         self.budget = Budget(args.budget)
         self.handled: set[tuple[str, str, str, str]] = set()  # cases that were tried
         self.why: dict[tuple[str, str], str] = {}  # why a server's cases were not measured
+        self.started: list[float] = []  # seconds that servers took to start
 
     def plan(self, model: Model) -> Plan:
         for method in BASELINES:
@@ -73,7 +75,8 @@ class Run:
             if self._reference_missing(model, methods):
                 self.refer(model)
             for method in methods:
-                if self.budget.left <= 0:
+                # No server is started that, as the others went, would be ready only when the time is over.
+                if self.budget.left <= min(self.started, default=0):
                     break
                 self.serve(model, method)
         for model in self.args.model:
@@ -115,7 +118,12 @@ class Run:
         self.why.pop((model.name, method), None)
         try:
             with Server(model.path, *given, log=log) as server:
-                server.wait(self.budget.timeout())
+                if timed and self.pending(model, method).keys() - {capacity.NAME, cost.NAME}:
+                    self.worker.start()  # imports while the server starts
+                with ThreadPoolExecutor(1) as aside:
+                    word = aside.submit(plain_token, model.tokenizer) if model.tokenizer else None
+                    server.wait(self.budget.timeout())
+                self.started.append(server.start_s)
                 held, held_by = memory.used(server.process.pid)
                 info = server.info()
                 self.record.meta["servers"][name] = {
@@ -128,9 +136,13 @@ class Run:
                     return
                 raw = args.out / "raw" / f"{model.name}_{method}"
                 raw.mkdir(parents=True, exist_ok=True)
-                target = Target(server.url, model.path, model.tokenizer or model.path)
-                ctx = Context(Plan(self.sizes), server, target, info, self.budget, raw, args.limit, held, held_by)
+                target = Target(server.url, model.path, model.tokenizer or model.path, word and word.result())
+                ctx = Context(
+                    Plan(self.sizes), server, self.worker, target, info, self.budget, raw, args.limit, held, held_by
+                )
                 self.measure(model, method, ctx)
+                # It has nothing left to do in order: SGLang looks for SIGTERM every 5 s only.
+                server.process.kill()
         except TimeoutError as e:
             self.why[model.name, method] = str(e)
         except (check.CheckError, *ERRORS) as e:
@@ -138,6 +150,8 @@ class Run:
             what = SPENT if cut else summary(str(e) or type(e).__name__)
             self.why[model.name, method] = shown(what)
             print(f"{name}: {e}", file=sys.stderr, flush=True)
+        finally:
+            self.worker.stop()  # what it may hold of a GPU would be missing to the next server
         self.record.write()
 
     def check(self, model: Model, method: str, server: Server) -> None:
@@ -197,16 +211,6 @@ def rows_of(where: tuple[str, str, str, str], outcome: Outcome) -> list[Row]:
     if isinstance(outcome, Failed):
         return [Row(*where, state=UNMEASURED, note=outcome.note)]
     return [Row(*where, v.measure, v.value, v.unit, note=v.note) for v in outcome]
-
-
-def check_prompt(model: Model, tokens: int) -> list[int]:
-    """Real weights read English, random ones random tokens."""
-    if model.tokenizer:
-        return prompt("check", tokens)
-    from transformers import AutoTokenizer
-
-    text = (files("sglang") / "test" / "long_prompt.txt").read_text()
-    return AutoTokenizer.from_pretrained(model.path)(text)["input_ids"][:tokens]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -282,9 +286,10 @@ def main(argv: list[str] | None = None) -> int:
         record.meta.setdefault("runs", []).append(made)
         record.write()
         started = time.monotonic()
-        run = Run(args, record)
         try:
-            run.all()
+            with Worker() as worker:
+                run = Run(args, record, worker)
+                run.all()
         finally:
             made["seconds"] = round(time.monotonic() - started, 1)
             record.write()

@@ -6,7 +6,8 @@
     python -m benchmarks.tasks --model-path MODEL --out longbench.csv --longbench DIR
     python -m benchmarks.tasks --model-path MODEL --out aime.csv --aime FILE --temperature 0.6 --top-p 0.95 --runs 8
 
-Every configuration is a server of its own, started one after another, or with --url one that runs already. Run the
+Every configuration is a server of its own, started one after another, or with --url one that runs already. Processes
+with one configuration each may run side by side; --merge puts their files together. Run the
 same command again to go on where it ended. docs/tasks.md describes the tasks.
 """
 
@@ -24,16 +25,18 @@ import requests
 
 from ..launch import ServerError, exit_on_sigterm, shown
 from ..server_steps import Budget, gpu, lengths, provenance, summary
-from . import aime, longbench, plot
+from . import aime, longbench, merge, plot
 from .calibrate import Interrupted, calibrate, cell_jobs, probe
 from .client import Client, Sampling
 from .haystack import Haystack
 from .knobs import RUNGS, choose, load
 from .prompts import Tokens
-from .record import Record
-from .run import Job, measure, open_jobs
+from .record import Record, rows
+from .record import summary as table
+from .run import Job, in_turn, measure, open_jobs
 from .servers import CONFIGURATIONS, engine, serve
 
+HARDEST = min(map(len, RUNGS.values())) - 1
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ANSWER_TOKENS = 1024  # the longest answer of a generated task, for the room that a server needs
 
@@ -49,15 +52,29 @@ def depths(text: str) -> list[float]:
     return out
 
 
+def rungs(text: str) -> list[int]:
+    """``0,2,4`` to ascending places in :data:`RUNGS`. ArgumentTypeError for anything else."""
+    try:
+        out = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        out = [-1]
+    if not 0 <= out[0] <= out[-1] <= HARDEST:
+        raise argparse.ArgumentTypeError(f"{text}: numbers from 0 to {HARDEST} are needed, as in 0,2,4")
+    return out
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tasks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model-path", required=True, help="model folder or hub name; its tokenizer counts the tokens")
+    add("--model-path", help="model folder or hub name; its tokenizer counts the tokens")
     add("--out", type=Path, help="CSV to write; .json, .jsonl and _CONFIG.png lie beside it")
     add("--calibrate", type=Path, metavar="JSON", help="find knobs with the first configuration, and write them here")
     add("--knobs", type=Path, metavar="JSON", help="what --calibrate wrote")
+    add("--rungs", type=rungs, metavar="N,N", help=f"difficulties of every task, from 0, the easiest, to {HARDEST}")
+    add("--merge", type=Path, nargs="+", metavar="CSV", help="ask nobody: put the results of these runs into --out")
+    add("--within", metavar="CONFIG", help="--merge: keep the difficulty at which CONFIG passes 60 to 95 %%")
     add("--longbench", type=Path, metavar="DIR", help="score this copy of LongBench's data")
     add("--longbench-prompts", type=Path, metavar="FILE", help="dataset2prompt.json, for the published words")
     add("--max-length", type=int, help="LongBench: tokens beyond which a prompt loses its middle")
@@ -87,8 +104,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.out) == bool(args.calibrate):
         parser.error("either --out or --calibrate is needed")
-    if sum(map(bool, (args.calibrate or args.knobs, args.longbench, args.aime))) > 1:
-        parser.error("--calibrate and --knobs, --longbench and --aime exclude each other")
+    if args.within and not args.merge:
+        parser.error("--within needs --merge")
+    if args.merge:
+        if not args.out or args.out.resolve() in {part.resolve() for part in args.merge}:
+            parser.error("--merge needs an --out of its own")
+        return args
+    if not args.model_path:
+        parser.error("--model-path is needed")
+    if args.knobs and args.rungs:
+        parser.error("--knobs and --rungs exclude each other")
+    if sum(map(bool, (args.calibrate or args.knobs or args.rungs, args.longbench, args.aime))) > 1:
+        parser.error("--calibrate, --knobs and --rungs, --longbench and --aime exclude each other")
     if bool(args.url) != bool(args.name):
         parser.error("--url and --name need each other")
     if args.longbench and not args.max_length:
@@ -137,14 +164,17 @@ def plan(args: argparse.Namespace, tokens: Tokens, haystack: Haystack | None) ->
     out: list[Job] = []
     for task in args.tasks:
         for length in args.lengths:
-            knobs = choose(task, length, loaded)
-            jobs = cell_jobs(task, haystack, length, args.depths, args.trials, knobs, args.seed, 0)
-            try:
-                probe(jobs)
-            except ValueError as e:
-                raise ValueError(f"{task} {knobs}: {e}") from None
-            out += jobs
-    return out
+            for knobs in choose(task, length, loaded, args.rungs):
+                jobs = cell_jobs(task, haystack, length, args.depths, args.trials, knobs, args.seed, 0)
+                try:
+                    probe(jobs)
+                except ValueError as e:
+                    if args.rungs:
+                        print(f"left out: {task} {knobs}: {e}", file=sys.stderr)
+                        continue
+                    raise ValueError(f"{task} {knobs}: {e}") from None
+                out += jobs
+    return in_turn(out)
 
 
 class Servers:
@@ -219,9 +249,7 @@ def run_tasks(args: argparse.Namespace, servers: Servers, jobs: list[Job], recor
             missing[config] = left
     record.meta |= {"failed": failed, "not_measured": missing}
     record.write()
-    for config in servers.configs:
-        picture = args.out.with_name(f"{args.out.stem}_{config}.png")
-        plot.heat_map(record.rows(), config, picture)
+    pictures(args.out, record.rows())
     print("\n".join(record.summary()))
     for config, error in failed.items():
         print(f"{config}: {error}", file=sys.stderr)
@@ -230,8 +258,33 @@ def run_tasks(args: argparse.Namespace, servers: Servers, jobs: list[Job], recor
     return 1 if failed else 0
 
 
+def run_merge(args: argparse.Namespace) -> int:
+    meta = {"command": "python -m benchmarks.tasks " + shown(shlex.join(sys.argv[1:]))}
+    try:
+        answers, chosen = merge.write(args.out, args.merge, args.within, meta)
+    except (ValueError, OSError) as e:
+        print(e, file=sys.stderr)
+        return 2
+    pictures(args.out, rows(answers))
+    for (task, length), what in sorted(chosen.items()):
+        print(f"{task} {length}: {what['knobs']} {args.within} {what['rate']:.0%} of {what['samples']} {what['note']}")
+    print("\n".join(table(answers)))
+    return 0
+
+
+def pictures(out: Path, every: list[dict]) -> None:
+    """A heat map of each configuration beside OUT; none where matplotlib is not there."""
+    try:
+        for config in dict.fromkeys(row["config"] for row in every):
+            plot.heat_map(every, config, out.with_name(f"{out.stem}_{config}.png"))
+    except ModuleNotFoundError as e:
+        print(f"no pictures ({e}): --merge {out.name} draws them where it is installed", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    if args.merge:
+        return run_merge(args)
     exit_on_sigterm()
     started, budget = time.monotonic(), Budget(args.budget)
     meta = provenance([], args.commit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import needles, ruler
@@ -87,16 +87,25 @@ def verdict(rates: dict[int, float], chosen: int, rungs: int) -> str:
     return "no rung between too easy and too hard"
 
 
-def load(file: Path) -> dict[str, dict[int, Knobs]]:
-    """task -> length -> knobs, as :func:`benchmarks.tasks.calibrate.calibrate` wrote them."""
+def load(file: Path) -> dict[str, dict[int, list[Knobs]]]:
+    """task -> length -> knobs, as :func:`benchmarks.tasks.calibrate.calibrate` wrote them; a cell of a file made by
+    hand may have a list of several."""
     content = json.loads(file.read_text())
-    return {task: {int(n): cell["knobs"] for n, cell in cells.items()} for task, cells in content["tasks"].items()}
+    listed = {task: {int(n): cell["knobs"] for n, cell in cells.items()} for task, cells in content["tasks"].items()}
+    return {
+        task: {n: knobs if isinstance(knobs, list) else [knobs] for n, knobs in cells.items()}
+        for task, cells in listed.items()
+    }
 
 
-def choose(task: str, length: int, loaded: dict[str, dict[int, Knobs]] | None) -> Knobs:
-    """Knobs of a cell. ValueError where the file has none for it."""
+def choose(
+    task: str, length: int, loaded: dict[str, dict[int, list[Knobs]]] | None, rungs: Sequence[int] | None = None
+) -> list[Knobs]:
+    """Knobs of a cell: the file's, those of the rungs, else the default. ValueError where the file has none for it."""
+    if rungs is not None:
+        return [RUNGS[task][i] for i in rungs]
     if loaded is None:
-        return DEFAULTS[task]
+        return [DEFAULTS[task]]
     try:
         return loaded[task][length]
     except KeyError:

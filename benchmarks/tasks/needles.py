@@ -17,7 +17,7 @@ import random
 from collections.abc import Callable
 
 from .haystack import Haystack
-from .prompts import Sample, first_of
+from .prompts import Sample, answer_tokens, first_of
 
 ADJECTIVES = (
     *("amber", "bronze", "copper", "crimson", "dusty", "emerald", "frosted", "gilded", "hollow", "ivory", "jade"),
@@ -139,7 +139,7 @@ def sample(
         context,
         question,
         first_of(rf"(?<!\d)\d{{{digits}}}(?!\d)", asked),
-        new_tokens=haystack.tokens.size(" " + listed(asked)) + 16,
+        new_tokens=answer_tokens(haystack.tokens.size(" " + listed(asked))),
         length=length,
         depth=depth,
         trial=trial,

@@ -89,6 +89,11 @@ class Tokens:
         return ids, shared
 
 
+def answer_tokens(plain: int) -> int:
+    """Room for an answer that takes ``plain`` tokens in one line: models write lists, and everything twice."""
+    return 2 * plain + 16
+
+
 def first_of(pattern: str, answers: Sequence[str]) -> Callable[[str], float]:
     """Share of ``answers`` among the first len(answers) different matches of ``pattern``: naming everything that
     looks like an answer does not pass."""

@@ -81,6 +81,29 @@ def rows(answers: Iterable[Answer]) -> list[dict]:
     return out
 
 
+def write_rows(out: Path, every: Iterable[dict]) -> None:
+    """The CSV, through a scratch file."""
+    scratch = out.with_name(f".{out.name}.{os.getpid()}")
+    with scratch.open("w", newline="") as f:
+        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()} for r in every)
+    scratch.replace(out)
+
+
+def summary(answers: Iterable[Answer]) -> list[str]:
+    """Lines: each task's pass rate, or score, over all lengths and depths, by configuration."""
+    groups: dict[tuple[str, str], list[Answer]] = defaultdict(list)
+    for a in answers:
+        groups[a.task, f"{a.config} ({a.engine})"].append(a)
+    out = [f"{'task':<28}{'configuration':<28}{'samples':>8}{'rate %':>8}  95 % interval"]
+    for (task, config), group in sorted(groups.items()):
+        rate = fmean(a.score if a.passed is None else bool(a.passed) for a in group)
+        low, high = wilson(rate, len(group))
+        out.append(f"{task:<28}{config:<28}{len(group):>8}{100 * rate:>8.1f}  {100 * low:.1f} to {100 * high:.1f}")
+    return out
+
+
 class Record:
     """``OUT.csv``, ``OUT.json`` and ``OUT.jsonl``. Answers that the last holds already are taken over.
 
@@ -127,26 +150,11 @@ class Record:
 
     def write(self) -> None:
         with self.lock:
-            every = rows(self.answers.values())
-            scratch = self.out.with_name(f".{self.out.name}.{os.getpid()}")
-            with scratch.open("w", newline="") as f:
-                writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()} for r in every)
-            scratch.replace(self.out)
+            write_rows(self.out, rows(self.answers.values()))
             self.out.with_suffix(".json").write_text(json.dumps(self.meta, indent=1) + "\n")
 
     def rows(self) -> list[dict]:
         return rows(self.answers.values())
 
     def summary(self) -> list[str]:
-        """Lines: each task's pass rate, or score, over all lengths and depths, by configuration."""
-        groups: dict[tuple[str, str], list[Answer]] = defaultdict(list)
-        for a in self.answers.values():
-            groups[a.task, f"{a.config} ({a.engine})"].append(a)
-        out = [f"{'task':<28}{'configuration':<28}{'samples':>8}{'rate %':>8}  95 % interval"]
-        for (task, config), group in sorted(groups.items()):
-            rate = fmean(a.score if a.passed is None else bool(a.passed) for a in group)
-            low, high = wilson(rate, len(group))
-            out.append(f"{task:<28}{config:<28}{len(group):>8}{100 * rate:>8.1f}  {100 * low:.1f} to {100 * high:.1f}")
-        return out
+        return summary(self.answers.values())

@@ -11,7 +11,7 @@ import string
 
 from .haystack import Haystack, Unit, fit
 from .needles import HEAD, numbers
-from .prompts import Sample, all_words, first_of
+from .prompts import Sample, all_words, answer_tokens, first_of
 
 LETTERS = 5  # of a variable's name
 WORDS_HEAD = "The following is a list of words, in which some words come up far more often than others.\n\nWords: "
@@ -54,7 +54,7 @@ def variables(
         context,
         question,
         first_of(rf"(?<![A-Za-z])[A-Z]{{{LETTERS}}}(?![A-Za-z])", asked),
-        new_tokens=haystack.tokens.size(" " + ", ".join(asked)) + 16,
+        new_tokens=answer_tokens(haystack.tokens.size(" " + ", ".join(asked))),
         length=length,
         depth=depth,
         trial=trial,
@@ -116,7 +116,7 @@ def words(haystack: Haystack, length: int, trial: int, knobs: dict[str, int], se
         listing(chosen),
         question,
         all_words(asked),
-        new_tokens=tokens.size(" " + ", ".join(asked)) + 16,
+        new_tokens=answer_tokens(tokens.size(" " + ", ".join(asked))),
         length=length,
         trial=trial,
         prefix=prefix,

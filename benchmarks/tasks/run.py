@@ -36,6 +36,16 @@ class Job:
         return " ".join([self.task, *where, f"trial {self.trial}"])
 
 
+def in_turn(jobs: Sequence[Job]) -> list[Job]:
+    """One sample of every cell after another, each depth once before any is asked again: a run that is cut short has
+    some of all."""
+    cells: dict[tuple, list[Job]] = {}
+    for job in sorted(jobs, key=lambda job: job.trial):
+        cells.setdefault((job.task, job.length, tuple(job.knobs.items())), []).append(job)
+    places = [(i / len(cell), job) for cell in cells.values() for i, job in enumerate(cell)]
+    return [job for _, job in sorted(places, key=lambda place: place[0])]
+
+
 def ask_all(
     jobs: Sequence[Job],
     client: Client,

@@ -16,6 +16,7 @@ CONFIGURATIONS = {
     "bf16": [],
     "fp8": ["--kv-cache-dtype=fp8_e4m3"],
     **{name: ["--kv-quant=blockgtq", *args] for name, args in SETTINGS.items()},
+    "k3v2": ["--kv-quant=blockgtq", "--kv-quant-k-bits=3", "--kv-quant-v-bits=2"],
 }
 
 

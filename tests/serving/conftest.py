@@ -42,6 +42,7 @@ def standin(tmp_path, monkeypatch):
     for name in ("FAKE", "BROKEN", "FAILS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(run, "exit_on_sigterm", lambda: None)  # not in the test process
+    monkeypatch.setattr(run, "plain_token", lambda tokenizer: 123)
     monkeypatch.setattr(run, "check_prompt", lambda model, tokens: list(range(200, 200 + tokens)))
     calls = tmp_path / "calls"
     return lambda: [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []

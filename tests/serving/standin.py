@@ -5,7 +5,8 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-#: FAKE=nan: packed servers answer without numbers; drift: the same request gets other ones; off: packed ones are wrong
+#: FAKE=nan: packed servers answer without numbers; positive: with probabilities over 1; off: with wrong ones;
+#: drift: the same request gets other ones
 SERVER = """
 import json, os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -20,7 +21,8 @@ TOKENS = 4000 if PACKED else 1000
 def logprob(token):
     value = -1 - token % 7 / 10
     if PACKED and MODE == "off": value -= 3 * (token % 2)
-    if MODE == "drift": value -= STATE["asked"] / 10
+    if MODE == "drift": value -= STATE["asked"] / 2
+    if PACKED and MODE == "positive": value = 0.5
     return None if PACKED and MODE == "nan" else value
 
 class Handler(BaseHTTPRequestHandler):
@@ -65,7 +67,7 @@ server.serve_forever()
 GENERATOR = """
 import json, os, sys, urllib.request
 
-ARGS, KIND = sys.argv[1:], "@KIND@"
+ARGS, KIND = [], "@KIND@"
 def of(name, many=False):
     at = ARGS.index(name) + 1
     if not many: return ARGS[at]
@@ -73,30 +75,36 @@ def of(name, many=False):
     while at < len(ARGS) and not ARGS[at].startswith("--"): out.append(int(ARGS[at])); at += 1
     return out
 
-with open(os.environ["CALLS"], "a") as f:
-    f.write(json.dumps([KIND, *ARGS]) + "\\n")
-get = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-info = json.loads(get(of("--base-url") + "/server_info").read())
-fast = 2.0 if "kv_quant" in info else 1.0
-if os.environ.get("BROKEN") == KIND:
-    sys.exit("RuntimeError: no load today")
-if KIND == "serving":
-    line = json.loads(open(os.environ["SAMPLE"]).read())
-    line["output_throughput"] *= fast
-    line["median_ttft_ms"] /= fast
-    if os.environ.get("FAILS"): line["errors"][1] = "Bad gateway"
-    open(of("--output-file"), "a").write(json.dumps(line) + "\\n")
-else:
-    batch, steps = int(of("--batch-size")), int(of("--output-len"))
-    for length in of("--input-len", True):
-        if batch * (length + steps) > info["max_total_num_tokens"]:
-            need, fit = batch * (length + steps), info["max_total_num_tokens"]
-            print(f"====Skip benchmark batch_size={batch} input_len={length} output_len={steps}: "
-                  f"resident_tokens={need} > skip_token_capacity_threshold={fit} due to kv cache limit.====")
-            continue
-        line = {"batch_size": batch, "input_len": length, "output_len": steps, "total_output_tokens": batch * steps,
-                "last_ttft": length / 1e3, "steady_state_output_throughput": 100 * batch * fast}
-        open(of("--result-filename"), "a").write(json.dumps(line) + "\\n")
+def cli_main():
+    global ARGS
+    ARGS = sys.argv[1:]
+    with open(os.environ["CALLS"], "a") as f:
+      f.write(json.dumps([KIND, *ARGS]) + "\\n")
+    load()
+
+def load():
+    get = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+    info = json.loads(get(of("--base-url") + "/server_info").read())
+    fast = 2.0 if "kv_quant" in info else 1.0
+    if os.environ.get("BROKEN") == KIND:
+        sys.exit("RuntimeError: no load today")
+    if KIND == "serving":
+        line = json.loads(open(os.environ["SAMPLE"]).read())
+        line["output_throughput"] *= fast
+        line["median_ttft_ms"] /= fast
+        if os.environ.get("FAILS"): line["errors"][1] = "Bad gateway"
+        open(of("--output-file"), "a").write(json.dumps(line) + "\\n")
+    else:
+        batch, steps = int(of("--batch-size")), int(of("--output-len"))
+        for length in of("--input-len", True):
+            if batch * (length + steps) > info["max_total_num_tokens"]:
+                need, fit = batch * (length + steps), info["max_total_num_tokens"]
+                print(f"====Skip benchmark batch_size={batch} input_len={length} output_len={steps}: "
+                      f"resident_tokens={need} > skip_token_capacity_threshold={fit} due to kv cache limit.====")
+                continue
+            line = {"batch_size": batch, "input_len": length, "output_len": steps, "total_output_tokens": batch * steps,
+                    "last_ttft": length / 1e3, "steady_state_output_throughput": 100 * batch * fast}
+            open(of("--result-filename"), "a").write(json.dumps(line) + "\\n")
 """
 
 

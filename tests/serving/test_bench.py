@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from benchmarks.server_steps import Model
 from benchmarks.serving import bench, counters
 from benchmarks.serving.bench import BenchError, Target
-from benchmarks.serving.configs import FULL, SERVERS, SMOKE, arguments
+from benchmarks.serving.configs import FULL, NAMED, SERVERS, SHORT, arguments
 from benchmarks.serving.scenarios import Plan, batches, prefixes, pressure
 
 TARGET = Target("http://127.0.0.1:1", "some/model", "some/tokenizer")
@@ -73,7 +75,7 @@ def test_counters(data):
 def test_serving_command(tmp_path):
     plan = Plan(FULL)
     command = bench.serving_command(TARGET, tmp_path / "o", pressure.load(plan, "32768+512 x64"), 512, True, True)
-    assert option(command, "-m") == "sglang.benchmark.serving"
+    assert command[0] == "sglang.benchmark.serving"
     assert option(command, "--max-concurrency") == "64" and option(command, "--num-prompts") == "128"
     assert option(command, "--random-input-len") == "32768" and option(command, "--random-range-ratio") == "1"
     assert "--flush-cache" in command and option(command, "--warmup-requests") == "1"
@@ -83,6 +85,77 @@ def test_serving_command(tmp_path):
     warm = bench.serving_command(TARGET, tmp_path / "o", prefixes.load(plan), 64, False, False)
     assert "--flush-cache" not in warm and option(warm, "--warmup-requests") == "0"
     assert int(option(warm, "--gsp-num-groups")) * int(option(warm, "--gsp-prompts-per-group")) == 64
+
+
+def test_random_weights_are_told_what_to_answer(tmp_path):
+    for word, bias in ((None, None), (123, {"123": 1000.0})):
+        target = Target("http://127.0.0.1:1", "m", "t", word)
+        command = bench.serving_command(target, tmp_path, pressure.load(Plan(FULL), "1+1 x8"), 1, True, True)
+        sampling = json.loads(option(command, "--extra-request-body"))["sampling_params"]
+        assert sampling.get("logit_bias") == bias
+
+
+def test_a_loop_has_more_requests_than_places():
+    for sizes in (FULL, SHORT):
+        case = pressure.cases(Plan(sizes))[-1]
+        load = pressure.load(Plan(sizes), case)
+        assert int(option(load, "--num-prompts")) > int(option(load, "--max-concurrency"))
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """Two load generators of our own, which note process and home, and do what they are told."""
+    package = tmp_path / "loads"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    code = "import os, sys, time\n\ndef cli_main():\n    print(os.getpid(), os.environ['HOME'])\n"
+    (package / "ok.py").write_text(code)
+    (package / "bad.py").write_text(code + "    sys.exit('no load today' if len(sys.argv) < 2 else int(sys.argv[1]))\n")
+    (package / "slow.py").write_text(code + "    time.sleep(60)\n")
+    (package / "gone.py").write_text(code + "    os._exit(7)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(bench, "SERVING", "loads.ok")
+    monkeypatch.setattr(bench, "ONE_BATCH", "loads.bad")
+
+
+def ended(worker, name: str, log: Path, *argv: str, seconds: float = 30) -> list[str]:
+    """Words that a module printed."""
+    with worker.run([f"loads.{name}", *argv], log) as job:
+        deadline = time.monotonic() + seconds
+        while not job.done(deadline):
+            time.sleep(0.02)
+        return job.output().split()
+
+
+def test_one_process_runs_all_loads(modules, tmp_path):
+    with bench.Worker() as worker:
+        first, home = ended(worker, "ok", tmp_path / "a.log")
+        with pytest.raises(BenchError, match=r"(?s)exit code 1:.*no load today"):
+            ended(worker, "bad", tmp_path / "b.log")
+        with pytest.raises(BenchError, match="exit code 3"):
+            ended(worker, "bad", tmp_path / "b.log", "3")
+        ended(worker, "bad", tmp_path / "b.log", "0")
+        again, other_home = ended(worker, "ok", tmp_path / "c.log")
+        assert again == first and other_home != home
+
+
+def test_a_load_that_hangs_or_dies_takes_only_its_process(modules, tmp_path):
+    with bench.Worker() as worker:
+        first, _ = ended(worker, "ok", tmp_path / "a.log")
+        with pytest.raises(TimeoutError):
+            ended(worker, "slow", tmp_path / "b.log", seconds=0.5)
+        with pytest.raises(BenchError, match="died with exit code 7"):
+            ended(worker, "gone", tmp_path / "c.log")
+        again, _ = ended(worker, "ok", tmp_path / "d.log")
+        assert again != first
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(again), 0)
+
+
+def test_a_module_that_does_not_import_says_so(modules, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SERVING", "loads.missing")
+    with bench.Worker() as worker, pytest.raises(BenchError, match=r"(?s)died.*No module named 'loads.missing'"):
+        ended(worker, "ok", tmp_path / "a.log")
 
 
 def test_commands_are_understood_by_sglang(tmp_path):
@@ -119,15 +192,23 @@ def test_prefixes_outgrow_the_unquantized_cache():
 def test_own_home_keeps_the_hub_cache(monkeypatch):
     monkeypatch.delenv("HF_HOME", raising=False)
     monkeypatch.setenv("HOME", "/users/one")
-    env = bench.environment("/scratch")
-    assert env["HOME"] == "/scratch" and env["HF_HOME"] == "/users/one/.cache/huggingface"
+    env = bench.environment()
+    assert env["HF_HOME"] == "/users/one/.cache/huggingface" and "HOME" in env
     assert "127.0.0.1" in env["no_proxy"].split(",")
 
 
+def test_graphs_that_the_user_forbids_are_not_asked_for():
+    model = Model.of("m=config,tokenizer")
+    for user, asked in ([], True), (["--cuda-graph-backend-prefill=disabled"], False):
+        args = arguments(model, "bf16-fa3", SHORT, 0.8, True, user)
+        assert ("--cuda-graph-bs-prefill" in args) == asked and "--cuda-graph-max-bs-decode=12" in args
+
+
 @pytest.mark.parametrize("method", SERVERS)
-@pytest.mark.parametrize("sizes", [FULL, SMOKE])
+@pytest.mark.parametrize("sizes", NAMED.values(), ids=NAMED)
 def test_every_server_gets_the_same_memory(method, sizes):
     args = arguments(Model.of("m=config,tokenizer"), method, sizes, 0.8, True, ["--user"])
     assert "--mem-fraction-static=0.8" in args and "--load-format=dummy" in args and args[-1] == "--user"
     context = int(next(a for a in args if a.startswith("--context-length=")).split("=")[1])
-    assert context > max(sizes.decode) + sizes.steps and context > sum(sizes.pressure)
+    assert context > max(sizes.decode, default=0) + sizes.steps
+    assert not sizes.concurrency or context > sum(sizes.pressure)

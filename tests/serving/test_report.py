@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 
 import pytest
 
 from benchmarks.serving import memory
 from benchmarks.serving.record import UNFIT, UNMEASURED, Record, Row
-from benchmarks.serving.report import page
+from benchmarks.serving.report import page, write
 from benchmarks.serving.targets import TARGETS, verdicts
 
+# A module that is None cannot be imported.
+NO_MATPLOTLIB = {"matplotlib": None, "matplotlib.pyplot": None}
 K3, BF16 = "blockgtq-k3v3", "bf16-fa3"
 
 
@@ -175,3 +178,12 @@ def test_peak_since_the_last_look(monkeypatch):
         before = len(looked)
         wait(before + 2)
         assert sampler.take()[0] == 2.0
+
+
+def test_report_without_matplotlib(record, tmp_path, monkeypatch, capsys):
+    both(record, "decode", "4096", "step", 2.0, 1.0)
+    for name, module in NO_MATPLOTLIB.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    write(record, tmp_path)
+    assert "matplotlib" in capsys.readouterr().err
+    assert "1 (0.50x)" in (tmp_path / "report.md").read_text() and not list(tmp_path.glob("*.png"))

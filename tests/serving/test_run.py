@@ -126,6 +126,29 @@ def test_what_does_not_fit_is_a_result(standin, tmp_path):
     assert [r["case"] for r in rows if r["state"] == "measured"] == ["64"]
 
 
+def test_nonsense_is_refused_with_random_weights_too(standin, tmp_path, monkeypatch):
+    for fake, says in (("nan", "not finite"), ("positive", "a log-probability of a cold prompt is 0.5")):
+        monkeypatch.setenv("FAKE", fake)
+        code, rows, _ = go(tmp_path, "--method", K3, "--only", "*/decode/*")
+        assert code == 1 and all(says in r["note"] and not r["value"] for r in rows) and standin() == []
+
+
+def test_no_server_starts_that_would_be_too_late(standin, tmp_path, monkeypatch):
+    left = iter([100, 0.01])
+    monkeypatch.setattr(run.Budget, "left", property(lambda self: next(left, 0.01)))
+    monkeypatch.setattr(run.Budget, "timeout", lambda self: 100)
+    _, rows, meta = go(tmp_path, "--method", "bf16-fa3", K3, "--only", "*/decode/*")
+    assert set(meta["servers"]) == {"tiny/bf16-fa3"}
+    assert {r["note"] for r in rows if r["method"] == K3} == {"the budget was spent"}
+
+
+def test_a_server_that_was_loaded_is_warm(standin, tmp_path):
+    go(tmp_path, "--method", K3, "--only", "*/batch/*", "*/pressure/*")
+    go(tmp_path / "alone", "--method", K3, "--only", "*/pressure/*")
+    warm = [call[call.index("--warmup-requests") + 1] for call in standin() if call[0] == "serving"]
+    assert warm == ["0", "1"]
+
+
 def test_a_spent_budget_leaves_rows_without_values(standin, tmp_path):
     _, rows, _ = go(tmp_path, "--method", K3, "--budget", "0", "--only", "*/decode/*")
     assert [(r["state"], r["note"], r["value"]) for r in rows] == [("not measured", "the budget was spent", "")] * 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models
@@ -231,9 +232,22 @@ def test_knobs_of_a_file(tmp_path):
     file = tmp_path / "knobs.json"
     file.write_text(json.dumps({"tasks": {"single": {"512": {"knobs": {"digits": 9}}}}}))
     loaded = knobs.load(file)
-    assert knobs.choose("single", 512, loaded) == {"digits": 9}
-    assert knobs.choose("single", 512, None) == knobs.DEFAULTS["single"]
+    assert knobs.choose("single", 512, loaded) == [{"digits": 9}]
+    assert knobs.choose("single", 512, None) == [knobs.DEFAULTS["single"]]
+    assert knobs.choose("words", 512, loaded, [0, 8]) == [RUNGS["words"][0], RUNGS["words"][8]]
     with pytest.raises(ValueError, match=r"single at 1024 tokens was not calibrated \(512 was\)"):
         knobs.choose("single", 1024, loaded)
     with pytest.raises(ValueError, match=r"words at 512 .* \(no length was\)"):
         knobs.choose("words", 512, loaded)
+    file.write_text(json.dumps({"tasks": {"single": {"512": {"knobs": [{"digits": 3}, {"digits": 9}]}}}}))
+    assert knobs.choose("single", 512, knobs.load(file)) == [{"digits": 3}, {"digits": 9}]
+
+
+def test_ladders_hold_knobs_that_tasks_read():
+    files = list((Path(knobs.__file__).parent / "ladders").glob("*.json"))
+    assert files
+    for file in files:
+        for task, cells in knobs.load(file).items():
+            for listed in cells.values():
+                assert all(each.keys() == RUNGS[task][0].keys() for each in listed), (file.name, task)
+                assert len({json.dumps(each, sort_keys=True) for each in listed}) == len(listed)

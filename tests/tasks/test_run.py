@@ -22,6 +22,7 @@ from benchmarks.tasks.client import Client
 from benchmarks.tasks.prompts import Sample, Tokens
 from benchmarks.tasks.record import wilson
 from benchmarks.tasks.reference import Reference
+from benchmarks.tasks.run import Job
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,35 @@ def arguments(model: str, fake: Fake, text: Path, out: Path, *more: str) -> list
 def table(out: Path) -> list[dict]:
     with out.open() as f:
         return list(csv.DictReader(f))
+
+
+def test_several_difficulties_of_one_cell(model, fake, text, tmp_path):
+    out = tmp_path / "results.csv"
+    assert program.main(arguments(model, fake, text, out, "--depths", "50", "--rungs", "0,2")) == 0
+    assert {(r["task"], r["knobs"]) for r in table(out) if r["length"] == "1500"} == {
+        ("single", "digits=3"),
+        ("single", "digits=5"),
+        ("multikey", "digits=3 count=2"),
+        ("multikey", "digits=5 count=2"),
+    }
+
+
+def test_a_run_that_is_cut_short_has_some_of_everything():
+    def job(task: str, length: int, depth: float | None, trial: int) -> Job:
+        return Job(task, length, depth, trial, {"digits": 3}, lambda: None)
+
+    jobs = [job("single", n, d, t) for n in (512, 1024) for d in (0.0, 1.0) for t in range(2)]
+    jobs += [job("words", 512, None, t) for t in range(4)]
+    shown = [(j.task, j.length, j.depth, j.trial) for j in program.in_turn(jobs)]
+    assert sorted(shown, key=str) == sorted([(j.task, j.length, j.depth, j.trial) for j in jobs], key=str)
+    assert shown[:6] == [
+        ("single", 512, 0.0, 0),
+        ("single", 1024, 0.0, 0),
+        ("words", 512, None, 0),
+        ("single", 512, 1.0, 0),
+        ("single", 1024, 1.0, 0),
+        ("words", 512, None, 1),
+    ]
 
 
 def test_run_writes_rates_answers_provenance_and_picture(model, fake, text, tmp_path, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...launch import Server
 from ...server_steps import Budget
-from ..bench import Target
+from ..bench import Target, Worker
 from ..configs import Sizes
 
 
@@ -45,10 +45,11 @@ class Plan:
 
 @dataclass
 class Context:
-    """One running server. raw: folder for the load generators' files."""
+    """One running server. raw: folder for the load generators' files. warm: whether it has had loads of this size."""
 
     plan: Plan
     server: Server
+    worker: Worker
     target: Target
     info: dict
     budget: Budget
@@ -56,6 +57,7 @@ class Context:
     limit: float  # seconds that one load generator may take
     held: float | None = None  # bytes of GPU memory right after start
     held_by: str = ""
+    warm: bool = False
 
     @property
     def sizes(self) -> Sizes:

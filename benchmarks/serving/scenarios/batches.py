@@ -16,10 +16,11 @@ def run(
     out = ctx.raw / f"{name}_{batch}.jsonl"
     command = one_batch_command(ctx.target, out, batch, lengths, answer)
     with Sampler(ctx.server.process.pid) as sampler:
-        for result in one_batch(command, out, out.with_suffix(".log"), ctx.timeout()):
+        for result in one_batch(ctx.worker, command, out, out.with_suffix(".log"), ctx.timeout()):
             if isinstance(result, Skipped):
                 yield result.length, Unfit(result.note), (None, "")
             else:
+                ctx.warm = True
                 yield result["input_len"], result, sampler.take()
 
 

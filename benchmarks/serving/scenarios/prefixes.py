@@ -1,11 +1,13 @@
 """Long prefixes that requests share, asked for again round after round.
 
-The prefixes together take at least twice what fits the unquantized cache, where that is known: it has lost a prefix
-when the next round asks for it, a cache several times larger has not. Every round sends the same requests, in the
-same order, the first to an empty cache.
+The prefixes together take more than fits the unquantized cache (``overfill`` times as much), where that is known: it
+has lost a prefix when the next round asks for it, a cache several times larger has not. Every round sends the same
+requests, in the same order, the first to an empty cache.
 """
 
 from __future__ import annotations
+
+import math
 
 from ..bench import serving, serving_command
 from ..counters import retracted
@@ -19,7 +21,7 @@ SLOTS = 8
 def shape(plan: Plan) -> tuple[int, int]:
     """Prefixes, and requests of a round for each."""
     sizes = plan.sizes
-    prefixes = max(sizes.prefixes, -(-2 * (plan.capacity or 0) // sizes.prefix))
+    prefixes = max(sizes.prefixes, math.ceil(sizes.overfill * (plan.capacity or 0) / sizes.prefix))
     return prefixes, max(1, sizes.prefix_requests // prefixes)
 
 
@@ -62,8 +64,9 @@ def measure(ctx: Context, cases: list[str]) -> Outcomes:
         out = ctx.raw / f"{NAME}_{i + 1}.jsonl"
         before = retracted(ctx.server)
         first = i == 0
-        command = serving_command(ctx.target, out, load(ctx.plan), sizes.prefix_answer, warm=first, flush=first)
-        result = serving(command, out, out.with_suffix(".log"), ctx.timeout())
+        warm = first and not ctx.warm
+        command = serving_command(ctx.target, out, load(ctx.plan), sizes.prefix_answer, warm=warm, flush=first)
+        result = serving(ctx.worker, command, out, out.with_suffix(".log"), ctx.timeout())
         values = [*stream_values(result), Value("retractions", retracted(ctx.server) - before, "requests")]
         values.append(Value("working_set", working_set(ctx.plan), "tokens"))
         if case in cases:

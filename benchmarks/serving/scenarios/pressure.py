@@ -20,7 +20,7 @@ def load(plan: Plan, case: str) -> list[str]:
     slots = int(case.rpartition("x")[2])
     return [
         *("--dataset-name", "random-ids", "--random-input-len", str(prompt), "--random-output-len", str(answer)),
-        *("--random-range-ratio", "1", "--num-prompts", str(slots * plan.sizes.per_slot)),
+        *("--random-range-ratio", "1", "--num-prompts", str(round(slots * plan.sizes.per_slot))),
         *("--max-concurrency", str(slots)),
     ]
 
@@ -34,8 +34,9 @@ def measure(ctx: Context, cases: list[str]) -> Outcomes:
             continue
         out = ctx.raw / f"{NAME}_{case.rpartition('x')[2]}.jsonl"
         before = retracted(ctx.server)
-        command = serving_command(ctx.target, out, load(ctx.plan, case), answer, warm=True, flush=True)
-        result = serving(command, out, out.with_suffix(".log"), ctx.timeout())
+        command = serving_command(ctx.target, out, load(ctx.plan, case), answer, warm=not ctx.warm, flush=True)
+        result = serving(ctx.worker, command, out, out.with_suffix(".log"), ctx.timeout())
+        ctx.warm = True
         yield case, [*stream_values(result), Value("retractions", retracted(ctx.server) - before, "requests")]
 
 
