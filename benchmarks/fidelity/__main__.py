@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from . import card, panel_cli, plot, run, split, targets
-from .record import commit, machine, sources, text_source, write_csv
+from .record import commit, device, machine, sources, text_source, write_csv
 
 
 def provenance(args: argparse.Namespace, subject: run.Subject, head: str) -> dict:
@@ -37,7 +37,7 @@ def provenance(args: argparse.Namespace, subject: run.Subject, head: str) -> dic
             "shift": run.SHIFT,
             "perplexity_length": run.PPL_LENGTH,
         },
-        **machine(),
+        **machine(args.device),
     }
 
 
@@ -57,12 +57,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--queries", type=int, default=32, help="query positions per window (default 32)")
     parser.add_argument("--picture", type=Path, help="PNG of softmax KL per layer")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu (default), cuda, cuda:1, ...")
     args = parser.parse_args(argv)
     head = commit()  # now: the tree may change during a long run
     if args.threads:
         torch.set_num_threads(args.threads)
 
-    subject = run.load(args.model_path, args.text, args.calibration_text)
+    subject = run.load(args.model_path, args.text, args.calibration_text, args.device)
     rows = run.attention_rows(subject, bits=(2, 3, 4), shift_bits=(2, 3), queries=args.queries)
     write_csv(rows, args.out, run.FIELDS)  # in case the second half is cut short
     rows += run.perplexity_rows(subject, run.perplexity_methods(subject))
