@@ -3,6 +3,7 @@
 ``python -m benchmarks.fidelity panel --help``: the paper's panel, all methods side by side.
 ``python -m benchmarks.fidelity card --help``: what each preset costs a model, on one page.
 ``python -m benchmarks.fidelity split --help``: bits of keys against bits of values.
+``python -m benchmarks.fidelity ablation --help``: what each choice is worth at equal bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import card, panel_cli, plot, run, split, targets
+from . import ablation, card, panel_cli, plot, run, split, targets
 from .record import commit, device, machine, sources, text_source, write_csv
 
 
@@ -49,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         return card.main(argv[1:])
     if argv[:1] == ["split"]:
         return split.main(argv[1:])
+    if argv[:1] == ["ablation"]:
+        return ablation.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity", description=__doc__)
     parser.add_argument("--model-path", required=True, help="model folder")
     parser.add_argument("--out", required=True, type=Path, help="CSV to write; a .json of the same name tells how")
