@@ -83,12 +83,16 @@ def seconds(model, rope: list[RopeBlocks], inv_freq: torch.Tensor, sequences: Se
 class Sensitivity:
     """Fisher information of keys (before RoPE) and values, per token: ``KL(answer) ~ 1/2 e^T F e`` for an error e.
 
-    k ``[L, H, D, D]``, v ``[L, H, Dv, Dv]``; k_blocks ``[L, H, blocks]``: of RoPE blocks. float64, CPU.
+    k ``[L, H, D, D]``, v ``[L, H, Dv, Dv]``; k_blocks ``[L, H, blocks]``: of RoPE blocks. k_moment, v_moment: second
+    moments of keys (before RoPE) and values themselves, tokens weighted by their squared gradient: as an error grows with
+    its vector, this is what is coded where it matters, such as at a sink. float64, CPU.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     k_blocks: torch.Tensor
+    k_moment: torch.Tensor
+    v_moment: torch.Tensor
 
 
 def sensitivity(
@@ -98,8 +102,7 @@ def sensitivity(
 
     Errors of different tokens are independent, and so are the draws: the cross terms vanish on average.
     """
-    k_sum: dict[int, torch.Tensor] = {}
-    v_sum: dict[int, torch.Tensor] = {}
+    sums: dict[int, list[torch.Tensor]] = {}
     generator = torch.Generator().manual_seed(seed)
     pieces = [ids[i : i + SENSITIVITY_LENGTH] for ids in sequences for i in range(0, len(ids), SENSITIVITY_LENGTH)]
     pieces = [list(piece) for piece in pieces if len(piece) > 1]
@@ -131,14 +134,20 @@ def sensitivity(
                 back[start : start + 256] = torch.autograd.grad(loss, part)[0]
             grads = torch.autograd.grad(hidden, leaves, back, retain_graph=sample + 1 < SAMPLES)
             for i, layer in enumerate(sorted(kept)):
-                gk = _before_rope(grads[2 * i].float(), rope[layer], inv_freq)
-                k_sum[layer] = k_sum.get(layer, 0) + _outer(gk)
-                v_sum[layer] = v_sum.get(layer, 0) + _outer(grads[2 * i + 1])
+                k, gk = (_before_rope(x.detach(), rope[layer], inv_freq) for x in (kept[layer][0], grads[2 * i]))
+                v, gv = kept[layer][1].detach(), grads[2 * i + 1]
+                part = [_outer(gk), _outer(gv), *(_outer(x * g.norm(dim=-1, keepdim=True)) for x, g in ((k, gk), (v, gv)))]
+                sums[layer] = [a + b for a, b in zip(sums[layer], part, strict=True)] if layer in sums else part
     count = SAMPLES * sum(map(len, pieces))
-    k, v = (torch.stack([s[i] for i in range(len(s))]).cpu() / count for s in (k_sum, v_sum))
+    k, v, k_moment, v_moment = (torch.stack([sums[i][j] for i in range(len(sums))]).cpu() / count for j in range(4))
+    k_moment, v_moment = (x / _trace(y)[..., None, None] for x, y in ((k_moment, k), (v_moment, v)))
     diagonal = torch.diagonal(k, dim1=-2, dim2=-1)
     blocks = torch.stack([diagonal[i][:, r.channels()].sum(-1) for i, r in enumerate(rope)])
-    return Sensitivity(k, v, blocks)
+    return Sensitivity(k, v, blocks, k_moment, v_moment)
+
+
+def _trace(moment: torch.Tensor) -> torch.Tensor:
+    return torch.diagonal(moment, dim1=-2, dim2=-1).sum(-1)
 
 
 def output_metric(model, layers: int, heads: int, v_dim: int) -> torch.Tensor:
@@ -211,11 +220,14 @@ def coders(
     widths: torch.Tensor,
     device: torch.device,
     seed: int = 0,
+    unbiased: bool = False,
     rotation: Callable[[int, int], torch.Tensor] = haar_rotation,
 ) -> list[Coder]:
     """One for each layer: the transform, a rotation for each run of equal widths, static gains, one norm.
 
-    transform: of :func:`balanced`, ``[L, H, ...]``. widths ``[L, H, D]``.
+    transform: of :func:`balanced`, ``[L, H, ...]``. widths ``[L, H, D]``. unbiased: least squares, then every run of b
+    bits is read ``1 / (1 - D(b))`` times as long, by which its codewords are short of the vector: a sum over many
+    tokens then keeps its length, while norm correction leaves runs of few bits too short.
     """
     forward, inverse_t, sigma = transform
     levels = codebook_table().to(device)
@@ -227,18 +239,20 @@ def coders(
             layout = CodeLayout(tuple(widths[layer, head].tolist()))
             gain = torch.empty_like(sigma[layer, head])
             turn = torch.zeros(len(gain), len(gain), dtype=torch.float64)
-            for start, stop, _ in layout.groups:
+            longer = torch.ones_like(gain)
+            for start, stop, bits in layout.groups:
+                longer[start:stop] = 1 / (1 - distortion(bits)) if unbiased else 1.0
                 gain[start:stop] = sigma[layer, head, start:stop].mean().sqrt()
                 n = stop - start
                 if n not in rotations:
                     rotations[n] = rotation(n, ROTATION_SEED + seed)
                 turn[start:stop, start:stop] = rotations[n]
             enter.append(turn @ forward[layer, head] / gain[:, None])
-            leave.append(turn @ inverse_t[layer, head] * gain[:, None])
+            leave.append(turn @ inverse_t[layer, head] * (gain * longer)[:, None])
             weight.append(gain**4 / (gain**4).mean())
             layouts.append(layout)
         tensors = (torch.stack(x).float().to(device) for x in (enter, leave, weight))
-        out.append(Coder(tuple(layouts), *tensors, levels, "norm", SCALE_SEARCH))
+        out.append(Coder(tuple(layouts), *tensors, levels, "lsq" if unbiased else "norm", SCALE_SEARCH))
     return out
 
 
