@@ -38,8 +38,8 @@ QUICK = {"limit": 256, "queries": 6, "every": 10, "seeds": 1}
 QUICK_ROWS = (
     *("reference: float32 K32V32", "baseline: uniform-haar K3V3", "baseline: template K3V3"),
     *("frame: KLT before RoPE K3V3", "frame: KLT, page of 16 K3V3", "values: shipped K16V2"),
-    *("values: KLT, W_o K16V2", "scale: least squares K3V3", "protect: first 4 exact K3V3"),
-    *("protect: first layer at 8 bits K3V3", "calibration: template, no text K3V3"),
+    *("scale: least squares K3V3", "protect: first 4 exact K3V3"),
+    *("values: unbiased K16V2", "protect: first layer at 8 bits K3V3", "calibration: template, no text K3V3"),
 )
 
 

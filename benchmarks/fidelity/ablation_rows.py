@@ -89,25 +89,50 @@ def _baseline() -> Iterator[Recipe]:
 
 
 def _frame() -> Iterator[Recipe]:
-    """Keys in other frames at the bytes of ``template``; values as they ship."""
+    """Keys in other frames at the bytes of ``template``; values as they ship.
+
+    A static mean makes a large vector of a small one, as a sink's key is: so it is also tried with these kept exact.
+    """
+
+    def framed(bits: float, page: int, centred: bool = False) -> Callable[[Lab, int], Side]:
+        return lambda lab, seed: in_frame(lab, lab.keys("template", bits, seed), page, centred)
+
     for k, v in TIGHT:
-
-        def row(name: str, keys: Callable[[Lab, int], Side], k=k, v=v) -> Recipe:
-            return Recipe("frame", name, k, v, _cache(name, keys, _values(v)))
-
-        yield row("KLT before RoPE", _klt(k))
-        yield row("KLT, page of 16", _klt(k, 16))
-        yield row("KLT, page of 64", _klt(k, 64))
-        yield row("template before RoPE", lambda lab, seed, k=k: in_frame(lab, lab.keys("template", k, seed), 1))
-        page_of_16 = lambda lab, seed, k=k: in_frame(lab, lab.keys("template", k, seed), 16)  # noqa: E731
-        yield row("template, page of 16", page_of_16)
-        yield row("KLT after RoPE, averaged over 32K", _klt(k, None))
-        yield row("KLT before RoPE, less the mean", _klt(k, centred=True))
-        less_mean = lambda lab, seed, k=k: in_frame(lab, lab.keys("template", k, seed), 0, True)  # noqa: E731
-        yield row("template, less the mean", less_mean)
-        yield row("KLT before RoPE, product-slot", _klt(k, rule=("product", "slot")))
-        yield row("KLT before RoPE, metric of the answer", _klt(k, metric="answer"))
+        rows: dict[str, tuple] = {
+            "KLT before RoPE": (_klt(k),),
+            "KLT before RoPE, unbiased": (_klt(k, unbiased=True),),
+            "KLT before RoPE, less the mean": (_klt(k, centred=True),),
+            "KLT before RoPE, first 4 exact": (_klt(k), 4),
+            "KLT before RoPE, less the mean, first 1 exact": (_klt(k, centred=True), 1),
+            "KLT before RoPE, less the mean, first 4 exact": (_klt(k, centred=True), 4),
+            "KLT before RoPE, less the mean, unbiased, first 4 exact": (_klt(k, centred=True, unbiased=True), 4),
+            "KLT, page of 16": (_klt(k, 16),),
+            "KLT, page of 64": (_klt(k, 64),),
+            "KLT, page of 16, less the mean, first 4 exact": (_klt(k, 16, centred=True), 4),
+            "KLT, page of 64, less the mean, first 4 exact": (_klt(k, 64, centred=True), 4),
+            "template before RoPE": (framed(k, 1),),
+            "template, page of 16": (framed(k, 16),),
+            "template, less the mean": (framed(k, 0, True),),
+            "template, first 4 exact": (_template(k), 4),
+            "template, less the mean, first 4 exact": (framed(k, 0, True), 4),
+            "KLT after RoPE, averaged over 32K": (_klt(k, None),),
+            "KLT before RoPE, product-slot": (_klt(k, rule=("product", "slot")),),
+            "KLT before RoPE, metric of the answer": (_klt(k, metric="answer"),),
+            "KLT before RoPE, weighted": (_klt(k, weighted=True),),
+        }
+        for name, (keys, *sink) in rows.items():
+            yield Recipe("frame", name, k, v, _cache(name, keys, _values(v), *sink))
     yield Recipe("frame", "KLT before RoPE", 4, 4, _cache("KLT before RoPE", _klt(4), _values(4)))
+
+
+def _unbiased_values(bits: float, centred: bool = False) -> Callable[[Lab, int], Side]:
+    """As they ship, with the scale that keeps sums of many values right in place of each value's length."""
+
+    def make(lab: Lab, seed: int) -> Side:
+        side = with_rule(lab.values(bits, seed), "unbiased")
+        return centred_values(lab, side) if centred else side
+
+    return make
 
 
 def _value_rows() -> Iterator[Recipe]:
@@ -116,34 +141,59 @@ def _value_rows() -> Iterator[Recipe]:
     def hadamard(lab: Lab, seed: int) -> Side:
         return lab.of_table(with_hadamard(lab.table("template", 2, 2, seed), HADAMARD_SEED + seed))[1]
 
-    kinds: dict[str, Callable[[Lab, int], Side]] = {
-        "shipped": _values(2),
-        "less the mean": lambda lab, seed: centred_values(lab, lab.values(2, seed)),
-        "Hadamard": hadamard,
-        "KLT, plain": _klt_values(2, metric="plain"),
-        "KLT, W_o": _klt_values(2, metric="output"),
-        "KLT, W_o, less the mean": _klt_values(2, metric="output", centred=True),
-        "KLT, answer": _klt_values(2, metric="answer"),
-        "KLT, answer, less the mean": _klt_values(2, metric="answer", centred=True),
+    def less_mean(lab: Lab, seed: int) -> Side:
+        return centred_values(lab, lab.values(2, seed))
+
+    def by_layer(lab: Lab, seed: int) -> Side:
+        sides = {bits: lab.values(bits, seed) for bits in (1.5, 2.0, 2.5, 3.0)}
+        sizes = {bits: side.sizes[0] for bits, side in sides.items()}
+        cost = budgets.cost_at(lab.once("value cost", lambda: budgets.measured_cost(lab, sides[2.0], True)), 2, sizes)
+        return mixed([sides[b] for b in budgets.spend(cost, sizes, len(cost) * sizes[2.0])])
+
+    rows: dict[str, tuple] = {
+        "shipped": (_values(2),),
+        "unbiased": (_unbiased_values(2),),
+        "least squares": (lambda lab, seed: with_rule(lab.values(2, seed), "lsq"),),
+        "less the mean": (less_mean,),
+        "Hadamard": (hadamard,),
+        "KLT, plain": (_klt_values(2, metric="plain"),),
+        "KLT, W_o": (_klt_values(2),),
+        "KLT, W_o, less the mean": (_klt_values(2, centred=True),),
+        "KLT, answer": (_klt_values(2, metric="answer"),),
+        "KLT, answer, less the mean": (_klt_values(2, metric="answer", centred=True),),
+        "KLT, plain, one width, unbiased": (_klt_values(2, metric="plain", flat=True, unbiased=True),),
+        "KLT, W_o, weighted, unbiased": (_klt_values(2, weighted=True, unbiased=True),),
+        "KLT, answer, weighted, unbiased": (_klt_values(2, metric="answer", weighted=True, unbiased=True),),
+        "bits by layer, measured": (by_layer,),
+        "first 1 exact": (_values(2), 1),
+        "first 4 exact": (_values(2), 4),
+        "unbiased, first 4 exact": (_unbiased_values(2), 4),
+        "less the mean, first 4 exact": (less_mean, 4),
+        "less the mean, unbiased, first 4 exact": (_unbiased_values(2, True), 4),
+        "KLT, W_o, less the mean, unbiased, first 4 exact": (_klt_values(2, centred=True, unbiased=True), 4),
     }
-    for name, values in kinds.items():
-        yield Recipe("values", name, 16, 2, _cache(name, _exact, values))
+    for name, (values, *sink) in rows.items():
+        yield Recipe("values", name, 16, 2, _cache(name, _exact, values, *sink))
     yield Recipe("values", "shipped", 16, 3, _cache("shipped", _exact, _values(3)))
-    yield Recipe("values", "KLT, answer", 16, 3, _cache("KLT, answer", _exact, _klt_values(3, metric="answer")))
-    for name in ("KLT, W_o", "KLT, answer", "KLT, answer, less the mean"):
-        for k in (3, 2):
-            yield Recipe("values", name, k, 2, _cache(name, _template(k), kinds[name]))
+    yield Recipe("values", "unbiased", 16, 3, _cache("unbiased", _exact, _unbiased_values(3)))
 
 
 def _best() -> Iterator[Recipe]:
-    """Keys and values improved together."""
+    """Keys and values improved together: first what the kernels that ship can read, then what other frames add."""
     for k, v in TIGHT:
-        values = _klt_values(v, metric="answer")
-        yield Recipe("best", "KLT before RoPE + KLT values", k, v, _cache("best", _klt(k), values))
-        name = "KLT before RoPE + KLT values, sink exact"
-        yield Recipe("best", name, k, v, _cache("best", _klt(k), values, sink=4))
-        name = "score of the answer + KLT values"
-        yield Recipe("best", name, k, v, _cache("best", _scored("template", k), values))
+        values = _unbiased_values(v)
+
+        def row(name: str, keys: Callable[[Lab, int], Side], sink: int, k=k, v=v, values=values) -> Recipe:
+            return Recipe("best", name, k, v, _cache(name, keys, values, sink))
+
+        less_mean = lambda lab, seed, k=k: in_frame(lab, lab.keys("template", k, seed), 0, True)  # noqa: E731
+        yield row("template, unbiased V", _template(k), 0)
+        yield row("template, unbiased V, first 4 exact", _template(k), 4)
+        yield row("template less the mean, unbiased V, first 4 exact", less_mean, 4)
+        yield row("KLT before RoPE, unbiased K and V", _klt(k, unbiased=True), 0)
+        yield row("KLT before RoPE less the mean, unbiased V, first 1 exact", _klt(k, centred=True), 1)
+        yield row("KLT before RoPE less the mean, unbiased V, first 4 exact", _klt(k, centred=True), 4)
+        yield row("KLT, page of 16, less the mean, unbiased V, first 4 exact", _klt(k, 16, centred=True), 4)
 
 
 def _scored(name: str, bits: float) -> Callable[[Lab, int], Side]:
@@ -188,12 +238,12 @@ def _by_layer(
     sides = _key_sizes(lab, seed)
     sizes = {b: side.sizes[0] for b, side in sides.items()}
     total = len(cost) * sizes[bits] - spare
-    chosen = budgets.spend(budgets.cost_at(cost, list(sizes)), sizes, total, fixed)
+    chosen = budgets.spend(budgets.cost_at(cost, 3, list(sizes)), sizes, total, fixed)
     return mixed([sides[b] for b in chosen])
 
 
 def _protected(layers: Sequence[int], bits: int, equal: bool) -> Callable[[Lab, int], Cache]:
-    """K and V of some layers at 8 bits; ``equal``: the other layers' keys pay for it, as what each costs suggests."""
+    """K and V of some layers at 8 bits; ``equal``: the other layers' keys pay for it, evenly."""
 
     def make(lab: Lab, seed: int) -> Cache:
         count = len(lab.subject.rope)
@@ -220,9 +270,8 @@ def _protect() -> Iterator[Recipe]:
         yield Recipe("protect", f"{name} at 8 bits", 3, 3, _protected(layers, 3, True), False)
 
     def measured(lab: Lab, seed: int, bits: float) -> Side:
-        if not hasattr(lab, "layer_cost"):
-            lab.layer_cost = budgets.measured_cost(lab)
-        return _by_layer(lab, seed, lab.layer_cost, bits)
+        cost = lab.once("key cost", lambda: budgets.measured_cost(lab, lab.keys("template", 3)))
+        return _by_layer(lab, seed, cost, bits)
 
     def predicted(lab: Lab, seed: int, bits: float) -> Side:
         cost = lab.sensitivity.k_blocks * lab.subject.moments.k
@@ -237,16 +286,14 @@ def _protect() -> Iterator[Recipe]:
 
 
 def frequency_prior(lab: Lab) -> Moments:
-    """Energies from RoPE alone, no calibration: the slower a block turns, the more it has.
+    """Energies from RoPE alone, no calibration: a slow block has a little more than a fast one.
 
-    A block that turns less than once within the offsets that matter is read at every distance, one that turns fast at
-    next to none; here energy grows as the square root of the period, up to a period of 8,192 tokens.
+    What matters is the order; the slope is kept small, since gains follow from it and a wrong one clips.
     """
     own = lab.subject.moments
-    speed = lab.inv_freq.double().cpu()
-    period = (2 * torch.pi / speed).clamp(max=8192)
+    period = 2 * torch.pi / lab.inv_freq.double().cpu()
     energy = torch.ones_like(own.k)
-    energy[..., : len(period)] = period.sqrt()
+    energy[..., : len(period)] = (period / period[0]) ** 0.1
     return Moments(energy, energy.clone(), own.v, 0)
 
 

@@ -7,25 +7,24 @@ from collections.abc import Mapping, Sequence
 from .coder import Cache, Side
 from .lab import Lab
 
-PROBE_BITS = 3.0
 PROBE_TOKENS = 1024  # of the calibration text
 
 
-def measured_cost(lab: Lab, seed: int = 0) -> list[float]:
-    """KL of the answer to the calibration text's start when the keys of one layer alone are coded at PROBE_BITS."""
-    keys, exact = lab.keys("template", PROBE_BITS, seed), lab.exact()
+def measured_cost(lab: Lab, side: Side, values: bool = False) -> list[float]:
+    """KL of the answer on the start of the calibration text when one layer alone is coded, as ``side`` has it."""
+    exact = lab.exact()
     ids = lab.calibration()[0][:PROBE_TOKENS]
     out = []
-    for layer in range(len(keys.coders)):
-        coders = [coder if i == layer else None for i, coder in enumerate(keys.coders)]
-        alone = Cache("", Side(PROBE_BITS, coders, keys.dim), exact)
-        out.append(lab.answers(alone, [ids]).kl_final)
+    for layer in range(len(side.coders)):
+        coders = [coder if i == layer else None for i, coder in enumerate(side.coders)]
+        alone = Side(side.bits, coders, side.dim, side.frame, side.mean)
+        out.append(lab.answers(Cache("", exact, alone) if values else Cache("", alone, exact), [ids]).kl_final)
     return out
 
 
-def cost_at(probe: Sequence[float], bits: Sequence[float]) -> list[dict[float, float]]:
-    """Cost of each layer at other widths, from that at PROBE_BITS: four times less for each bit."""
-    return [{b: cost * 4.0 ** (PROBE_BITS - b) for b in bits} for cost in probe]
+def cost_at(probe: Sequence[float], at: float, bits: Sequence[float]) -> list[dict[float, float]]:
+    """Cost of each layer at other widths, from that at ``at`` bits: four times less for each bit."""
+    return [{b: cost * 4.0 ** (at - b) for b in bits} for cost in probe]
 
 
 def spend(

@@ -84,8 +84,8 @@ class Sensitivity:
     """Fisher information of keys (before RoPE) and values, per token: ``KL(answer) ~ 1/2 e^T F e`` for an error e.
 
     k ``[L, H, D, D]``, v ``[L, H, Dv, Dv]``; k_blocks ``[L, H, blocks]``: of RoPE blocks. k_moment, v_moment: second
-    moments of keys (before RoPE) and values themselves, tokens weighted by their squared gradient: as an error grows with
-    its vector, this is what is coded where it matters, such as at a sink. float64, CPU.
+    moments of keys (before RoPE) and values themselves, tokens weighted by their squared gradient: an error grows with
+    its vector, so this is what is coded where it matters, such as at a sink. float64, CPU.
     """
 
     k: torch.Tensor
@@ -136,7 +136,11 @@ def sensitivity(
             for i, layer in enumerate(sorted(kept)):
                 k, gk = (_before_rope(x.detach(), rope[layer], inv_freq) for x in (kept[layer][0], grads[2 * i]))
                 v, gv = kept[layer][1].detach(), grads[2 * i + 1]
-                part = [_outer(gk), _outer(gv), *(_outer(x * g.norm(dim=-1, keepdim=True)) for x, g in ((k, gk), (v, gv)))]
+                part = [
+                    _outer(gk),
+                    _outer(gv),
+                    *(_outer(x * g.norm(dim=-1, keepdim=True)) for x, g in ((k, gk), (v, gv))),
+                ]
                 sums[layer] = [a + b for a, b in zip(sums[layer], part, strict=True)] if layer in sums else part
     count = SAMPLES * sum(map(len, pieces))
     k, v, k_moment, v_moment = (torch.stack([sums[i][j] for i in range(len(sums))]).cpu() / count for j in range(4))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import AutoTokenizer
@@ -23,6 +24,7 @@ from .methods import Method
 from .model import capture, rotate
 from .texts import OTHER_SOURCE, evaluation_set, source_path
 
+T = TypeVar("T")
 BUCKETS = {"0_2k": (0, 2048), "2_4k": (2048, 4096), "4k_on": (4096, 1 << 30)}  # query positions
 
 
@@ -72,6 +74,7 @@ class Lab:
         self._texts: dict[tuple[str, int], list[list[int]]] = {}
         self._moments: dict[tuple[str, int], Moments] = {}
         self._keys: dict[tuple[str, float, int], Side] = {}
+        self._once: dict[str, object] = {}
         self._seconds: dict[tuple[str, int], klt.Seconds] = {}
 
     # -- measuring ------------------------------------------------------------------------------------------------
@@ -129,6 +132,12 @@ class Lab:
         return {text.name: self.answers(method, text.sequences) for text in self.texts}
 
     # -- calibrating ----------------------------------------------------------------------------------------------
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What ``make`` gives, made when it is first asked for under this name."""
+        if name not in self._once:
+            self._once[name] = make()
+        return self._once[name]
 
     @property
     def inv_freq(self) -> torch.Tensor:
@@ -204,7 +213,9 @@ class Lab:
     def exact(self) -> Side:
         return Side(16, [None] * len(self.subject.rope), self.subject.head_dim)
 
-    def key_transform(self, page: int | None, centred: bool, metric: str, calibration: tuple[str, int]) -> tuple:
+    def key_transform(
+        self, page: int | None, centred: bool, metric: str, calibration: tuple[str, int], weighted: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Balanced KLT of keys. page: as in Frame; None for keys after RoPE, averaged over far positions.
 
         metric: ``logit`` (moment of queries over relative offsets) or ``answer`` (Fisher information, before RoPE).
@@ -212,7 +223,9 @@ class Lab:
         if metric == "answer" and page != 1:
             raise ValueError(f"page = {page}: the metric of the answer is known before RoPE only")
         got = self.seconds(*calibration)
-        s_k = got.k - got.k_mean[..., :, None] * got.k_mean[..., None, :] if centred else got.k
+        s_k = self.sensitivity.k_moment if weighted else got.k
+        if centred:
+            s_k = s_k - got.k_mean[..., :, None] * got.k_mean[..., None, :]
         s_q = self.sensitivity.k if metric == "answer" else got.q
         # Where a query meets the key: its offset, or with pages its distance from the page's first token.
         far = 4 * klt.OFFSETS if page is None else klt.OFFSETS
@@ -234,21 +247,41 @@ class Lab:
         metric: str = "logit",
         calibration: tuple[str, int] = ("default", 2048),
         rule: tuple[str, str] = ("template", "block"),
+        weighted: bool = False,
+        unbiased: bool = False,
     ) -> Side:
-        """Keys behind a balanced KLT in a frame, whole slots of 16 channels, one norm."""
-        transform = self.key_transform(page, centred, metric, calibration)
-        coders = klt.coders(transform, klt.slot_widths(transform[2], bits, *rule), self.device, seed)
+        """Keys behind a balanced KLT in a frame, whole slots of 16 channels, one norm. Options: as of klt_values."""
+        transform = self.key_transform(page, centred, metric, calibration, weighted)
+        coders = klt.coders(transform, klt.slot_widths(transform[2], bits, *rule), self.device, seed, unbiased)
         mean = self.seconds(*calibration).k_mean.float().to(self.device) if centred else None
         return Side(bits, coders, self.subject.head_dim, self.frame(page or 0), mean)
 
-    def klt_values(self, bits: float, *, seed: int = 0, centred: bool = False, metric: str = "output") -> Side:
-        """Values behind a balanced KLT. metric: ``plain``, ``output`` (W_o) or ``answer`` (Fisher information)."""
+    def klt_values(
+        self,
+        bits: float,
+        *,
+        seed: int = 0,
+        centred: bool = False,
+        metric: str = "output",
+        weighted: bool = False,
+        flat: bool = False,
+        unbiased: bool = False,
+    ) -> Side:
+        """Values behind a balanced KLT.
+
+        metric: ``plain``, ``output`` (W_o) or ``answer`` (Fisher information). weighted: moments of values by what an
+        error costs there. flat: one width, all channels rotated together. unbiased: see klt.coders.
+        """
         got = self.seconds()
-        s_v = got.v - got.v_mean[..., :, None] * got.v_mean[..., None, :] if centred else got.v
+        s_v = self.sensitivity.v_moment if weighted else got.v
+        if centred:
+            s_v = s_v - got.v_mean[..., :, None] * got.v_mean[..., None, :]
         eye = torch.eye(s_v.shape[-1], dtype=s_v.dtype).expand_as(s_v)
         weight = {"plain": lambda: eye, "output": lambda: self.output_metric, "answer": lambda: self.sensitivity.v}
         transform = klt.balanced(s_v, weight[metric]())
-        coders = klt.coders(transform, klt.slot_widths(transform[2], bits), self.device, seed)
+        sigma = transform[2]
+        widths = torch.full_like(sigma, bits).long() if flat else klt.slot_widths(sigma, bits)
+        coders = klt.coders(transform, widths, self.device, seed, unbiased)
         mean = got.v_mean.float().to(self.device) if centred else None
         return Side(bits, coders, s_v.shape[-1], None, mean)
 
