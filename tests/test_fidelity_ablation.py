@@ -307,5 +307,13 @@ def test_program_writes_rows_at_once_and_survives_a_failing_one(lab, tmp_path, m
     assert program.main(["ablation", "--table", str(out)]) == 0
     table = capsys.readouterr().out
     assert table in printed and "### baseline" in table and " ± " in table
+    page = tmp_path / "page.md"
+    page.write_text("before\n{}\nold\n{}\nafter\n".format(*ablation.MARKS))
+    assert program.main(["ablation", "--table", str(out), "--only", "baseline", "--into", str(page)]) == 0
+    text = page.read_text()
+    assert "old" not in text and text.startswith("before\n") and text.endswith("\nafter\n")
+    assert "| K3V3 | uniform-haar | 52 |" in text and "### reference" not in text
+    with pytest.raises(ValueError, match="no place"):
+        ablation.insert("no marks", "")
     assert program.main([*command, "--budget", "0"]) == 0
     assert len(json.loads(out.with_suffix(".json").read_text())["left_out"]) == len(ablation.plan([], 3, False))

@@ -1,7 +1,8 @@
 """What each choice is worth: frames, transforms, scores, scales, protection, calibration, at equal bytes.
 
 ``python -m benchmarks.fidelity ablation --model-path MODEL --out ablation.csv --device cuda``
-``python -m benchmarks.fidelity ablation --table ablation.csv`` prints the tables of a CSV again, as Markdown.
+``python -m benchmarks.fidelity ablation --table ablation.csv`` prints the tables of a CSV again, as Markdown;
+``--into docs/fidelity.md`` writes them between that page's marks, ``--only best frame`` selects rows.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ MEASURED = (
 )
 FIELDS = ("group", "name", "k_bits", "v_bits", "bytes", "seed", *MEASURED, "tokens", "seconds")
 QUICK = {"limit": 256, "queries": 6, "every": 10, "seeds": 1}
+AGAIN = ("best", "frame", "values", "baseline", *GROUPS)  # whose rotations are repeated first
 #: What --quick runs: one row or two of each group.
 QUICK_ROWS = (
     *("reference: float32 K32V32", "baseline: uniform-haar K3V3", "baseline: template K3V3"),
@@ -67,14 +69,15 @@ def measure(lab: Lab, recipe: Recipe, seed: int) -> run.Row:
 
 
 def plan(only: Sequence[str], seeds: int, quick: bool) -> list[tuple[Recipe, int]]:
-    """Rows and rotations in the order they are run: the first rotation of everything, then the others.
+    """Rows and rotations in the order they are run: the first rotation of everything, then the others, 4 bits last.
 
     only: parts of the rows' labels, e.g. ``frame`` or ``K3V3``; a row is run if it has one of them.
     """
     wanted = [r for r in recipes() if not only or any(part in r.label for part in only)]
     if quick and not only:
         wanted = [r for r in wanted if r.label in QUICK_ROWS]
-    return [(r, seed) for seed in range(seeds) for r in wanted if seed == 0 or r.seeded]
+    again = sorted((r for r in wanted if r.seeded), key=lambda r: (r.k_bits == 4, AGAIN.index(r.group)))
+    return [(r, 0) for r in wanted] + [(r, seed) for r in again for seed in range(1, seeds)]
 
 
 def _append(path: Path, row: run.Row) -> None:
@@ -136,6 +139,22 @@ def _cell(values: Sequence[float]) -> str:
     return f"{mean:.4g} ± {stdev(values):.2g}"
 
 
+MARKS = "<!-- ablation: begin -->", "<!-- ablation: end -->"
+
+
+def insert(page: str, tables: str) -> str:
+    """``page`` with ``tables`` between its marks. Raises ValueError where it has none."""
+    begin, end = MARKS
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise ValueError(f"no place for tables: a line {begin} and after it a line {end} are wanted")
+    return f"{page[: page.index(begin) + len(begin)]}\n{tables}\n{page[page.index(end) :]}"
+
+
+def label(row: run.Row) -> str:
+    """As Recipe.label, of a line of the CSV."""
+    return f"{row['group']}: {row['name']} K{float(row['k_bits']):g}V{float(row['v_bits']):g}"
+
+
 def markdown(rows: Sequence[run.Row]) -> str:
     """One table for each group: mean and standard deviation over rotations."""
     out: list[str] = []
@@ -173,6 +192,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
     p.add_argument("--quick", action="store_true", help=f"to try it out, a minute or two on a CPU: {QUICK}")
     p.add_argument("--table", type=Path, metavar="CSV", help="only print the tables of a CSV, as Markdown")
+    p.add_argument("--into", type=Path, metavar="PAGE", help="with --table: write them between the marks of this page")
     p.add_argument("--list", action="store_true", help="only print the labels of the rows")
     return p
 
@@ -192,7 +212,11 @@ def _command(args: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.table:
-        print(markdown(read_csv(args.table)))
+        rows = [r for r in read_csv(args.table) if not args.only or any(part in label(r) for part in args.only)]
+        tables = markdown(rows)
+        if args.into:
+            args.into.write_text(insert(args.into.read_text(), tables))
+        print(tables)
         return 0
     command = _command(args) if args.model_path and args.out else ""
     if args.quick:

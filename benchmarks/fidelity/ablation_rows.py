@@ -20,6 +20,11 @@ GROUPS = ("reference", "baseline", "frame", "values", "best", "score", "scale", 
 PAIRS = ((4, 4), (4, 3), (3, 3), (3, 2), (2, 2))
 TIGHT = ((3, 3), (3, 2), (2, 2))
 BASELINES = ("uniform-haar", "uniform-hadamard", "paper", "paper-slot", "product-slot", "template")
+#: Of the frames and the values, those whose rotation is repeated.
+REPEATED = (
+    *("KLT before RoPE", "KLT, page of 16", "KLT, page of 64", "KLT before RoPE, less the mean, first 4 exact"),
+    *("template, first 4 exact", "shipped", "unbiased", "KLT, W_o", "unbiased, first 4 exact"),
+)
 BUDGET_BITS = tuple(2 + i / 4 for i in range(13))  # 2 to 5
 
 
@@ -121,7 +126,7 @@ def _frame() -> Iterator[Recipe]:
             "KLT before RoPE, weighted": (_klt(k, weighted=True),),
         }
         for name, (keys, *sink) in rows.items():
-            yield Recipe("frame", name, k, v, _cache(name, keys, _values(v), *sink))
+            yield Recipe("frame", name, k, v, _cache(name, keys, _values(v), *sink), name in REPEATED)
     yield Recipe("frame", "KLT before RoPE", 4, 4, _cache("KLT before RoPE", _klt(4), _values(4)))
 
 
@@ -173,7 +178,7 @@ def _value_rows() -> Iterator[Recipe]:
         "KLT, W_o, less the mean, unbiased, first 4 exact": (_klt_values(2, centred=True, unbiased=True), 4),
     }
     for name, (values, *sink) in rows.items():
-        yield Recipe("values", name, 16, 2, _cache(name, _exact, values, *sink))
+        yield Recipe("values", name, 16, 2, _cache(name, _exact, values, *sink), name in REPEATED)
     yield Recipe("values", "shipped", 16, 3, _cache("shipped", _exact, _values(3)))
     yield Recipe("values", "unbiased", 16, 3, _cache("unbiased", _exact, _unbiased_values(3)))
 
@@ -211,7 +216,7 @@ def _score() -> Iterator[Recipe]:
     for k, v in TIGHT:
         for name in ("template", "product-slot"):
             label = f"{name}, score of the answer"
-            yield Recipe("score", label, k, v, _cache(label, _scored(name, k), _values(v)))
+            yield Recipe("score", label, k, v, _cache(label, _scored(name, k), _values(v)), False)
 
 
 def _scale() -> Iterator[Recipe]:
@@ -224,7 +229,7 @@ def _scale() -> Iterator[Recipe]:
     for bits in (3, 2):
         for name, (rule, search) in rules.items():
             keys = lambda lab, seed, b=bits, r=rule, s=search: with_rule(lab.keys("template", b, seed), r, s)  # noqa: E731
-            yield Recipe("scale", name, bits, bits, _cache(name, keys, _values(bits)))
+            yield Recipe("scale", name, bits, bits, _cache(name, keys, _values(bits)), False)
 
 
 def _key_sizes(lab: Lab, seed: int) -> dict[float, Side]:
@@ -301,12 +306,15 @@ def _calibration() -> Iterator[Recipe]:
     for bits in (3, 2):
         for text, tokens in (("default", 512), ("default", 8192), ("source", 2048)):
             name = f"{text} text, {tokens} tokens"
+            values = _values(bits)
             keys = lambda lab, seed, b=bits, w=(text, tokens): lab.keys("template", b, seed, lab.moments(*w))  # noqa: E731
-            yield Recipe("calibration", f"template, {name}", bits, bits, _cache(name, keys, _values(bits)))
+            yield Recipe("calibration", f"template, {name}", bits, bits, _cache(name, keys, values), False)
             keys = _klt(bits, calibration=(text, tokens))
-            yield Recipe("calibration", f"KLT before RoPE, {name}", bits, bits, _cache(name, keys, _values(bits)))
+            yield Recipe(
+                "calibration", f"KLT before RoPE, {name}", bits, bits, _cache(name, keys, _values(bits)), False
+            )
         keys = lambda lab, seed, b=bits: lab.keys("template", b, seed, frequency_prior(lab))  # noqa: E731
-        yield Recipe("calibration", "template, no text", bits, bits, _cache("", keys, _values(bits)))
+        yield Recipe("calibration", "template, no text", bits, bits, _cache("", keys, _values(bits)), False)
 
 
 def recipes() -> list[Recipe]:
