@@ -13,7 +13,7 @@ from . import budgets
 from .coder import Cache, Side, mixed
 from .hadamard import SEED as HADAMARD_SEED
 from .hadamard import with_hadamard
-from .lab import Lab, centred_values, in_frame, with_rule
+from .lab import Lab, by_token, centred_values, in_frame, with_rule
 from .methods import Cast, Method
 
 GROUPS = ("reference", "baseline", "frame", "values", "best", "score", "scale", "protect", "calibration")
@@ -75,6 +75,10 @@ def _klt_values(bits: float, **options) -> Callable[[Lab, int], Side]:
     return lambda lab, seed: lab.klt_values(bits, seed=seed, **options)
 
 
+def _by_token(side: Callable[[Lab, int], Side]) -> Callable[[Lab, int], Side]:
+    return lambda lab, seed: by_token(side(lab, seed))
+
+
 def _reference() -> Iterator[Recipe]:
     def cast(name: str, dtype: torch.dtype):
         return lambda lab, seed: Cast(name, dtype, lab.subject.head_dim, lab.subject.head_dim)
@@ -115,6 +119,9 @@ def _frame() -> Iterator[Recipe]:
             "KLT, page of 64": (_klt(k, 64),),
             "KLT, page of 16, less the mean, first 4 exact": (_klt(k, 16, centred=True), 4),
             "KLT, page of 64, less the mean, first 4 exact": (_klt(k, 64, centred=True), 4),
+            "KLT before RoPE, mean by token": (_by_token(_klt(k, centred=True)),),
+            "KLT, page of 16, mean by token": (_by_token(_klt(k, 16, centred=True)),),
+            "template, mean by token": (_by_token(framed(k, 0, True)),),
             "template before RoPE": (framed(k, 1),),
             "template, page of 16": (framed(k, 16),),
             "template, less the mean": (framed(k, 0, True),),
@@ -170,6 +177,8 @@ def _value_rows() -> Iterator[Recipe]:
         "KLT, W_o, weighted, unbiased": (_klt_values(2, weighted=True, unbiased=True),),
         "KLT, answer, weighted, unbiased": (_klt_values(2, metric="answer", weighted=True, unbiased=True),),
         "bits by layer, measured": (by_layer,),
+        "mean by token": (_by_token(less_mean),),
+        "mean by token, unbiased": (_by_token(_unbiased_values(2, True)),),
         "first 1 exact": (_values(2), 1),
         "first 4 exact": (_values(2), 4),
         "unbiased, first 4 exact": (_unbiased_values(2), 4),
@@ -196,8 +205,12 @@ def _best() -> Iterator[Recipe]:
         yield row("template, unbiased V, first 4 exact", _template(k), 4)
         yield row("template less the mean, unbiased V, first 4 exact", less_mean, 4)
         yield row("KLT before RoPE, unbiased K and V", _klt(k, unbiased=True), 0)
+        yield row(
+            "KLT before RoPE, mean by token, unbiased K and V", _by_token(_klt(k, centred=True, unbiased=True)), 0
+        )
         yield row("KLT before RoPE less the mean, unbiased V, first 1 exact", _klt(k, centred=True), 1)
         yield row("KLT before RoPE less the mean, unbiased V, first 4 exact", _klt(k, centred=True), 4)
+        yield row("KLT before RoPE less the mean, unbiased K and V, first 4 exact", both, 4)
         yield row("KLT, page of 16, less the mean, unbiased V, first 4 exact", _klt(k, 16, centred=True), 4)
 
 

@@ -17,7 +17,7 @@ def measured_cost(lab: Lab, side: Side, values: bool = False) -> list[float]:
     out = []
     for layer in range(len(side.coders)):
         coders = [coder if i == layer else None for i, coder in enumerate(side.coders)]
-        alone = Side(side.bits, coders, side.dim, side.frame, side.mean)
+        alone = Side(side.bits, coders, side.dim, side.frame, side.mean, side.by_token)
         out.append(lab.answers(Cache("", exact, alone) if values else Cache("", alone, exact), [ids]).kl_final)
     return out
 

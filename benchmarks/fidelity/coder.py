@@ -69,6 +69,11 @@ class Coder:
             read = torch.stack([self._code(*head) for head in heads], 1)
         return torch.einsum("the,hed->thd", read, self.leave)
 
+    def cost(self, error: torch.Tensor) -> torch.Tensor:
+        """``[T, H]``: what errors ``[T, H, D]`` weigh, in stored channels."""
+        square = torch.einsum("thd,hed->the", error, self.enter).square()
+        return (square if self.weight is None else square * self.weight).sum(-1)
+
     def _code(self, y: torch.Tensor, layout: CodeLayout, weight: torch.Tensor | None) -> torch.Tensor:
         codes, scales = naive.quantize(y, layout, self.levels, self.scale_rule, self.scale_search, weight)
         return naive.dequantize(codes, scales, layout, self.levels)
@@ -99,7 +104,8 @@ class Side:
 
     bits: nominal, for the record. coders: one for each layer, None where nothing is coded.
     frame: of keys; None for values. mean ``[layers, H, D]``: static, taken off before coding and added again after;
-    that of keys is their mean before RoPE, so it is turned to each key's position first.
+    that of keys is their mean before RoPE, so it is turned to each key's position first. by_token: whether it is, is
+    chosen for each vector and head, which the sign of its scale can tell without a bit more.
     """
 
     def __init__(
@@ -109,8 +115,10 @@ class Side:
         dim: int,
         frame: Frame | None = None,
         mean: torch.Tensor | None = None,
+        by_token: bool = False,
     ):
         self.bits, self.coders, self.dim, self.frame, self.mean = bits, list(coders), dim, frame, mean
+        self.by_token = by_token
 
     @property
     def sizes(self) -> list[int]:
@@ -126,22 +134,27 @@ class Side:
         coder = self.coders[layer]
         if coder is None:
             return x
+        mean = None if self.mean is None else self.mean[layer].expand_as(x)
         if self.frame is None:
-            if self.mean is None:
-                return coder.round_trip(x)
-            return coder.round_trip(x - self.mean[layer]) + self.mean[layer]
+            return self._read(coder, x, mean)
         positions = torch.arange(first, first + len(x), device=x.device)
-        offset = None
-        if self.mean is not None:
-            offset = self.frame.turn(layer, self.mean[layer].expand_as(x), positions)
-            x = x - offset
-        if self.frame.page:
-            origin = self.frame.origin(positions)
-            read = coder.round_trip(self.frame.turn(layer, x, -origin))
-            read = self.frame.turn(layer, read, origin)
-        else:
-            read = coder.round_trip(x)
-        return read if offset is None else read + offset
+        origin = self.frame.origin(positions)
+        if mean is not None:
+            mean = self.frame.turn(layer, mean, positions - origin)
+        if not self.frame.page:
+            return self._read(coder, x, mean)
+        return self.frame.turn(layer, self._read(coder, self.frame.turn(layer, x, -origin), mean), origin)
+
+    def _read(self, coder: Coder, x: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
+        """In the frame's coordinates."""
+        if mean is None:
+            return coder.round_trip(x)
+        less = coder.round_trip(x - mean) + mean
+        if not self.by_token:
+            return less
+        plain = coder.round_trip(x)
+        better = coder.cost(plain - x) < coder.cost(less - x)
+        return torch.where(better[..., None], plain, less)
 
 
 def mixed(sides: Sequence[Side]) -> Side:
@@ -149,7 +162,7 @@ def mixed(sides: Sequence[Side]) -> Side:
     first = sides[0]
     coders = [side.coders[layer] for layer, side in enumerate(sides)]
     bits = sum(side.bits for side in sides) / len(sides)
-    return Side(bits, coders, first.dim, first.frame, first.mean)
+    return Side(bits, coders, first.dim, first.frame, first.mean, first.by_token)
 
 
 class Cache:

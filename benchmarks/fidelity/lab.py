@@ -251,7 +251,8 @@ class Lab:
         unbiased: bool = False,
     ) -> Side:
         """Keys behind a balanced KLT in a frame, whole slots of 16 channels, one norm. Options: as of klt_values."""
-        transform = self.key_transform(page, centred, metric, calibration, weighted)
+        which = page, centred, metric, calibration, weighted
+        transform = self.once(f"keys {which}", lambda: self.key_transform(*which))
         coders = klt.coders(transform, klt.slot_widths(transform[2], bits, *rule), self.device, seed, unbiased)
         mean = self.seconds(*calibration).k_mean.float().to(self.device) if centred else None
         return Side(bits, coders, self.subject.head_dim, self.frame(page or 0), mean)
@@ -278,12 +279,18 @@ class Lab:
             s_v = s_v - got.v_mean[..., :, None] * got.v_mean[..., None, :]
         eye = torch.eye(s_v.shape[-1], dtype=s_v.dtype).expand_as(s_v)
         weight = {"plain": lambda: eye, "output": lambda: self.output_metric, "answer": lambda: self.sensitivity.v}
-        transform = klt.balanced(s_v, weight[metric]())
+        name = f"values {centred, metric, weighted}"
+        transform = self.once(name, lambda: klt.balanced(s_v, weight[metric]()))
         sigma = transform[2]
         widths = torch.full_like(sigma, bits).long() if flat else klt.slot_widths(sigma, bits)
         coders = klt.coders(transform, widths, self.device, seed, unbiased)
         mean = got.v_mean.float().to(self.device) if centred else None
         return Side(bits, coders, s_v.shape[-1], None, mean)
+
+
+def by_token(side: Side) -> Side:
+    """The same, with the mean taken off only where that is better."""
+    return Side(side.bits, side.coders, side.dim, side.frame, side.mean, True)
 
 
 def centred_values(lab: Lab, side: Side) -> Side:
