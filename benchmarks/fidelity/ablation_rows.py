@@ -201,6 +201,7 @@ def _best() -> Iterator[Recipe]:
             return Recipe("best", name, k, v, _cache(name, keys, values, sink))
 
         less_mean = lambda lab, seed, k=k: in_frame(lab, lab.keys("template", k, seed), 0, True)  # noqa: E731
+        both = _klt(k, centred=True, unbiased=True)
         yield row("template, unbiased V", _template(k), 0)
         yield row("template, unbiased V, first 4 exact", _template(k), 4)
         yield row("template less the mean, unbiased V, first 4 exact", less_mean, 4)
