@@ -35,7 +35,8 @@ MEASURED = (
 )
 FIELDS = ("group", "name", "k_bits", "v_bits", "bytes", "seed", *MEASURED, "tokens", "seconds")
 QUICK = {"limit": 256, "queries": 6, "every": 10, "seeds": 1}
-AGAIN = ("best", "frame", "values", "baseline", *GROUPS)  # whose rotations are repeated first
+AGAIN = ("baseline", "best", "frame", "values", *GROUPS)  # whose rotations are repeated first
+LATER = ("uniform-hadamard", "paper", "paper-slot", "product-slot")  # of the baseline, and 4 bits: repeated last
 #: What --quick runs: one row or two of each group.
 QUICK_ROWS = (
     *("reference: float32 K32V32", "baseline: uniform-haar K3V3", "baseline: template K3V3"),
@@ -69,14 +70,16 @@ def measure(lab: Lab, recipe: Recipe, seed: int) -> run.Row:
 
 
 def plan(only: Sequence[str], seeds: int, quick: bool) -> list[tuple[Recipe, int]]:
-    """Rows and rotations in the order they are run: the first rotation of everything, then the others, 4 bits last.
+    """Rows and rotations in the order they are run: the first rotation of everything, then the others.
 
     only: parts of the rows' labels, e.g. ``frame`` or ``K3V3``; a row is run if it has one of them.
     """
     wanted = [r for r in recipes() if not only or any(part in r.label for part in only)]
     if quick and not only:
         wanted = [r for r in wanted if r.label in QUICK_ROWS]
-    again = sorted((r for r in wanted if r.seeded), key=lambda r: (r.k_bits == 4, AGAIN.index(r.group)))
+    again = sorted(
+        (r for r in wanted if r.seeded), key=lambda r: (r.k_bits == 4 or r.name in LATER, AGAIN.index(r.group))
+    )
     return [(r, 0) for r in wanted] + [(r, seed) for r in again for seed in range(1, seeds)]
 
 
