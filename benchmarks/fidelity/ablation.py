@@ -77,9 +77,8 @@ def plan(only: Sequence[str], seeds: int, quick: bool) -> list[tuple[Recipe, int
     wanted = [r for r in recipes() if not only or any(part in r.label for part in only)]
     if quick and not only:
         wanted = [r for r in wanted if r.label in QUICK_ROWS]
-    again = sorted(
-        (r for r in wanted if r.seeded), key=lambda r: (r.k_bits == 4 or r.name in LATER, AGAIN.index(r.group))
-    )
+    again = [r for r in wanted if r.seeded]
+    again.sort(key=lambda r: (r.k_bits == 4 or r.name in LATER, AGAIN.index(r.group)))
     return [(r, 0) for r in wanted] + [(r, seed) for r in again for seed in range(1, seeds)]
 
 
