@@ -3,6 +3,7 @@
 ``python -m benchmarks.fidelity panel --help``: the paper's panel, all methods side by side.
 ``python -m benchmarks.fidelity card --help``: what each preset costs a model, on one page.
 ``python -m benchmarks.fidelity split --help``: bits of keys against bits of values.
+``python -m benchmarks.fidelity ablation --help``: what each choice is worth at equal bytes.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from . import card, panel_cli, plot, run, split, targets
-from .record import commit, machine, sources, text_source, write_csv
+from . import ablation, card, panel_cli, plot, run, split, targets
+from .record import commit, device, machine, sources, text_source, write_csv
 
 
 def provenance(args: argparse.Namespace, subject: run.Subject, head: str) -> dict:
@@ -37,7 +38,7 @@ def provenance(args: argparse.Namespace, subject: run.Subject, head: str) -> dic
             "shift": run.SHIFT,
             "perplexity_length": run.PPL_LENGTH,
         },
-        **machine(),
+        **machine(args.device),
     }
 
 
@@ -49,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         return card.main(argv[1:])
     if argv[:1] == ["split"]:
         return split.main(argv[1:])
+    if argv[:1] == ["ablation"]:
+        return ablation.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity", description=__doc__)
     parser.add_argument("--model-path", required=True, help="model folder")
     parser.add_argument("--out", required=True, type=Path, help="CSV to write; a .json of the same name tells how")
@@ -57,12 +60,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--queries", type=int, default=32, help="query positions per window (default 32)")
     parser.add_argument("--picture", type=Path, help="PNG of softmax KL per layer")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu (default), cuda, cuda:1, ...")
     args = parser.parse_args(argv)
     head = commit()  # now: the tree may change during a long run
     if args.threads:
         torch.set_num_threads(args.threads)
 
-    subject = run.load(args.model_path, args.text, args.calibration_text)
+    subject = run.load(args.model_path, args.text, args.calibration_text, args.device)
     rows = run.attention_rows(subject, bits=(2, 3, 4), shift_bits=(2, 3), queries=args.queries)
     write_csv(rows, args.out, run.FIELDS)  # in case the second half is cut short
     rows += run.perplexity_rows(subject, run.perplexity_methods(subject))

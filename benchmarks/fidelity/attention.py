@@ -50,7 +50,7 @@ def causal_logits(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, sca
     """q ``[N, Hq, D]``, k ``[T, H, D]`` to ``[H, G, N, T]``, -inf ahead; query head j reads KV head j // G."""
     grouped = q.unflatten(1, (k.shape[1], -1))
     logits = torch.einsum("nhgd,thd->hgnt", grouped, k) * scale
-    ahead = torch.arange(k.shape[0]) > positions[:, None]
+    ahead = torch.arange(k.shape[0], device=k.device) > positions[:, None]
     return logits.masked_fill_(ahead, -torch.inf)
 
 

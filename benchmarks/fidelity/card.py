@@ -18,7 +18,7 @@ from sglang_blockgtq.options import DEFAULT_ALLOCATOR, PRESETS
 from . import attention, run
 from .methods import Cast, Method
 from .model import capture
-from .record import commit, machine, sources, text_source
+from .record import commit, device, machine, sources, text_source
 from .run import Row, Subject
 
 COLUMNS = (
@@ -130,18 +130,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--calibration-text", help="calibration text; default: that of the server")
     parser.add_argument("--queries", type=int, default=32, help="query positions per window (default 32)")
     parser.add_argument("--every", type=int, default=1, help="attention of every n-th layer only (default 1)")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu (default), cuda, cuda:1, ...")
     args = parser.parse_args(argv)
     if args.tasks and not args.tasks.is_file():
         parser.error(f"--tasks {args.tasks}: no such file; make one with python -m benchmarks.tasks")
     head = commit()
-    subject = run.load(args.model_path, args.text, args.calibration_text)
+    subject = run.load(args.model_path, args.text, args.calibration_text, args.device)
     lines = measure(subject, args.queries, range(0, len(subject.rope), args.every))
     record = {
         "command": f"python -m benchmarks.fidelity card --queries {args.queries} --every {args.every}",
         "commit": head,
         **sources(args.model_path, args.calibration_text, subject),
         "evaluation": text_source(args.text) | {"tokens": len(subject.ids), "perplexity_length": run.PPL_LENGTH},
-        **machine(),
+        **machine(args.device),
     }
     rates = pass_rates(args.tasks) if args.tasks else {}
     args.out.write_text(page(record["model"]["name"], lines, record, rates))

@@ -57,7 +57,8 @@ def calibration_range(subject: Subject) -> torch.Tensor:
 
 def _uniform(subject: Subject, name: str, k_bits: float, v_bits: float, seed: int) -> Packed:
     table = subject.allocation("uniform", k_bits, v_bits, ROTATION_SEED + seed)
-    return Packed(with_hadamard(table, HADAMARD_SEED + seed) if name == HADAMARD else table, name)
+    table = with_hadamard(table, HADAMARD_SEED + seed) if name == HADAMARD else table
+    return Packed(table, name, subject.device)
 
 
 def _method(subject: Subject, name: str, bits: float, seed: int, first: torch.Tensor | None) -> Method:
@@ -67,7 +68,7 @@ def _method(subject: Subject, name: str, bits: float, seed: int, first: torch.Te
     if name in (BASELINE, HADAMARD):
         return _uniform(subject, name, bits, bits, seed)
     if name in BLOCK_GTQ:
-        return Packed(subject.allocation(name, bits, bits, ROTATION_SEED + seed))
+        return Packed(subject.allocation(name, bits, bits, ROTATION_SEED + seed), device=subject.device)
     if name not in CODED:
         raise ValueError(f"--methods {name}: choose from {', '.join(METHODS)}")
     if bits != int(bits):
@@ -101,5 +102,5 @@ def line_up(subject: Subject, names: Sequence[str], bits: Sequence[float], seeds
         return [Entry(make(*pair), 0, pair) for pair in sorted(wanted - have)]
 
     if DEFAULT in names:
-        out += at_bytes(DEFAULT, PEERS, lambda k, v: Packed(subject.allocation(DEFAULT, k, v)))
+        out += at_bytes(DEFAULT, PEERS, lambda k, v: subject.table(DEFAULT, k, v))
     return out + at_bytes(BASELINE, METHODS, lambda k, v: _uniform(subject, BASELINE, k, v, 0))

@@ -15,7 +15,7 @@ from sglang_blockgtq.calibrate.table import AllocationTable
 from sglang_blockgtq.kernels import naive
 from sglang_blockgtq.kernels.layout import NORM_BYTES
 
-CHUNK = 1024  # tokens coded at once; the bytes do not depend on it (naive.encode), the speed does
+CHUNK = 1024  # tokens coded at once on a CPU; the bytes do not depend on it (naive.encode), the speed does
 
 
 class Method(Protocol):
@@ -34,11 +34,11 @@ class Method(Protocol):
 class Packed:
     """An allocation table: encode to packed rows, decode them."""
 
-    def __init__(self, table: AllocationTable, name: str | None = None):
+    def __init__(self, table: AllocationTable, name: str | None = None, device: torch.device | str = "cpu"):
         self.name = name or table.header.allocator + ("-slot" if table.header.granularity == "slot" else "")
         self.k_bits, self.v_bits = table.header.k_bits, table.header.v_bits
         self.bytes_per_token_head = table.bytes_per_token_head()
-        self.codecs = [table.layer_codec(i) for i in range(table.header.layers)]
+        self.codecs = [table.layer_codec(i).to(device) for i in range(table.header.layers)]
 
     def sizes(self, tokens: int) -> tuple[float, float]:
         rows = [codec.layout for codec in self.codecs]
@@ -46,7 +46,8 @@ class Packed:
         return key, rows[0].v_code_bytes + NORM_BYTES
 
     def round_trip(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pairs = zip(k.split(CHUNK), v.split(CHUNK), strict=True)
+        chunk = CHUNK if k.device.type == "cpu" else max(len(k), 1)
+        pairs = zip(k.split(chunk), v.split(chunk), strict=True)
         parts = [naive.round_trip(self.codecs[layer], *pair) for pair in pairs]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 

@@ -58,25 +58,29 @@ class Capture:
 @torch.inference_mode()
 def capture(model, ids: list[int], positions: list[int]) -> Capture:
     """One pass over ``ids``; keeps all keys and values, and the queries at ``positions``."""
-    got = Capture(torch.tensor(positions), {}, {}, {})
+    got = Capture(torch.tensor(positions, device=model.device), {}, {}, {})
 
     def keep(layer, q, k, v):
         got.q[layer], got.k[layer], got.v[layer] = q[got.positions].clone(), k.clone(), v.clone()
         return k, v
 
     with kv_hook(model, keep):
-        model.base_model(torch.tensor([ids]), use_cache=False)
+        model.base_model(torch.tensor([ids], device=model.device), use_cache=False)
     return got
 
 
-def rotate(x: torch.Tensor, rope: RopeBlocks, inv_freq: torch.Tensor, positions: int) -> torch.Tensor:
+def rotate(x: torch.Tensor, rope: RopeBlocks, inv_freq: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:
     """``x [..., D]`` turned on by ``positions``, as if its token stood that much later; float32.
+
+    positions: one number for all, or one for each token of ``x [T, H, D]``, ``[T]``.
 
     inv_freq ``[rotary_dim / 2]``: radians per position of each rotated block. Angles and products
     are in float64. Attention between equally turned queries and keys does not change.
     """
-    first, second = rope.channels()[: rope.rotary_dim // 2].unbind(-1)
-    angle = inv_freq.double() * positions
+    first, second = rope.channels()[: rope.rotary_dim // 2].to(x.device).unbind(-1)
+    if isinstance(positions, torch.Tensor):
+        positions = positions.to(x.device)[:, None, None]
+    angle = inv_freq.to(x.device).double() * positions
     cos, sin = angle.cos(), angle.sin()
     a, b = x[..., first].double(), x[..., second].double()
     out = x.clone()

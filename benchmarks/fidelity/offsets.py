@@ -27,12 +27,13 @@ def offset_mae(
     q ``[N, Hq, D]``: queries. error ``[N, H, D]``: keys less approximate keys, of the same tokens. inv_freq
     ``[rotary_dim / 2]``: radians per position of each rotated block; channels that are not rotated have angle zero.
     """
-    pairs = rope.channels()
+    pairs = rope.channels().to(q.device)
     grouped = q.float().unflatten(1, (error.shape[1], -1))[..., pairs]  # [N, H, G, blocks, 2]
     e = error.float()[:, :, None, pairs]
     in_phase = (grouped * e).sum(-1)
     across = grouped[..., 1] * e[..., 0] - grouped[..., 0] * e[..., 1]
-    angle = torch.zeros(len(pairs), offsets, dtype=torch.float64)
-    angle[: len(inv_freq)] = inv_freq.double()[:, None] * torch.linspace(-window, window, offsets, dtype=torch.float64)
+    offset = torch.linspace(-window, window, offsets, dtype=torch.float64, device=q.device)
+    angle = torch.zeros(len(pairs), offsets, dtype=torch.float64, device=q.device)
+    angle[: len(inv_freq)] = inv_freq.to(q.device).double()[:, None] * offset
     logit = in_phase @ angle.cos().float() + across @ angle.sin().float()
     return logit.abs().mean((1, 2, 3))

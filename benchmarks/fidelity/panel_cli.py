@@ -11,7 +11,7 @@ import torch
 
 from . import panel, pictures, report, run, widths
 from .lineup import BASELINE, METHODS, line_up
-from .record import Row, commit, machine, read_csv, sources, text_source, write_csv
+from .record import Row, commit, device, machine, read_csv, sources, text_source, write_csv
 from .window import RECENT, SINK
 
 FINGERPRINT_BITS = (2.0, 3.0)
@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=int, help="first tokens of the text to use; default: all")
     p.add_argument("--every", type=int, default=1, help="measure each n-th layer only (default 1: all)")
     p.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
+    p.add_argument("--device", type=device, default="cpu", help="cpu (default), cuda, cuda:1, ...")
     p.add_argument("--quick", action="store_true", help=f"to try it out, under a minute on a small model: {QUICK}")
     p.add_argument(
         "--draw", action="store_true", help="only make tables and pictures again, from what was measured in --out"
@@ -86,7 +87,7 @@ def provenance(args: argparse.Namespace, subject: run.Subject, head: str) -> dic
             "seed": run.SEED,
             "rotations": args.seeds,
         },
-        **machine(),
+        **machine(args.device),
     }
 
 
@@ -165,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         vars(args).update(QUICK)
     if args.threads:
         torch.set_num_threads(args.threads)
-    subject = run.load(args.model_path, args.text, args.calibration_text)
+    subject = run.load(args.model_path, args.text, args.calibration_text, args.device)
     subject.ids = subject.ids[: args.tokens]
     measure(subject, args)
     record = provenance(args, subject, head)

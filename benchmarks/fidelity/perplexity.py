@@ -34,7 +34,7 @@ class Score:
 @torch.inference_mode()
 def hidden_states(model, ids: list[int], method: Method | None) -> torch.Tensor:
     """Last hidden states ``[T, hidden]`` with K and V of all layers replaced by the method's round trip."""
-    tokens = torch.tensor([ids])
+    tokens = torch.tensor([ids], device=model.device)
     if method is None:
         return model.base_model(tokens, use_cache=False).last_hidden_state[0]
     with kv_hook(model, lambda layer, q, k, v: method.round_trip(layer, k, v)):
@@ -45,7 +45,7 @@ def hidden_states(model, ids: list[int], method: Method | None) -> torch.Tensor:
 def add_score(score: Score, model, ids: list[int], hidden: torch.Tensor, true_hidden: torch.Tensor) -> None:
     """Add one sequence of T tokens: T - 1 are scored."""
     head = model.get_output_embeddings()
-    targets = torch.tensor(ids[1:])
+    targets = torch.tensor(ids[1:], device=hidden.device)
     for start in range(0, len(targets), CHUNK):
         part = slice(start, min(start + CHUNK, len(targets)))
         log_prob = head(hidden[part]).float().log_softmax(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import platform
@@ -9,6 +10,8 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+
+import torch
 
 from sglang_blockgtq.calibrate.model import config_hash, weights_hash
 
@@ -73,7 +76,20 @@ def text_source(path: Path | None) -> dict[str, str]:
     }
 
 
-def machine() -> dict:
-    """Versions and architecture."""
+def device(text: str) -> str:
+    """A torch device that is there, for argparse."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).split("\n")[0]
+        raise argparse.ArgumentTypeError(f"{text!r}: {reason}; cpu works everywhere") from None
+    return text
+
+
+def machine(device: str = "cpu") -> dict:
+    """Versions, architecture and, if it is no CPU, what the figures were computed on."""
     versions = {name: version(name) for name in ("torch", "transformers", "sglang")}
-    return {"versions": {"python": platform.python_version(), **versions}, "machine": platform.machine()}
+    out = {"versions": {"python": platform.python_version(), **versions}, "machine": platform.machine()}
+    if torch.device(device).type == "cuda":
+        out["device"] = torch.cuda.get_device_name(device)
+    return out

@@ -49,6 +49,11 @@ class Subject:
     calibration_ids: list[list[int]]
 
     @property
+    def device(self) -> torch.device:
+        """Of the model; everything is measured there."""
+        return self.model.device
+
+    @property
     def head_dim(self) -> int:
         return self.rope[0].head_dim
 
@@ -66,7 +71,7 @@ class Subject:
         )
 
     def table(self, name: str, k_bits: float, v_bits: float) -> Packed:
-        return Packed(self.allocation(name, k_bits, v_bits))
+        return Packed(self.allocation(name, k_bits, v_bits), device=self.device)
 
 
 def default_text() -> Path:
@@ -75,8 +80,10 @@ def default_text() -> Path:
     return Path(spec.submodule_search_locations[0]) / "test" / "long_prompt.txt"
 
 
-def load(model_path: str, text_path: Path | None = None, calibration_path: str | None = None) -> Subject:
-    """Load a model folder and calibrate it on 2,048 tokens.
+def load(
+    model_path: str, text_path: Path | None = None, calibration_path: str | None = None, device: str = "cpu"
+) -> Subject:
+    """Load a model folder and calibrate it on 2,048 tokens. Float32 on every device: no TF32.
 
     Raises ValueError where calibration and evaluation text are the same.
     """
@@ -85,7 +92,8 @@ def load(model_path: str, text_path: Path | None = None, calibration_path: str |
     if calibration == text:
         raise ValueError("calibration and evaluation text are the same; measure on a text the table has not seen")
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    torch.set_float32_matmul_precision("highest")
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).to(device).eval()
     check_model(model.config)
     rope = rope_blocks(model.config)
     sequences = token_sequences(tokenizer, calibration, DEFAULT_TOKENS, model.config.max_position_embeddings)

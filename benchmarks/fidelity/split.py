@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from . import run
-from .record import commit, machine, sources, text_source, write_csv
+from .record import commit, device, machine, sources, text_source, write_csv
 
 #: (allocator, K bits, V bits); those of one sum of bits take the same bytes
 SPLITS = (
@@ -34,9 +34,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", required=True, type=Path, help="CSV to write; a .json of the same name tells how")
     parser.add_argument("--text", type=Path, help="evaluation text; default: the report that comes with SGLang")
     parser.add_argument("--calibration-text", help="calibration text; default: that of the server")
+    parser.add_argument("--device", type=device, default="cpu", help="cpu (default), cuda, cuda:1, ...")
     args = parser.parse_args(argv)
     head = commit()
-    subject = run.load(args.model_path, args.text, args.calibration_text)
+    subject = run.load(args.model_path, args.text, args.calibration_text, args.device)
     rows = rows_of(subject)
     write_csv(rows, args.out, FIELDS)
     options = f"--model-path {Path(args.model_path).name} --out {args.out.name}"
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
         "commit": head,
         **sources(args.model_path, args.calibration_text, subject),
         "evaluation": text_source(args.text) | {"tokens": len(subject.ids), "perplexity_length": run.PPL_LENGTH},
-        **machine(),
+        **machine(args.device),
     }
     args.out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
     for row in rows:
