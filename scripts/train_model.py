@@ -117,6 +117,7 @@ def train(
         {"params": decayed, "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0},
     ]
+    torch.backends.cuda.enable_cudnn_sdp(False)  # fails where cuDNN is older than this PyTorch's
     optimizer = torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.95), fused=device.type == "cuda")
     started, log, step, shown = time.monotonic(), [], 0, 0.0
     model.train()
