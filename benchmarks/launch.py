@@ -220,7 +220,7 @@ def wait_for(servers: Iterable[Server], timeout: float) -> dict[Server, ServerEr
 
 def shown(text: str) -> str:
     """A command for a result file: absolute paths, which are one machine's own, become their last part."""
-    return re.sub(r"(?<![\w.])/(?:[^/\s,]+/)+", "", text)
+    return re.sub(r"(?<![\w.*])/(?:[^/\s,]+/)+", "", text)
 
 
 def exit_on_sigterm() -> None:

@@ -88,6 +88,7 @@ def served() -> str:
     names = {
         "stock_cold_warm": "stock bf16, cold against a prefix hit",
         "k8v8": "K8V8",
+        "k4v4": "K4V4",
         "k3v3": "K3V3",
         "k3v3_quantized_chunk": "K3V3, chunk attention quantized",
     }
