@@ -214,6 +214,19 @@ def test_exact_attention_does_not_change_under_the_shift(lab):
     assert before["shift"] == pytest.approx(before["all"], rel=1e-2) and before["all"] > 1e-3
 
 
+def test_a_mean_of_the_strongest_blocks(lab):
+    """Whole RoPE blocks of each head, and all of them are the mean itself."""
+    side = lab_module.in_frame(lab, lab.keys("template", 3), 0, True)
+    assert torch.equal(torch.stack(list(lab_module.strongest_blocks(lab, side, DIM // 2).mean)), side.mean)
+    few = lab_module.strongest_blocks(lab, side, 5).mean
+    pairs = few.unflatten(-1, (2, DIM // 2))  # channels i and i + DIM / 2 turn together
+    kept = (pairs != 0).all(-2)
+    assert torch.equal(kept, (pairs != 0).any(-2)) and bool((kept.sum(-1) == 5).all())
+    energy = side.mean.unflatten(-1, (2, DIM // 2)).square().sum(-2)
+    assert bool((energy.masked_fill(~kept, torch.inf).amin(-1) >= energy.masked_fill(kept, 0).amax(-1)).all())
+    assert torch.equal(few[few != 0], side.mean[few != 0])
+
+
 def test_a_mean_by_token_is_taken_off_where_that_is_better(lab):
     """Vectors about the mean are coded as with it, vectors near zero as without."""
     values = lab.values(2)

@@ -13,7 +13,7 @@ from . import budgets
 from .coder import Cache, Side, mixed
 from .hadamard import SEED as HADAMARD_SEED
 from .hadamard import with_hadamard
-from .lab import Lab, by_token, centred_values, in_frame, with_rule
+from .lab import Lab, by_token, centred_values, in_frame, strongest_blocks, with_rule
 from .methods import Cast, Method
 
 GROUPS = ("reference", "baseline", "frame", "values", "best", "score", "scale", "protect", "calibration")
@@ -76,6 +76,10 @@ def _klt_values(bits: float, **options) -> Callable[[Lab, int], Side]:
     return lambda lab, seed: lab.klt_values(bits, seed=seed, **options)
 
 
+def _strongest(keys: Callable[[Lab, int], Side], blocks: int) -> Callable[[Lab, int], Side]:
+    return lambda lab, seed: strongest_blocks(lab, keys(lab, seed), blocks)
+
+
 def _by_token(side: Callable[[Lab, int], Side]) -> Callable[[Lab, int], Side]:
     return lambda lab, seed: by_token(side(lab, seed))
 
@@ -123,6 +127,8 @@ def _frame() -> Iterator[Recipe]:
             "KLT before RoPE, mean by token": (_by_token(_klt(k, centred=True)),),
             "KLT, page of 16, mean by token": (_by_token(_klt(k, 16, centred=True)),),
             "template, mean by token": (_by_token(framed(k, 0, True)),),
+            "template, mean of 8 blocks by token": (_strongest(_by_token(framed(k, 0, True)), 8),),
+            "template, mean of 16 blocks by token": (_strongest(_by_token(framed(k, 0, True)), 16),),
             "template before RoPE": (framed(k, 1),),
             "template, page of 16": (framed(k, 16),),
             "template, less the mean": (framed(k, 0, True),),

@@ -293,6 +293,18 @@ def by_token(side: Side) -> Side:
     return Side(side.bits, side.coders, side.dim, side.frame, side.mean, True)
 
 
+def strongest_blocks(lab: Lab, side: Side, count: int) -> Side:
+    """The same with a mean of the ``count`` RoPE blocks of a head in which it is largest: what a bias of logits by
+    position costs, costs a block."""
+    means = []
+    for mean, rope in zip(side.mean, lab.subject.rope, strict=True):
+        pairs = rope.channels().to(mean.device)
+        energy = mean[..., pairs].square().sum(-1)
+        weak = energy.argsort(-1, descending=True)[..., count:]
+        means.append(mean.scatter(-1, pairs[weak].flatten(-2), 0.0))
+    return Side(side.bits, side.coders, side.dim, side.frame, torch.stack(means), side.by_token)
+
+
 def centred_values(lab: Lab, side: Side) -> Side:
     """The same codec on values less their static mean."""
     return Side(side.bits, side.coders, side.dim, None, lab.seconds().v_mean.float().to(lab.device))
