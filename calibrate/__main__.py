@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-
 from .allocate import ALLOCATORS
 from .build import check_budget
+from .device import device
 from .slots import GRANULARITIES
 from .table import AllocationTable
 from .text import DEFAULT_TOKENS, TextError, check_tokens
@@ -54,14 +53,7 @@ def _tokens(text: str) -> int:
 
 
 def _device(text: str) -> str:
-    if text == "auto":
-        return text
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).split("\n")[0]
-        raise argparse.ArgumentTypeError(f"{text!r}: {reason}; auto or cpu works everywhere") from None
-    return text
+    return text if text == "auto" else device(text)
 
 
 def _own_options(error: Exception) -> str:

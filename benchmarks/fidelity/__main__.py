@@ -15,8 +15,10 @@ from pathlib import Path
 
 import torch
 
+from sglang_blockgtq.calibrate.device import device
+
 from . import ablation, card, panel_cli, plot, run, split, targets
-from .record import commit, device, machine, sources, text_source, write_csv
+from .record import commit, machine, sources, text_source, write_csv
 
 
 def provenance(args: argparse.Namespace, subject: run.Subject, head: str) -> dict:

@@ -20,11 +20,13 @@ from statistics import fmean, stdev
 
 import torch
 
+from sglang_blockgtq.calibrate.device import device
+
 from . import run
 from .ablation_rows import GROUPS, Recipe, recipes
 from .coder import Cache
 from .lab import BUCKETS, Lab
-from .record import commit, device, machine, read_csv, sources
+from .record import commit, machine, read_csv, sources
 from .texts import REPORT_LENGTH
 
 KINDS = ("all", "report", "source")

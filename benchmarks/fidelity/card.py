@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
+from sglang_blockgtq.calibrate.device import device
 from sglang_blockgtq.options import DEFAULT_ALLOCATOR, PRESETS
 
 from . import attention, run
 from .methods import Cast, Method
 from .model import capture
-from .record import commit, device, machine, sources, text_source
+from .record import commit, machine, sources, text_source
 from .run import Row, Subject
 
 COLUMNS = (

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 
+from sglang_blockgtq.calibrate.device import device
+
 from . import panel, pictures, report, run, widths
 from .lineup import BASELINE, METHODS, line_up
-from .record import Row, commit, device, machine, read_csv, sources, text_source, write_csv
+from .record import Row, commit, machine, read_csv, sources, text_source, write_csv
 from .window import RECENT, SINK
 
 FINGERPRINT_BITS = (2.0, 3.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import platform
@@ -74,16 +73,6 @@ def text_source(path: Path | None) -> dict[str, str]:
         "text": path.name if path else "sglang/test/long_prompt.txt",
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-
-
-def device(text: str) -> str:
-    """A torch device that is there, for argparse."""
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).split("\n")[0]
-        raise argparse.ArgumentTypeError(f"{text!r}: {reason}; cpu works everywhere") from None
-    return text
 
 
 def machine(device: str = "cpu") -> dict:

@@ -9,8 +9,10 @@ import argparse
 import json
 from pathlib import Path
 
+from sglang_blockgtq.calibrate.device import device
+
 from . import run
-from .record import commit, device, machine, sources, text_source, write_csv
+from .record import commit, machine, sources, text_source, write_csv
 
 #: (allocator, K bits, V bits); those of one sum of bits take the same bytes
 SPLITS = (
