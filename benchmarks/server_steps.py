@@ -346,6 +346,25 @@ def lengths(text: str) -> list[int]:
     return out
 
 
+def add_models(parser: argparse.ArgumentParser, required: bool) -> None:
+    """``--model``, a list of :class:`Model`; none by default where it is not required."""
+    parser.add_argument(
+        "--model",
+        type=Model.of,
+        nargs="+",
+        required=required,
+        default=[],
+        metavar="NAME=PATH[,TOKENIZER]",
+        help="with TOKENIZER the weights are random, and PATH needs only a config.json",
+    )
+
+
+def check_models(parser: argparse.ArgumentParser, models: list[Model]) -> None:
+    """Names say which server a row is of. Ends the program where two are the same."""
+    if len({model.name for model in models}) < len(models):
+        parser.error("--model: every NAME needs to be another one")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.server_steps",
@@ -354,14 +373,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="CSV to write; a .json of the same name tells how")
-    add(
-        "--model",
-        type=Model.of,
-        nargs="+",
-        required=True,
-        metavar="NAME=PATH[,TOKENIZER]",
-        help="with TOKENIZER the weights are random, and PATH needs only a config.json",
-    )
+    add_models(parser, required=True)
     add("--method", nargs="+", choices=METHODS, required=True)
     add("--lengths", type=lengths, default=list(LENGTHS), metavar="N,N", help="context lengths, default 8K, 32K, 128K")
     add("--decode-tokens", type=int, default=DECODE_TOKENS, help=f"of a streamed answer (default {DECODE_TOKENS})")
@@ -379,8 +391,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         )
     if args.extend_tokens < 1:
         parser.error(f"--extend-tokens {args.extend_tokens}: 1 is the least")
-    if len({model.name for model in args.model}) < len(args.model):
-        parser.error("--model: every NAME needs to be another one")
+    check_models(parser, args.model)
     args.method = list(dict.fromkeys(args.method))
     return args
 

@@ -38,6 +38,9 @@ class Encoder:
         """rows ``[slots, row_bytes]`` uint8, contiguous and interleaved (:mod:`.layout`); ValueError for others."""
         tables.check_rows(rows)
         self.tables, self.rows = tables, rows
+        # Most tokens that the kernel for a few takes: none of rows that it does not write.
+        fast = tables.v_columns is not None
+        self.few_tokens = FEW_CHANNELS // (tables.heads * tables.k.padded) if fast else 0
         self._launches: dict[tuple, Launch] = {}
 
     def __call__(
@@ -56,7 +59,7 @@ class Encoder:
         tokens = loc.shape[0]
         if not tokens:
             return
-        if tables.v_columns is not None and tokens * tables.heads * tables.k.padded <= FEW_CHANNELS:
+        if tokens <= self.few_tokens:
             few, spread = True, {}
             parts = tables.k.padded // _channels(tables)
             programs = (2 * tokens + triton.cdiv(tokens * group, TURN_BLOCK) * parts) * tables.heads
@@ -139,7 +142,7 @@ class Encoder:
             DEPENDENT=chained,
             launch_pdl=chained,
             num_warps=4,
-            maxnreg=168 if max(k.padded, v.padded) <= 128 else None,
+            maxnreg=REGISTERS if max(k.padded, v.padded) <= 128 else None,
         )
 
     def _many(self, dtype: torch.dtype, group: int) -> Launch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from .coder import Cache, Side
 from .lab import Lab
@@ -17,7 +18,7 @@ def measured_cost(lab: Lab, side: Side, values: bool = False) -> list[float]:
     out = []
     for layer in range(len(side.coders)):
         coders = [coder if i == layer else None for i, coder in enumerate(side.coders)]
-        alone = Side(side.bits, coders, side.dim, side.frame, side.mean, side.by_token)
+        alone = replace(side, coders=coders)
         out.append(lab.answers(Cache("", exact, alone) if values else Cache("", alone, exact), [ids]).kl_final)
     return out
 

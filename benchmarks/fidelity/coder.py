@@ -99,6 +99,7 @@ class Frame:
         return positions - positions % self.page if self.page else torch.zeros_like(positions)
 
 
+@dataclass(frozen=True)
 class Side:
     """Keys or values of all layers.
 
@@ -108,17 +109,12 @@ class Side:
     chosen for each vector and head, which the sign of its scale can tell without a bit more.
     """
 
-    def __init__(
-        self,
-        bits: float,
-        coders: Sequence[Coder | None],
-        dim: int,
-        frame: Frame | None = None,
-        mean: torch.Tensor | None = None,
-        by_token: bool = False,
-    ):
-        self.bits, self.coders, self.dim, self.frame, self.mean = bits, list(coders), dim, frame, mean
-        self.by_token = by_token
+    bits: float
+    coders: Sequence[Coder | None]
+    dim: int
+    frame: Frame | None = None
+    mean: torch.Tensor | None = None
+    by_token: bool = False
 
     @property
     def sizes(self) -> list[int]:
@@ -162,7 +158,7 @@ def mixed(sides: Sequence[Side]) -> Side:
     first = sides[0]
     coders = [side.coders[layer] for layer, side in enumerate(sides)]
     bits = sum(side.bits for side in sides) / len(sides)
-    return Side(bits, coders, first.dim, first.frame, first.mean, first.by_token)
+    return replace(first, bits=bits, coders=coders)
 
 
 class Cache:

@@ -290,7 +290,7 @@ class Lab:
 
 def by_token(side: Side) -> Side:
     """The same, with the mean taken off only where that is better."""
-    return Side(side.bits, side.coders, side.dim, side.frame, side.mean, True)
+    return replace(side, by_token=True)
 
 
 def strongest_blocks(lab: Lab, side: Side, count: int) -> Side:
@@ -302,21 +302,21 @@ def strongest_blocks(lab: Lab, side: Side, count: int) -> Side:
         energy = mean[..., pairs].square().sum(-1)
         weak = energy.argsort(-1, descending=True)[..., count:]
         means.append(mean.scatter(-1, pairs[weak].flatten(-2), 0.0))
-    return Side(side.bits, side.coders, side.dim, side.frame, torch.stack(means), side.by_token)
+    return replace(side, mean=torch.stack(means))
 
 
 def centred_values(lab: Lab, side: Side) -> Side:
     """The same codec on values less their static mean."""
-    return Side(side.bits, side.coders, side.dim, None, lab.seconds().v_mean.float().to(lab.device))
+    return replace(side, mean=lab.seconds().v_mean.float().to(lab.device))
 
 
 def with_rule(side: Side, rule: str, search: Sequence[float] | None = None) -> Side:
     """The same codec under another scale rule."""
     change = {"scale_rule": rule} | ({} if search is None else {"scale_search": tuple(search)})
-    return Side(side.bits, [replace(c, **change) for c in side.coders], side.dim, side.frame, side.mean)
+    return replace(side, coders=[replace(c, **change) for c in side.coders])
 
 
 def in_frame(lab: Lab, side: Side, page: int, centred: bool = False) -> Side:
     """The same codec in another frame, the mean taken off if asked."""
     mean = lab.seconds().k_mean.float().to(lab.device) if centred else None
-    return Side(side.bits, side.coders, side.dim, lab.frame(page), mean)
+    return replace(side, frame=lab.frame(page), mean=mean)

@@ -23,7 +23,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from ..launch import Server, ServerError, exit_on_sigterm, shown
-from ..server_steps import Budget, Model, provenance, summary
+from ..server_steps import Budget, Model, add_models, check_models, provenance, summary
 from . import check, memory
 from .bench import BenchError, Target, Worker
 from .configs import BASELINES, DEFAULT, NAMED, SERVERS, Sizes, arguments
@@ -219,14 +219,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to write, or to go on with")
-    add(
-        "--model",
-        type=Model.of,
-        nargs="+",
-        default=[],
-        metavar="NAME=PATH[,TOKENIZER]",
-        help="with TOKENIZER the weights are random, and PATH needs only a config.json",
-    )
+    add_models(parser, required=False)
     add("--method", nargs="+", choices=SERVERS, default=list(DEFAULT), help=f"default: {' '.join(DEFAULT)}")
     add("--only", nargs="+", default=["*"], metavar="GLOB", help="of MODEL/METHOD/SCENARIO/CASE, as in '*/decode/*'")
     add("--sizes", choices=NAMED, default="full", help="of the loads; smoke only shows that everything runs")
@@ -242,8 +235,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.model and not args.report_only:
         parser.error("--model: at least one is needed")
-    if len({model.name for model in args.model}) < len(args.model):
-        parser.error("--model: every NAME needs to be another one")
+    check_models(parser, args.model)
     if any("/" in model.name for model in args.model):
         parser.error("--model: a NAME has no slash")
     if not 0 < args.mem_fraction < 1:

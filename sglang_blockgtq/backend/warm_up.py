@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from ..kernels.attention import DecodeScratch, decode_attention
-from ..kernels.encode import FEW_CHANNELS, Encoder
+from ..kernels.encode import Encoder
 from ..kernels.splits import request_block
 
 #: Most requests of a decode batch that is prepared here. What larger ones need is compiled for their graphs.
@@ -32,10 +32,13 @@ def jobs(encoder: Encoder, scratch: DecodeScratch, num_heads: int, dtype: torch.
     encoder: of any layer, since a binary serves all; slot 0 is written, which no request has. num_heads: of the query.
     dtype: the model's.
     """
-    many = FEW_CHANNELS // (encoder.tables.heads * encoder.tables.k.padded) + 1
     return [
         *(partial(_decode, encoder, scratch, num_heads, dtype, batch) for batch in batch_sizes(most)),
-        *(partial(_encode, encoder, heads, dtype, tokens) for tokens in (1, many) for heads in (0, num_heads)),
+        *(
+            partial(_encode, encoder, heads, dtype, tokens)
+            for tokens in {1, encoder.few_tokens + 1}
+            for heads in (0, num_heads)
+        ),
     ]
 
 

@@ -46,7 +46,6 @@ def test_requests_need_what_is_prepared(monkeypatch):
     tables = DeviceTables.of(d.codec)
     rows, scratch = d.rows.clone(), DecodeScratch.of(tables, 12, d.q.shape[1])
     monkeypatch.setattr(encode, "FEW_CHANNELS", 4 * tables.heads * tables.k.padded)
-    monkeypatch.setattr(warm_up, "FEW_CHANNELS", encode.FEW_CHANNELS)
     seen = _kinds(monkeypatch)
     for job in warm_up.jobs(Encoder(tables, rows), scratch, d.q.shape[1], d.k.dtype, 12):
         job()
