@@ -17,7 +17,7 @@ for folder in (ROOT, ROOT / "tests"):
 from elsewhere import DEVICE, Elsewhere, is_away, send, send_module  # noqa: E402
 
 from benchmarks.fidelity import __main__ as program  # noqa: E402
-from benchmarks.fidelity import ablation, ablation_rows, budgets, klt, run  # noqa: E402
+from benchmarks.fidelity import ablation, ablation_rows, budgets, klt, limit, run  # noqa: E402
 from benchmarks.fidelity import lab as lab_module  # noqa: E402
 from benchmarks.fidelity.ablation_rows import Recipe, recipes  # noqa: E402
 from benchmarks.fidelity.coder import Cache, Frame, Side  # noqa: E402
@@ -302,6 +302,41 @@ def test_every_row_runs_on_another_device(tiny_llama):
                 assert row["kl_all"] == row["kl_all"] and row["tokens"] == 63 * 5
         assert is_away(lab.samples[0].k) and is_away(lab.keys("template", 3).coders[0].enter)
         assert send(torch.zeros(1)).device == DEVICE
+
+
+def test_limit_loses_what_shannon_says():
+    """White: a share of 4^-R, after the scale that keeps lengths. In channels: the level of reverse water-filling."""
+    x = draw(4000, 2, DIM) * draw(4000, 1, 1, seed=1).abs()
+    for bits in (1, 2, 3):
+        got = limit.white(2, DIM, bits, 7)  # not the seed that x is drawn with
+        read, share = got.round_trip(x), 4.0**-bits
+        assert got.size == DIM * bits / 8 + 2
+        along = (read * x).sum() / x.square().sum()
+        torch.testing.assert_close(along, torch.tensor(1.0), atol=0.01, rtol=0)
+        lost = (read - x).square().sum() / x.square().sum()
+        torch.testing.assert_close(lost, torch.tensor(share / (1 - share)), atol=0, rtol=0.03)
+    strength = torch.tensor([16.0, 4.0, 1.0, 0.25])
+    share = limit.water_filling(strength, 1.5)
+    level = (strength * share).amax()
+    torch.testing.assert_close(share, (level / strength).clamp(max=1))
+    torch.testing.assert_close(-(share.log2().sum()) / 2, torch.tensor(6.0), atol=1e-4, rtol=0)
+    # One bit in all is spent where it helps most, and there down to the next channel's strength.
+    lost = limit.water_filling(strength, 0.25)
+    torch.testing.assert_close(lost, torch.tensor([0.25, 1.0, 1.0, 1.0]), atol=1e-4, rtol=0)
+
+
+def test_limit_in_balanced_channels_beats_white_where_they_differ():
+    a, b = (torch.stack([x @ x.T for x in draw(2, DIM, DIM + 8, seed=s).double()]) for s in (1, 2))
+    transform = klt.balanced(a, b, ridge=0)
+    x = torch.einsum("thd,hed->the", draw(4000, 2, DIM, seed=3), torch.linalg.cholesky(a).float())
+
+    def cost(side):
+        error = side.round_trip(x) - x
+        return torch.einsum("thd,hde,the->h", error, b.float(), error).sum()
+
+    assert cost(limit.balanced(*transform, 2, 0)) < 0.8 * cost(limit.white(2, DIM, 2, 0))
+    exact = limit.balanced(*transform, 12, 0)
+    torch.testing.assert_close(exact.round_trip(x), x, atol=0.05, rtol=0.05)
 
 
 def test_program_writes_rows_at_once_and_survives_a_failing_one(lab, tmp_path, monkeypatch, capsys):

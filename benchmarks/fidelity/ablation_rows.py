@@ -19,12 +19,14 @@ from .methods import Cast, Method
 GROUPS = ("reference", "baseline", "frame", "values", "best", "score", "scale", "protect", "calibration")
 PAIRS = ((4, 4), (4, 3), (3, 3), (3, 2), (2, 2))
 TIGHT = ((3, 3), (3, 2), (2, 2))
+BETWEEN = ((4.5, 4), (3.5, 3), (2.5, 2))  # what half a bit for keys alone brings
 BASELINES = ("uniform-haar", "uniform-hadamard", "paper", "paper-slot", "product-slot", "template")
 #: Of the frames and the values, those whose rotation is repeated.
 REPEATED = (
     *("KLT before RoPE", "KLT, page of 16", "KLT, page of 64", "KLT before RoPE, less the mean, first 4 exact"),
     *("KLT before RoPE, mean by token", "template, mean by token", "template, first 4 exact"),
     *("shipped", "unbiased", "mean by token, unbiased", "KLT, W_o", "unbiased, first 4 exact"),
+    *("limit of every code", "limit of every code, KLT, W_o"),
 )
 BUDGET_BITS = tuple(2 + i / 4 for i in range(13))  # 2 to 5
 
@@ -52,6 +54,10 @@ def _of_table(lab: Lab, name: str, k: float, v: float, seed: int) -> tuple[Side,
     return lab.of_table(lab.table(name, k, v, seed))
 
 
+def _of_tables(name: str, k: float, v: float) -> Callable[[Lab, int], Cache]:
+    return lambda lab, seed: Cache(name, *_of_table(lab, name, k, v, seed))
+
+
 def _cache(name: str, keys: Callable[[Lab, int], Side], values: Callable[[Lab, int], Side], sink: int = 0):
     return lambda lab, seed: Cache(name, keys(lab, seed), values(lab, seed), sink)
 
@@ -76,6 +82,10 @@ def _klt_values(bits: float, **options) -> Callable[[Lab, int], Side]:
     return lambda lab, seed: lab.klt_values(bits, seed=seed, **options)
 
 
+def _limit(bits: float, metric: str | None = None) -> Callable[[Lab, int], Side]:
+    return lambda lab, seed: lab.limit_values(bits, metric, seed)
+
+
 def _strongest(keys: Callable[[Lab, int], Side], blocks: int) -> Callable[[Lab, int], Side]:
     return lambda lab, seed: strongest_blocks(lab, keys(lab, seed), blocks)
 
@@ -98,8 +108,9 @@ def _reference() -> Iterator[Recipe]:
 def _baseline() -> Iterator[Recipe]:
     for pair in PAIRS:
         for name in BASELINES:
-            make = lambda lab, seed, name=name, pair=pair: Cache(name, *_of_table(lab, name, *pair, seed))  # noqa: E731
-            yield Recipe("baseline", name, *pair, make)
+            yield Recipe("baseline", name, *pair, _of_tables(name, *pair))
+    for pair in BETWEEN:
+        yield Recipe("baseline", "template", *pair, _of_tables("template", *pair))
 
 
 def _frame() -> Iterator[Recipe]:
@@ -192,6 +203,10 @@ def _value_rows() -> Iterator[Recipe]:
         "less the mean, first 4 exact": (less_mean, 4),
         "less the mean, unbiased, first 4 exact": (_unbiased_values(2, True), 4),
         "KLT, W_o, less the mean, unbiased, first 4 exact": (_klt_values(2, centred=True, unbiased=True), 4),
+        "limit of every code": (_limit(2),),
+        "limit of every code, KLT, plain": (_limit(2, "plain"),),
+        "limit of every code, KLT, W_o": (_limit(2, "output"),),
+        "limit of every code, KLT, answer": (_limit(2, "answer"),),
     }
     for name, (values, *sink) in rows.items():
         yield Recipe("values", name, 16, 2, _cache(name, _exact, values, *sink), name in REPEATED)

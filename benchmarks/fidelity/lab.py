@@ -18,7 +18,7 @@ from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.table import AllocationTable
 from sglang_blockgtq.calibrate.text import read_text
 
-from . import attention, klt, perplexity, run
+from . import attention, klt, limit, perplexity, run
 from .coder import Cache, Coder, Frame, Side
 from .methods import Method
 from .model import capture, rotate
@@ -273,19 +273,34 @@ class Lab:
         metric: ``plain``, ``output`` (W_o) or ``answer`` (Fisher information). weighted: moments of values by what an
         error costs there. flat: one width, all channels rotated together. unbiased: see klt.coders.
         """
+        transform = self.value_transform(centred, metric, weighted)
+        sigma = transform[2]
+        widths = torch.full_like(sigma, bits).long() if flat else klt.slot_widths(sigma, bits)
+        coders = klt.coders(transform, widths, self.device, seed, unbiased)
+        mean = self.seconds().v_mean.float().to(self.device) if centred else None
+        return Side(bits, coders, sigma.shape[-1], None, mean)
+
+    def value_transform(
+        self, centred: bool = False, metric: str = "output", weighted: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Balanced KLT of values. Options: as of klt_values."""
         got = self.seconds()
         s_v = self.sensitivity.v_moment if weighted else got.v
         if centred:
             s_v = s_v - got.v_mean[..., :, None] * got.v_mean[..., None, :]
         eye = torch.eye(s_v.shape[-1], dtype=s_v.dtype).expand_as(s_v)
         weight = {"plain": lambda: eye, "output": lambda: self.output_metric, "answer": lambda: self.sensitivity.v}
-        name = f"values {centred, metric, weighted}"
-        transform = self.once(name, lambda: klt.balanced(s_v, weight[metric]()))
-        sigma = transform[2]
-        widths = torch.full_like(sigma, bits).long() if flat else klt.slot_widths(sigma, bits)
-        coders = klt.coders(transform, widths, self.device, seed, unbiased)
-        mean = got.v_mean.float().to(self.device) if centred else None
-        return Side(bits, coders, s_v.shape[-1], None, mean)
+        return self.once(f"values {centred, metric, weighted}", lambda: klt.balanced(s_v, weight[metric]()))
+
+    def limit_values(self, bits: float, metric: str | None = None, seed: int = 0) -> Side:
+        """Values as the best code of all would read them back. metric: of klt_values; None: behind a rotation."""
+        if metric is None:
+            layers, heads, dim = self.subject.moments.v.shape[:2] + (self.seconds().v.shape[-1],)
+            coders = [limit.white(heads, dim, bits, 1000 * seed + i) for i in range(layers)]
+        else:
+            layers = enumerate(zip(*self.value_transform(metric=metric), strict=True))
+            coders = [limit.balanced(*layer, bits, 1000 * seed + i) for i, layer in layers]
+        return Side(bits, [coder.to(self.device) for coder in coders], coders[0].sigma.shape[-1])
 
 
 def by_token(side: Side) -> Side:

@@ -8,6 +8,7 @@ import platform
 import subprocess
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -77,7 +78,8 @@ def text_source(path: Path | None) -> dict[str, str]:
 
 def machine(device: str = "cpu") -> dict:
     """Versions, architecture and, if it is no CPU, what the figures were computed on."""
-    versions = {name: version(name) for name in ("torch", "transformers", "sglang")}
+    # SGLang only brings the default evaluation text: a run without it has another.
+    versions = {name: version(name) for name in ("torch", "transformers", "sglang") if find_spec(name)}
     out = {"versions": {"python": platform.python_version(), **versions}, "machine": platform.machine()}
     if torch.device(device).type == "cuda":
         out["device"] = torch.cuda.get_device_name(device)
