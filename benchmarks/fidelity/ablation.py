@@ -42,7 +42,7 @@ LATER = ("uniform-hadamard", "paper", "paper-slot", "product-slot")  # of the ba
 #: What --quick runs: one row or two of each group.
 QUICK_ROWS = (
     *("reference: float32 K32V32", "baseline: uniform-haar K3V3", "baseline: template K3V3"),
-    *("frame: KLT before RoPE K3V3", "frame: KLT, page of 16 K3V3", "values: shipped K16V2"),
+    *("frame: KLT before RoPE K3V3", "frame: KLT, page of 16 K3V3", "values: length kept K16V2"),
     *("scale: least squares K3V3", "protect: first 4 exact K3V3"),
     *("values: unbiased K16V2", "protect: first layer at 8 bits K3V3", "calibration: template, no text K3V3"),
 )

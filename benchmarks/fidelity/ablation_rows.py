@@ -25,7 +25,7 @@ BASELINES = ("uniform-haar", "uniform-hadamard", "paper", "paper-slot", "product
 REPEATED = (
     *("KLT before RoPE", "KLT, page of 16", "KLT, page of 64", "KLT before RoPE, less the mean, first 4 exact"),
     *("KLT before RoPE, mean by token", "template, mean by token", "template, first 4 exact"),
-    *("shipped", "unbiased", "mean by token, unbiased", "KLT, W_o", "unbiased, first 4 exact"),
+    *("length kept", "unbiased", "mean by token, unbiased", "KLT, W_o", "unbiased, first 4 exact"),
     *("limit of every code", "limit of every code, KLT, W_o"),
 )
 BUDGET_BITS = tuple(2 + i / 4 for i in range(13))  # 2 to 5
@@ -155,11 +155,16 @@ def _frame() -> Iterator[Recipe]:
     yield Recipe("frame", "KLT before RoPE", 4, 4, _cache("KLT before RoPE", _klt(4), _values(4)))
 
 
+def _with_rule(bits: float, rule: str) -> Callable[[Lab, int], Side]:
+    """Values behind a rotation under one of the scale rules (kernels.codec.SCALE_RULES)."""
+    return lambda lab, seed: with_rule(lab.values(bits, seed), rule)
+
+
 def _unbiased_values(bits: float, centred: bool = False) -> Callable[[Lab, int], Side]:
     """As they ship, with the scale that keeps sums of many values right in place of each value's length."""
 
     def make(lab: Lab, seed: int) -> Side:
-        side = with_rule(lab.values(bits, seed), "unbiased")
+        side = _with_rule(bits, "unbiased")(lab, seed)
         return centred_values(lab, side) if centred else side
 
     return make
@@ -181,9 +186,9 @@ def _value_rows() -> Iterator[Recipe]:
         return mixed([sides[b] for b in budgets.spend(cost, sizes, len(cost) * sizes[2.0])])
 
     rows: dict[str, tuple] = {
-        "shipped": (_values(2),),
-        "unbiased": (_unbiased_values(2),),
-        "least squares": (lambda lab, seed: with_rule(lab.values(2, seed), "lsq"),),
+        "length kept": (_with_rule(2, "norm"),),
+        "unbiased": (_with_rule(2, "unbiased"),),
+        "least squares": (_with_rule(2, "lsq"),),
         "less the mean": (less_mean,),
         "Hadamard": (hadamard,),
         "KLT, plain": (_klt_values(2, metric="plain"),),
@@ -210,8 +215,8 @@ def _value_rows() -> Iterator[Recipe]:
     }
     for name, (values, *sink) in rows.items():
         yield Recipe("values", name, 16, 2, _cache(name, _exact, values, *sink), name in REPEATED)
-    yield Recipe("values", "shipped", 16, 3, _cache("shipped", _exact, _values(3)))
-    yield Recipe("values", "unbiased", 16, 3, _cache("unbiased", _exact, _unbiased_values(3)))
+    for name, rule in (("length kept", "norm"), ("unbiased", "unbiased")):
+        yield Recipe("values", name, 16, 3, _cache(name, _exact, _with_rule(3, rule)))
 
 
 def _best() -> Iterator[Recipe]:
@@ -260,8 +265,9 @@ def _score() -> Iterator[Recipe]:
 
 
 def _scale() -> Iterator[Recipe]:
-    """The scale rule of keys; ``norm`` with a search is what ships."""
+    """The scale rule of keys."""
     rules = {
+        "length kept": ("norm", None),
         "least squares": ("lsq", None),
         "unbiased": ("unbiased", None),
         "norm-corrected, no search": ("norm", (1.0,)),
