@@ -177,6 +177,6 @@ ALLOCATORS = {
         Allocator("uniform", _uniform, norms="one", balance=False, scale_rule="norm", scale_search=NO_SEARCH),
         Allocator("paper", _paper, norms="group", balance=False, scale_rule="norm", scale_search=NO_SEARCH),
         Allocator("product", _product, norms="group", balance=True, scale_rule="norm", scale_search=SCALE_SEARCH),
-        Allocator("template", _template, norms="one", balance=True, scale_rule="norm", scale_search=SCALE_SEARCH),
+        Allocator("template", _template, norms="one", balance=True, scale_rule="unbiased", scale_search=SCALE_SEARCH),
     )
 }
