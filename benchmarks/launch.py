@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from http.client import HTTPConnection
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import FrameType
 
@@ -25,6 +26,18 @@ STREAM_END = b"[DONE]"
 
 class ServerError(RuntimeError):
     """A server died, did not start in time, or answered with an error. The message ends with its last words."""
+
+
+def missing_plugin(args: Iterable[str]) -> str | None:
+    """What is wrong if server arguments ask for a packed cache and SGLang would not find the plugin.
+
+    A server would say so, too, after a minute, and a benchmark only when the servers before it are done.
+    """
+    if not any(arg.startswith("--kv-quant") for arg in args):
+        return None
+    if entry_points(group="sglang.srt.plugins", name="blockgtq"):
+        return None
+    return "--kv-quant: sglang-blockgtq is not installed for this Python, so its servers cannot start; pip install it"
 
 
 @dataclass(frozen=True)

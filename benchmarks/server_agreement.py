@@ -23,7 +23,7 @@ from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 
-from .launch import Server, ServerError, exit_on_sigterm, shown, wait_for
+from .launch import Server, ServerError, exit_on_sigterm, missing_plugin, shown, wait_for
 
 #: name -> extra server arguments
 SETTINGS = {
@@ -110,6 +110,8 @@ def main() -> None:
     parser.add_argument("--commit", help="commit to record, where there is no git")
     parser.add_argument("--out", type=Path, required=True)
     args, extra = parser.parse_known_args()
+    if why := missing_plugin(["--kv-quant=blockgtq"]):
+        parser.error(why)
 
     import torch
     from transformers import AutoTokenizer

@@ -35,7 +35,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
 
-from .launch import Server, ServerError, Stream, exit_on_sigterm, shown, wait_for
+from .launch import Server, ServerError, Stream, exit_on_sigterm, missing_plugin, shown, wait_for
 
 
 @dataclass(frozen=True)
@@ -398,6 +398,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    if why := missing_plugin(arg for method in args.method for arg in METHODS[method].args):
+        print(why, file=sys.stderr)
+        return 2
     exit_on_sigterm()
     # Shapes with random weights are served at lengths that their configs do not name.
     os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"

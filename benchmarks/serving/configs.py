@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..server_steps import CHUNK, METHODS, Method, Model
@@ -20,6 +21,7 @@ DEFAULT = (
 )
 #: what "bf16" means in ratios and targets: the first of these that was measured
 BASELINES = ("bf16-fa3", "bf16", "bf16-flashinfer")
+PREFIX_SLOTS = 8  # requests on shared prefixes that are under way at a time
 
 
 @dataclass(frozen=True)
@@ -110,15 +112,21 @@ NAMED = {"full": FULL, "quick": QUICK, "short": SHORT, "long": LONG, "smoke": SM
 
 
 def arguments(
-    model: Model, method: str, sizes: Sizes, fraction: float, quick_graphs: bool, user: list[str]
+    model: Model,
+    method: str,
+    sizes: Sizes,
+    fraction: float,
+    quick_graphs: bool,
+    user: list[str],
+    scenarios: Iterable[str],
 ) -> list[str]:
-    """Server arguments; those of the user come last and win."""
+    """Server arguments; those of the user come last and win. scenarios: what is to be measured on this server."""
     out = [*model.args, f"--context-length={sizes.context}", f"--chunked-prefill-size={CHUNK}"]
     out += [f"--mem-fraction-static={fraction}", "--enable-metrics", "--enable-cache-report", *SERVERS[method].args]
     if quick_graphs:
         # The sizes that are measured; SGLang's default list has them among many more.
-        batch = max([1, *sizes.concurrency, *(size for size, _ in sizes.batches)])
-        out += [f"--cuda-graph-max-bs-decode={batch}"]
+        loads = {"batch": [n for n, _ in sizes.batches], "pressure": sizes.concurrency, "prefixes": [PREFIX_SLOTS]}
+        out += [f"--cuda-graph-max-bs-decode={max([1, *(n for name in scenarios for n in loads.get(name, ()))])}"]
         if NO_PREFILL_GRAPHS not in user:
             out += ["--cuda-graph-bs-prefill", str(CHUNK)]
     return [*out, *user]

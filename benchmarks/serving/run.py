@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..launch import Server, ServerError, exit_on_sigterm, shown
+from ..launch import Server, ServerError, exit_on_sigterm, missing_plugin, shown
 from ..server_steps import Budget, Model, add_models, check_models, provenance, summary
 from . import check, memory
 from .bench import BenchError, Target, Worker
@@ -113,7 +113,8 @@ class Run:
     def serve(self, model: Model, method: str, timed: bool = True) -> None:
         """Start a server, check it, measure what is pending."""
         name, args = f"{model.name}/{method}", self.args
-        given = arguments(model, method, self.sizes, args.mem_fraction, args.quick_graphs, args.server_args)
+        wanted = self.pending(model, method) if timed else ()
+        given = arguments(model, method, self.sizes, args.mem_fraction, args.quick_graphs, args.server_args, wanted)
         log = args.out / "logs" / f"{model.name}_{method}.log"
         self.why.pop((model.name, method), None)
         try:
@@ -259,6 +260,10 @@ def settings(args: argparse.Namespace, made: dict) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    asked = () if args.report_only else args.method
+    if why := missing_plugin(arg for method in asked for arg in SERVERS[method].args):
+        print(why, file=sys.stderr)
+        return 2
     record = Record(args.out)
     if not args.report_only:
         exit_on_sigterm()

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import requests
 
-from ..launch import ServerError, exit_on_sigterm, shown
+from ..launch import ServerError, exit_on_sigterm, missing_plugin, shown
 from ..server_steps import Budget, gpu, lengths, provenance, summary
 from . import aime, longbench, merge, plot
 from .calibrate import Interrupted, calibrate, cell_jobs, probe
@@ -298,6 +298,9 @@ def main(argv: list[str] | None = None) -> int:
         elif args.aime:
             longest = args.new_tokens + ANSWER_TOKENS
         servers = Servers(args, tokens, budget, longest)
+        mine = [] if args.url else servers.configs
+        if why := missing_plugin(arg for config in mine for arg in CONFIGURATIONS[config]):
+            raise ValueError(why)
         for config in servers.configs:
             if servers.engine(config) == "transformers" and args.temperature:
                 raise ValueError(f"--temperature {args.temperature}: bf16 without a GPU is transformers, greedy only")

@@ -20,7 +20,7 @@ from math import exp
 from pathlib import Path
 from statistics import fmean
 
-from ..launch import Server, ServerError, exit_on_sigterm, shown
+from ..launch import Server, ServerError, exit_on_sigterm, missing_plugin, shown
 from ..server_agreement import gap
 from ..server_steps import provenance
 
@@ -94,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--log-dir", type=Path, help="keep the servers' logs here")
     add("--commit", help="commit to record, where there is no git")
     args = parser.parse_args(argv)
+    if why := missing_plugin(["--kv-quant=blockgtq"]):
+        parser.error(why)
     exit_on_sigterm()
 
     from sglang_blockgtq.calibrate.build import build_table

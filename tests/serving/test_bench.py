@@ -14,6 +14,7 @@ from benchmarks.server_steps import Model
 from benchmarks.serving import bench, counters
 from benchmarks.serving.bench import BenchError, Target
 from benchmarks.serving.configs import FULL, NAMED, SERVERS, SHORT, arguments
+from benchmarks.serving.run import SCENARIOS
 from benchmarks.serving.scenarios import Plan, batches, prefixes, pressure
 
 TARGET = Target("http://127.0.0.1:1", "some/model", "some/tokenizer")
@@ -200,14 +201,22 @@ def test_own_home_keeps_the_hub_cache(monkeypatch):
 def test_graphs_that_the_user_forbids_are_not_asked_for():
     model = Model.of("m=config,tokenizer")
     for user, asked in ([], True), (["--cuda-graph-backend-prefill=disabled"], False):
-        args = arguments(model, "bf16-fa3", SHORT, 0.8, True, user)
+        args = arguments(model, "bf16-fa3", SHORT, 0.8, True, user, ["batch", "pressure"])
         assert ("--cuda-graph-bs-prefill" in args) == asked and "--cuda-graph-max-bs-decode=12" in args
+
+
+@pytest.mark.parametrize(
+    "scenarios, batch", [((), 1), (("decode", "prefill"), 1), (("batch",), 32), (("prefixes",), 8)]
+)
+def test_quick_graphs_are_those_of_what_is_measured(scenarios, batch):
+    args = arguments(Model.of("m=config,tokenizer"), "bf16-fa3", FULL, 0.8, True, [], scenarios)
+    assert f"--cuda-graph-max-bs-decode={batch}" in args
 
 
 @pytest.mark.parametrize("method", SERVERS)
 @pytest.mark.parametrize("sizes", NAMED.values(), ids=NAMED)
 def test_every_server_gets_the_same_memory(method, sizes):
-    args = arguments(Model.of("m=config,tokenizer"), method, sizes, 0.8, True, ["--user"])
+    args = arguments(Model.of("m=config,tokenizer"), method, sizes, 0.8, True, ["--user"], SCENARIOS)
     assert "--mem-fraction-static=0.8" in args and "--load-format=dummy" in args and args[-1] == "--user"
     context = int(next(a for a in args if a.startswith("--context-length=")).split("=")[1])
     assert context > max(sizes.decode, default=0) + sizes.steps

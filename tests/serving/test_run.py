@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from benchmarks import launch
 from benchmarks.serving import check, run
 from benchmarks.serving.record import COLUMNS
 
@@ -161,3 +162,14 @@ def test_other_settings_need_another_folder(standin, tmp_path, capsys):
     code, *_ = go(tmp_path, "--method", K3, "--mem-fraction", "0.5")
     assert code == 2 and "mem_fraction" in capsys.readouterr().err
     assert (tmp_path / "out" / "serving.csv").read_text() == before
+
+
+def test_without_the_plugin_nothing_starts(standin, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "entry_points", lambda **names: ())
+    out = tmp_path / "out"
+    command = ["--out", str(out), "--model", "tiny=a,b", "--sizes", "smoke", "--commit", "abc"]
+    assert run.main([*command, "--method", "bf16-fa3", K3]) == 2
+    assert "sglang-blockgtq is not installed" in capsys.readouterr().err
+    assert not out.exists() and standin() == []
+    code, rows, _ = go(tmp_path, "--method", "bf16-fa3", "--only", "*/capacity/*")  # needs none
+    assert code == 0 and {r["state"] for r in rows} == {"measured"}

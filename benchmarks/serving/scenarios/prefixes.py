@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 
 from ..bench import serving, serving_command
+from ..configs import PREFIX_SLOTS
 from ..counters import retracted
 from . import Context, Outcomes, Plan, Unfit, Value
 from .pressure import stream_values
 
 NAME = "prefixes"
-SLOTS = 8
 
 
 def shape(plan: Plan) -> tuple[int, int]:
@@ -47,7 +47,7 @@ def load(plan: Plan) -> list[str]:
         *("--dataset-name", "generated-shared-prefix", "--gsp-num-groups", str(prefixes)),
         *("--gsp-prompts-per-group", str(each), "--gsp-system-prompt-len", str(sizes.prefix)),
         *("--gsp-question-len", str(sizes.question), "--gsp-output-len", str(sizes.prefix_answer)),
-        *("--max-concurrency", str(SLOTS)),
+        *("--max-concurrency", str(PREFIX_SLOTS)),
     ]
 
 
