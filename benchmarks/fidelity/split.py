@@ -16,7 +16,8 @@ from .record import commit, machine, sources, text_source, write_csv
 
 #: (allocator, K bits, V bits); those of one sum of bits take the same bytes
 SPLITS = (
-    *(("template", k, v) for k, v in ((4, 4), (4, 3), (3, 4), (3, 3), (4, 2), (2, 4), (3.5, 2.5), (2.5, 3.5))),
+    *(("template", k, v) for k, v in ((4.5, 4), (4, 4), (4.5, 3.5), (5, 3), (4, 3), (3, 4), (3.5, 3))),
+    *(("template", k, v) for k, v in ((3, 3), (4, 2), (2, 4), (3.5, 2.5), (2.5, 3.5))),
     *(("template", k, v) for k, v in ((3, 2), (2, 3), (2, 2))),
     *(("product-slot", b, b) for b in (4, 3, 2)),
 )
