@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..kernels.codebook import codebook_table
-from .allocate import block_budget
+from .allocate import Allocator, block_budget
 from .moments import Moments
 from .rope import RopeBlocks, check_head_dim
 from .slots import rule_of
@@ -42,13 +42,15 @@ def build_table(
     weights_hash: str = "",
     text_hash: str = "",
     seed: int = ROTATION_SEED,
+    rule: Allocator | None = None,
 ) -> AllocationTable:
     """Allocate bits and build the table. ``rope`` has one entry per layer.
 
-    granularity: "block", or "slot" for ``paper`` and ``product`` (see :mod:`.slots`). Raises ValueError for an
-    unknown allocator or granularity, a budget outside 1..8 bits, an unsupported head_dim, or slots that do not fit it.
+    granularity: "block", or "slot" for ``paper`` and ``product`` (see :mod:`.slots`). rule: in place of the allocator's
+    own, for experiments. Raises ValueError for an unknown allocator or granularity, a budget outside 1..8 bits, an
+    unsupported head_dim, or slots that do not fit it.
     """
-    rule = rule_of(allocator, granularity)
+    rule = rule or rule_of(allocator, granularity)
     layers, heads, blocks = moments.k.shape
     head_dim = check_head_dim(2 * blocks)
     v_head_dim = check_head_dim(v_head_dim or head_dim)

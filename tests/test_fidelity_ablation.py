@@ -4,6 +4,8 @@ import csv
 import json
 import re
 import sys
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -266,6 +268,30 @@ def test_rows_that_claim_equal_bytes_have_them(lab):
                     assert wanted - 8 <= size <= wanted + 1e-9, (group, name)  # two layers: large steps
                 else:
                     assert size == pytest.approx(wanted, rel=1e-6), (group, name)
+
+
+def test_rules_of_keys_change_one_thing(lab):
+    k = draw(60, 2, DIM)
+    same, shipped = lab.ruled_keys("template", 2, 0), lab.keys("template", 2)
+    torch.testing.assert_close(same.round_trip(1, k), shipped.round_trip(1, k), atol=0, rtol=0)
+    own = lab.subject.moments
+    slope = 0.8 ** torch.arange(DIM // 2)  # blocks differ, so that widths do
+    uneven = copy(lab)
+    uneven.subject = replace(lab.subject, moments=replace(own, q=own.q * (1 + slope), k=own.k * slope))
+    lab = uneven
+    one, own = lab.ruled_keys("product", 3, 0, norms="one"), lab.ruled_keys("product", 3, 0)
+    most = [max(len(set(head.widths)) for head in coder.layouts) for coder in own.coders]
+    assert max(most) > 1 and own.sizes == [size + 2 * (n - 1) for size, n in zip(one.sizes, most, strict=True)]
+    for change in ({"gains": False}, {"balance": False}):
+        side = lab.ruled_keys("product", 3, 0, norms="one", **change)
+        assert side.sizes == one.sizes
+        assert (side.round_trip(1, k) - one.round_trip(1, k)).abs().max() > 0.01
+        coder = side.coders[1]
+        inverse = coder.leave.mT @ coder.enter
+        torch.testing.assert_close(inverse, torch.eye(DIM).expand_as(inverse), atol=1e-5, rtol=0)
+    plain = lab.ruled_keys("product", 3, 0, gains=False, balance=False, norms="one")
+    lengths = [coder.enter.norm(dim=-1) for coder in plain.coders]
+    assert all(torch.allclose(x, x[:, :1].expand_as(x), rtol=1e-4) for x in lengths)  # a rotation times one number
 
 
 def test_labels_are_distinct_and_quick_rows_exist():

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang_blockgtq.calibrate.allocate import block_budget, greedy
 from sglang_blockgtq.calibrate.moments import Moments
+from sglang_blockgtq.kernels.codebook import MAX_BITS
 
 from . import budgets
 from .coder import Cache, Side, mixed
@@ -16,7 +18,7 @@ from .hadamard import with_hadamard
 from .lab import Lab, by_token, centred_values, in_frame, strongest_blocks, with_rule
 from .methods import Cast, Method
 
-GROUPS = ("reference", "baseline", "frame", "values", "best", "score", "scale", "protect", "calibration")
+GROUPS = ("reference", "baseline", "frame", "values", "best", "structure", "score", "scale", "protect", "calibration")
 PAIRS = ((4, 4), (4, 3), (3, 3), (3, 2), (2, 2))
 TIGHT = ((3, 3), (3, 2), (2, 2))
 BETWEEN = ((4.5, 4), (3.5, 3), (2.5, 2))  # what half a bit for keys alone brings
@@ -246,6 +248,30 @@ def _best() -> Iterator[Recipe]:
         yield row("KLT, page of 16, less the mean, unbiased V, first 4 exact", _klt(k, 16, centred=True), 4)
 
 
+def _product_by_4(moments: Moments, bits: float) -> torch.Tensor:
+    """The product score with the paper's ``4^-b`` in place of what the codebooks measure."""
+    scores = moments.q * moments.k
+    layers, heads, blocks = scores.shape
+    rate = [4.0**-b for b in range(MAX_BITS + 1)]
+    return greedy(scores.flatten(0, 1), block_budget(blocks, bits), rate).view(layers, heads, blocks)
+
+
+def _structure() -> Iterator[Recipe]:
+    """What belongs to a key beside its widths: scales, balance, gains; and the rate that widths are given by."""
+    changes: dict[str, tuple[str, dict]] = {
+        "template, a scale for each width": ("template", {"norms": "group"}),
+        "template, not balanced": ("template", {"balance": False}),
+        "template, no static gains": ("template", {"gains": False}),
+        "product": ("product", {}),
+        "product, one scale": ("product", {"norms": "one"}),
+        "product, 4^-b": ("product", {"widths": _product_by_4}),
+    }
+    for k, v in ((3, 3), (2, 2)):
+        for name, (base, change) in changes.items():
+            keys = lambda lab, seed, k=k, base=base, change=change: lab.ruled_keys(base, k, seed, **change)  # noqa: E731
+            yield Recipe("structure", name, k, v, _cache(name, keys, _values(v)), False)
+
+
 def _scored(name: str, bits: float) -> Callable[[Lab, int], Side]:
     """The shipped keys, widths by the Fisher information of each block in place of the query's energy."""
 
@@ -365,5 +391,5 @@ def _calibration() -> Iterator[Recipe]:
 
 def recipes() -> list[Recipe]:
     """All rows, the most telling first within a group."""
-    makers = (_reference, _baseline, _frame, _value_rows, _best, _score, _scale, _protect, _calibration)
+    makers = (_reference, _baseline, _frame, _value_rows, _best, _structure, _score, _scale, _protect, _calibration)
     return [recipe for maker in makers for recipe in maker()]

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from transformers import AutoTokenizer
 
+from sglang_blockgtq.calibrate.allocate import ALLOCATORS
 from sglang_blockgtq.calibrate.build import ROTATION_SEED, build_table
 from sglang_blockgtq.calibrate.hf import collect
 from sglang_blockgtq.calibrate.moments import Moments
@@ -191,6 +192,13 @@ class Lab:
         rule = {"allocator": allocator, "granularity": slot or "block", "seed": ROTATION_SEED + seed}
         return build_table(moments or self.subject.moments, self.subject.rope, **bits, **rule)
 
+    def ruled_keys(self, name: str, bits: float, seed: int, gains: bool = True, **change) -> Side:
+        """Keys of an allocator, of which something is changed (see calibrate.allocate.Allocator), or without gains."""
+        rule = replace(ALLOCATORS[name], **change)
+        budget = {"k_bits": bits, "v_bits": 2, "allocator": name, "seed": ROTATION_SEED + seed}
+        table = build_table(self.subject.moments, self.subject.rope, **budget, rule=rule)
+        return self.of_table(table if gains else without_gains(table))[0]
+
     def of_table(self, table: AllocationTable) -> tuple[Side, Side]:
         """Keys and values as a table has them."""
         codecs = [table.layer_codec(i) for i in range(table.header.layers)]
@@ -301,6 +309,15 @@ class Lab:
             layers = enumerate(zip(*self.value_transform(metric=metric), strict=True))
             coders = [limit.balanced(*layer, bits, 1000 * seed + i) for i, layer in layers]
         return Side(bits, [coder.to(self.device) for coder in coders], coders[0].sigma.shape[-1])
+
+
+def without_gains(table: AllocationTable) -> AllocationTable:
+    """The same table with one static gain for all channels of a head in place of one for each width."""
+    gain, weight = table.tensors["k_gain"], table.tensors["k_weight"]
+    flat = gain.square().mean(-1, keepdim=True).sqrt().expand_as(gain)
+    weight = weight / gain.square()
+    weight = weight / weight.mean(-1, keepdim=True)
+    return replace(table, tensors={**table.tensors, "k_gain": flat.contiguous(), "k_weight": weight}).sealed()
 
 
 def by_token(side: Side) -> Side:
