@@ -96,7 +96,7 @@ class TestResults:
     def test_template_kl_at_uniform_bytes(self, rows, where):
         mine, base = (table(rows, method, 3, "softmax_kl", **where) for method in ("template", "uniform"))
         assert sorted(mine) == sorted(base) == list(LAYERS)
-        assert fmean(mine.values()) <= 0.40 * fmean(base.values())
+        assert fmean(mine.values()) <= 0.37 * fmean(base.values())
 
     def test_shift_does_not_matter(self, rows):
         """Block energies hold at every position, so does the template's error."""
