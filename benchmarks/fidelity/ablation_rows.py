@@ -172,11 +172,13 @@ def _unbiased_values(bits: float, centred: bool = False) -> Callable[[Lab, int],
     return make
 
 
+def _hadamard_values(bits: float) -> Callable[[Lab, int], Side]:
+    """As they ship, but behind a Hadamard matrix."""
+    return lambda lab, seed: lab.of_table(with_hadamard(lab.table("template", 2, bits, seed), HADAMARD_SEED + seed))[1]
+
+
 def _value_rows() -> Iterator[Recipe]:
     """Values alone at two bits, keys exact; then the best of it beside the keys that ship."""
-
-    def hadamard(lab: Lab, seed: int) -> Side:
-        return lab.of_table(with_hadamard(lab.table("template", 2, 2, seed), HADAMARD_SEED + seed))[1]
 
     def less_mean(lab: Lab, seed: int) -> Side:
         return centred_values(lab, lab.values(2, seed))
@@ -192,7 +194,7 @@ def _value_rows() -> Iterator[Recipe]:
         "unbiased": (_with_rule(2, "unbiased"),),
         "least squares": (_with_rule(2, "lsq"),),
         "less the mean": (less_mean,),
-        "Hadamard": (hadamard,),
+        "Hadamard": (_hadamard_values(2),),
         "KLT, plain": (_klt_values(2, metric="plain"),),
         "KLT, W_o": (_klt_values(2),),
         "KLT, W_o, less the mean": (_klt_values(2, centred=True),),
@@ -233,6 +235,7 @@ def _best() -> Iterator[Recipe]:
         less_mean = lambda lab, seed, k=k: in_frame(lab, lab.keys("template", k, seed), 0, True)  # noqa: E731
         both = _klt(k, centred=True, unbiased=True)
         yield row("template, unbiased V", _template(k), 0)
+        yield row("template, Hadamard V", _template(k), 0, values=_hadamard_values(v))
         yield row("template, unbiased V, first 4 exact", _template(k), 4)
         yield row("template less the mean, unbiased V, first 4 exact", less_mean, 4)
         yield row("template, mean by token, K and unbiased V", _by_token(less_mean), 0, values=v_by_token)
