@@ -18,6 +18,8 @@ from .moments import Moments
 
 TEMPLATE_UNITS = 8  # a template divides the head in at most so many equal parts, of whole slots of 16 channels
 TEMPLATE_WIDTHS = 4  # and uses at most so many different widths
+#: The paper's distortion at each width. 4^-b - 4^-(b+1) = 3/4 * 4^-b: the same argmax.
+PAPER_RATE = [4.0**-b for b in range(MAX_BITS + 1)]
 
 
 @dataclass(frozen=True)
@@ -67,22 +69,22 @@ def greedy(score: torch.Tensor, budget: int, rate: list[float]) -> torch.Tensor:
     return widths.to(torch.uint8)
 
 
-def _per_head(moments: Moments, bits: float, score: torch.Tensor, rate: list[float]) -> torch.Tensor:
+def per_head(moments: Moments, bits: float, score: torch.Tensor, rate: list[float]) -> torch.Tensor:
+    """:func:`greedy` for all layers and heads, at ``bits`` on average."""
     layers, heads, blocks = score.shape
     return greedy(score.flatten(0, 1), block_budget(blocks, bits), rate).view(layers, heads, blocks)
 
 
 def _paper(moments: Moments, bits: float) -> torch.Tensor:
     """The paper's rule: score ``(E|q|^2 + E|k|^2) / 2``, greedy on ``score * 4^-b``."""
-    # 4^-b - 4^-(b+1) = 3/4 * 4^-b: the same argmax. float32 scores, as the reference has.
-    rate = [4.0**-b for b in range(MAX_BITS + 1)]
-    return _per_head(moments, bits, ((moments.q + moments.k) / 2).float(), rate)
+    # float32 scores, as the reference has.
+    return per_head(moments, bits, ((moments.q + moments.k) / 2).float(), PAPER_RATE)
 
 
 def _product(moments: Moments, bits: float) -> torch.Tensor:
     """Score ``E|q|^2 * E|k|^2``, the variance a block's error has in the logit, with the measured D(b)."""
     rate = [distortion(b) for b in range(MAX_BITS + 1)]
-    return _per_head(moments, bits, moments.q * moments.k, rate)
+    return per_head(moments, bits, moments.q * moments.k, rate)
 
 
 def template_candidates(budget: int, units: int = TEMPLATE_UNITS, slots: int = 1) -> list[tuple[int, ...]]:

@@ -19,6 +19,7 @@ from ..kernels.columns import COLUMNS, columns_of
 from ..kernels.tables import MAX_TEMPLATES
 from .allocate import (
     ALLOCATORS,
+    PAPER_RATE,
     TEMPLATE_UNITS,
     Allocator,
     block_budget,
@@ -143,9 +144,8 @@ def _by_slots(
 
 def _paper(moments: Moments, bits: float) -> torch.Tensor:
     """Score ``(E|q|^2 + E|k|^2) / 2``, a slot's the sum over its blocks, greedy on ``score * 4^-b``."""
-    rate = [4.0**-b for b in range(MAX_BITS + 1)]
     energy = ((moments.q + moments.k) / 2).float()
-    return _by_slots(moments, bits, energy, lambda ranked: ranked.sum(-1), rate, energy_error)
+    return _by_slots(moments, bits, energy, lambda ranked: ranked.sum(-1), PAPER_RATE, energy_error)
 
 
 def _product(moments: Moments, bits: float) -> torch.Tensor:

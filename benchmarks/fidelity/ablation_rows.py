@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_blockgtq.calibrate.allocate import block_budget, greedy
+from sglang_blockgtq.calibrate.allocate import PAPER_RATE, per_head
 from sglang_blockgtq.calibrate.moments import Moments
-from sglang_blockgtq.kernels.codebook import MAX_BITS
 
 from . import budgets
 from .coder import Cache, Side, mixed
@@ -162,14 +161,8 @@ def _with_rule(bits: float, rule: str) -> Callable[[Lab, int], Side]:
     return lambda lab, seed: with_rule(lab.values(bits, seed), rule)
 
 
-def _unbiased_values(bits: float, centred: bool = False) -> Callable[[Lab, int], Side]:
-    """As they ship, with the scale that keeps sums of many values right in place of each value's length."""
-
-    def make(lab: Lab, seed: int) -> Side:
-        side = _with_rule(bits, "unbiased")(lab, seed)
-        return centred_values(lab, side) if centred else side
-
-    return make
+def _less_mean(values: Callable[[Lab, int], Side]) -> Callable[[Lab, int], Side]:
+    return lambda lab, seed: centred_values(lab, values(lab, seed))
 
 
 def _hadamard_values(bits: float) -> Callable[[Lab, int], Side]:
@@ -180,8 +173,7 @@ def _hadamard_values(bits: float) -> Callable[[Lab, int], Side]:
 def _value_rows() -> Iterator[Recipe]:
     """Values alone at two bits, keys exact; then the best of it beside the keys that ship."""
 
-    def less_mean(lab: Lab, seed: int) -> Side:
-        return centred_values(lab, lab.values(2, seed))
+    less_mean, unbiased = _less_mean(_values(2)), _with_rule(2, "unbiased")
 
     def by_layer(lab: Lab, seed: int) -> Side:
         sides = {bits: lab.values(bits, seed) for bits in (1.5, 2.0, 2.5, 3.0)}
@@ -191,7 +183,7 @@ def _value_rows() -> Iterator[Recipe]:
 
     rows: dict[str, tuple] = {
         "length kept": (_with_rule(2, "norm"),),
-        "unbiased": (_with_rule(2, "unbiased"),),
+        "unbiased": (unbiased,),
         "least squares": (_with_rule(2, "lsq"),),
         "less the mean": (less_mean,),
         "Hadamard": (_hadamard_values(2),),
@@ -205,12 +197,12 @@ def _value_rows() -> Iterator[Recipe]:
         "KLT, answer, weighted, unbiased": (_klt_values(2, metric="answer", weighted=True, unbiased=True),),
         "bits by layer, measured": (by_layer,),
         "mean by token": (_by_token(less_mean),),
-        "mean by token, unbiased": (_by_token(_unbiased_values(2, True)),),
+        "mean by token, unbiased": (_by_token(_less_mean(unbiased)),),
         "first 1 exact": (_values(2), 1),
         "first 4 exact": (_values(2), 4),
-        "unbiased, first 4 exact": (_unbiased_values(2), 4),
+        "unbiased, first 4 exact": (unbiased, 4),
         "less the mean, first 4 exact": (less_mean, 4),
-        "less the mean, unbiased, first 4 exact": (_unbiased_values(2, True), 4),
+        "less the mean, unbiased, first 4 exact": (_less_mean(unbiased), 4),
         "KLT, W_o, less the mean, unbiased, first 4 exact": (_klt_values(2, centred=True, unbiased=True), 4),
         "limit of every code": (_limit(2),),
         "limit of every code, KLT, plain": (_limit(2, "plain"),),
@@ -226,8 +218,8 @@ def _value_rows() -> Iterator[Recipe]:
 def _best() -> Iterator[Recipe]:
     """Keys and values improved together: first what the kernels that ship can read, then what other frames add."""
     for k, v in TIGHT:
-        values = _unbiased_values(v)
-        v_by_token = _by_token(_unbiased_values(v, True))
+        values = _with_rule(v, "unbiased")
+        v_by_token = _by_token(_less_mean(values))
 
         def row(name: str, keys: Callable[[Lab, int], Side], sink: int, k=k, v=v, values=values) -> Recipe:
             return Recipe("best", name, k, v, _cache(name, keys, values, sink))
@@ -253,10 +245,7 @@ def _best() -> Iterator[Recipe]:
 
 def _product_by_4(moments: Moments, bits: float) -> torch.Tensor:
     """The product score with the paper's ``4^-b`` in place of what the codebooks measure."""
-    scores = moments.q * moments.k
-    layers, heads, blocks = scores.shape
-    rate = [4.0**-b for b in range(MAX_BITS + 1)]
-    return greedy(scores.flatten(0, 1), block_budget(blocks, bits), rate).view(layers, heads, blocks)
+    return per_head(moments, bits, moments.q * moments.k, PAPER_RATE)
 
 
 def _structure() -> Iterator[Recipe]:

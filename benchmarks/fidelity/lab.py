@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from transformers import AutoTokenizer
 
-from sglang_blockgtq.calibrate.allocate import ALLOCATORS
+from sglang_blockgtq.calibrate.allocate import ALLOCATORS, Allocator
 from sglang_blockgtq.calibrate.build import ROTATION_SEED, build_table
 from sglang_blockgtq.calibrate.hf import collect
 from sglang_blockgtq.calibrate.moments import Moments
@@ -185,18 +185,23 @@ class Lab:
         return Frame(page, self.subject.rope, self.inv_freq)
 
     def table(
-        self, name: str, k_bits: float, v_bits: float, seed: int = 0, moments: Moments | None = None
+        self,
+        name: str,
+        k_bits: float,
+        v_bits: float,
+        seed: int = 0,
+        moments: Moments | None = None,
+        rule: Allocator | None = None,
     ) -> AllocationTable:
+        """rule: in place of the allocator's own."""
         allocator, _, slot = name.partition("-")
-        bits = {"k_bits": k_bits, "v_bits": v_bits}
-        rule = {"allocator": allocator, "granularity": slot or "block", "seed": ROTATION_SEED + seed}
-        return build_table(moments or self.subject.moments, self.subject.rope, **bits, **rule)
+        bits = {"k_bits": k_bits, "v_bits": v_bits, "seed": ROTATION_SEED + seed}
+        which = {"allocator": allocator, "granularity": slot or "block", "rule": rule}
+        return build_table(moments or self.subject.moments, self.subject.rope, **bits, **which)
 
     def ruled_keys(self, name: str, bits: float, seed: int, gains: bool = True, **change) -> Side:
         """Keys of an allocator, of which something is changed (see calibrate.allocate.Allocator), or without gains."""
-        rule = replace(ALLOCATORS[name], **change)
-        budget = {"k_bits": bits, "v_bits": 2, "allocator": name, "seed": ROTATION_SEED + seed}
-        table = build_table(self.subject.moments, self.subject.rope, **budget, rule=rule)
+        table = self.table(name, bits, 2, seed, rule=replace(ALLOCATORS[name], **change))
         return self.of_table(table if gains else without_gains(table))[0]
 
     def of_table(self, table: AllocationTable) -> tuple[Side, Side]:
@@ -303,7 +308,7 @@ class Lab:
     def limit_values(self, bits: float, metric: str | None = None, seed: int = 0) -> Side:
         """Values as the best code of all would read them back. metric: of klt_values; None: behind a rotation."""
         if metric is None:
-            layers, heads, dim = self.subject.moments.v.shape[:2] + (self.seconds().v.shape[-1],)
+            layers, heads, dim = self.seconds().v.shape[:3]
             coders = [limit.white(heads, dim, bits, 1000 * seed + i) for i in range(layers)]
         else:
             layers = enumerate(zip(*self.value_transform(metric=metric), strict=True))
