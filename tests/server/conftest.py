@@ -37,14 +37,16 @@ class Server:
     def info(self) -> dict:
         return self.get("/server_info").json()
 
-    def generate(self, input_ids: list[int], max_new_tokens: int = 1, logprob_start: int | None = None) -> dict:
+    def generate(
+        self, input_ids: list[int], max_new_tokens: int = 1, logprob_start: int | None = None, top_logprobs: int = 0
+    ) -> dict:
         """One greedy request; with logprob_start also the log-probabilities of the prompt from there on."""
         body: dict[str, Any] = {
             "input_ids": input_ids,
             "sampling_params": {"max_new_tokens": max_new_tokens, "temperature": 0},
         }
         if logprob_start is not None:
-            body |= {"return_logprob": True, "logprob_start_len": logprob_start}
+            body |= {"return_logprob": True, "logprob_start_len": logprob_start, "top_logprobs_num": top_logprobs}
         response = requests.post(self.url + "/generate", json=body, timeout=600)
         response.raise_for_status()
         return response.json()
@@ -53,6 +55,13 @@ class Server:
         """Log-probabilities of the prompt's tokens after ``start``, and how many tokens came from the cache."""
         meta = self.generate(input_ids, logprob_start=start)["meta_info"]
         return [lp for lp, *_ in meta["input_token_logprobs"] if lp is not None], meta["cached_tokens"]
+
+    def behind_best(self, prompt: list[int], answer: list[int]) -> list[float]:
+        """How far each token of an answer is below the most likely one, in nats, when all is read as one prompt."""
+        meta = self.generate(prompt + answer, logprob_start=len(prompt) - 1, top_logprobs=1)["meta_info"]
+        chosen, best = meta["input_token_logprobs"][1:], meta["input_top_logprobs"][1:]
+        assert [token for _, token, *_ in chosen] == answer
+        return [top[0][0] - lp for (lp, *_), top in zip(chosen, best, strict=True)]
 
     def flush(self) -> None:
         requests.post(self.url + "/flush_cache", timeout=60).raise_for_status()

@@ -2,7 +2,8 @@
 
 Every write becomes a line {layer, key, row}: hashes of the codec's input for one token and of the
 row it became. Every attention pass checks that the rows it is about to read are the rows last
-written to those slots; a difference becomes a line {"corrupt": ...}.
+written to those slots; a difference becomes a line {"corrupt": ...}. The pass itself is a line {read, new}:
+slots, and new tokens of each request of a prefill.
 """
 
 import hashlib
@@ -58,7 +59,8 @@ def register():
             for slot, row in zip(slots, rows, strict=True):
                 if _digest(row) != written.get((layer, slot)):
                     emit(corrupt=slot, layer=layer)
-        emit(read=len(slots))
+        decode = forward_batch.forward_mode.is_decode()
+        emit(read=len(slots), new=None if decode else list(forward_batch.extend_seq_lens_cpu))
 
     PackedKVPool.set_kv_buffer = recorded_set
     TorchPackedBackend.init_forward_metadata = checked_prepare
