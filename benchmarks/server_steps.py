@@ -1,7 +1,7 @@
 """How long a real server takes: decode step, prefill, extension of a cached prefix, start-up.
 
     python -m benchmarks.server_steps --out benchmarks/results/server_steps_h100.csv \\
-        --model qwen2.5-3b=CONFIG_FOLDER,TOKENIZER_FOLDER --method bf16-fa3 blockgtq-k3v3
+        --model qwen2.5-3b --method bf16-fa3 blockgtq-k3v3
 
 Every method is a server of its own, asked one request at a time. Prompts are random token ids, the same for every
 method; answers are greedy and of a fixed length. Columns ms and tokens_per_s, by measure:
@@ -34,8 +34,10 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
+from tempfile import TemporaryDirectory
 
 from .launch import Server, ServerError, Stream, exit_on_sigterm, missing_plugin, shown, wait_for
+from .models import Model, add_models, check_models, ready
 
 
 @dataclass(frozen=True)
@@ -71,28 +73,6 @@ COLUMNS = (
     *("model", "method", "k_bits", "v_bits", "batch", "input_tokens", "cached_tokens"),
     *("measure", "ms", "tokens_per_s", "start_s", "kv_tokens", "note"),
 )
-
-
-@dataclass(frozen=True)
-class Model:
-    """path: a folder or hub name. tokenizer: given for random weights, since path is then only a config."""
-
-    name: str
-    path: str
-    tokenizer: str | None = None
-
-    @classmethod
-    def of(cls, text: str) -> Model:
-        """``NAME=PATH[,TOKENIZER]``. ArgumentTypeError for anything else."""
-        name, _, rest = text.partition("=")
-        path, comma, tokenizer = rest.partition(",")
-        if not name or not path or (comma and not tokenizer):
-            raise argparse.ArgumentTypeError(f"{text}: NAME=PATH or NAME=PATH,TOKENIZER is needed")
-        return cls(name, path, tokenizer or None)
-
-    @property
-    def args(self) -> list[str]:
-        return ["--load-format=dummy", "--tokenizer-path", self.tokenizer] if self.tokenizer else []
 
 
 @dataclass
@@ -346,25 +326,6 @@ def lengths(text: str) -> list[int]:
     return out
 
 
-def add_models(parser: argparse.ArgumentParser, required: bool) -> None:
-    """``--model``, a list of :class:`Model`; none by default where it is not required."""
-    parser.add_argument(
-        "--model",
-        type=Model.of,
-        nargs="+",
-        required=required,
-        default=[],
-        metavar="NAME=PATH[,TOKENIZER]",
-        help="with TOKENIZER the weights are random, and PATH needs only a config.json",
-    )
-
-
-def check_models(parser: argparse.ArgumentParser, models: list[Model]) -> None:
-    """Names say which server a row is of. Ends the program where two are the same."""
-    if len({model.name for model in models}) < len(models):
-        parser.error("--model: every NAME needs to be another one")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.server_steps",
@@ -373,7 +334,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="CSV to write; a .json of the same name tells how")
-    add_models(parser, required=True)
+    add_models(parser)
     add("--method", nargs="+", choices=METHODS, required=True)
     add("--lengths", type=lengths, default=list(LENGTHS), metavar="N,N", help="context lengths, default 8K, 32K, 128K")
     add("--decode-tokens", type=int, default=DECODE_TOKENS, help=f"of a streamed answer (default {DECODE_TOKENS})")
@@ -402,6 +363,17 @@ def main(argv: list[str] | None = None) -> int:
         print(why, file=sys.stderr)
         return 2
     exit_on_sigterm()
+    with TemporaryDirectory(prefix="models-") as folder:
+        try:
+            args.model = ready(args.model, Path(folder))
+        except RuntimeError as e:
+            print(f"--model: {e}", file=sys.stderr)
+            return 2
+        return measure(args, argv)
+
+
+def measure(args: argparse.Namespace, argv: list[str] | None) -> int:
+    """Everything that was asked for, of models that have a path."""
     # Shapes with random weights are served at lengths that their configs do not name.
     os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     budget, started = Budget(args.budget), time.monotonic()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..server_steps import CHUNK, METHODS, Method, Model
+from ..models import Model
+from ..server_steps import CHUNK, METHODS, Method
 
 SERVERS = {
     **METHODS,

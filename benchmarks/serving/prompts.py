@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import cache
 from importlib.resources import files
 
-from ..server_steps import TOKEN_IDS, Model, prompt
+from ..models import Model
+from ..server_steps import TOKEN_IDS, prompt
 
 
 def check_prompt(model: Model, tokens: int) -> list[int]:

@@ -1,7 +1,6 @@
 """What serving costs and gains: SGLang's own load generators against every kind of KV cache.
 
-    python -m benchmarks.serving --out benchmarks/results/serving_h100 \\
-        --model qwen2.5-3b=CONFIG_FOLDER,TOKENIZER_FOLDER llama-3.1-8b=CONFIG_FOLDER,TOKENIZER_FOLDER
+    python -m benchmarks.serving --out benchmarks/results/serving_h100
 
 Starts one server after another with the same share of the GPU's memory, checks its answers, and measures: decode by
 context, batches, capacity, throughput under memory pressure, shared prefixes, prefill, start-up. Writes serving.csv,
@@ -21,9 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ..launch import Server, ServerError, exit_on_sigterm, missing_plugin, shown
-from ..server_steps import Budget, Model, add_models, check_models, provenance, summary
+from ..models import KNOWN, Model, add_models, check_models, ready
+from ..server_steps import Budget, provenance, summary
 from . import check, memory
 from .bench import BenchError, Target, Worker
 from .configs import BASELINES, DEFAULT, NAMED, SERVERS, Sizes, arguments
@@ -220,7 +221,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to write, or to go on with")
-    add_models(parser, required=False)
+    add_models(parser, KNOWN)
     add("--method", nargs="+", choices=SERVERS, default=list(DEFAULT), help=f"default: {' '.join(DEFAULT)}")
     add("--only", nargs="+", default=["*"], metavar="GLOB", help="of MODEL/METHOD/SCENARIO/CASE, as in '*/decode/*'")
     add("--sizes", choices=NAMED, default="full", help="of the loads; smoke only shows that everything runs")
@@ -228,14 +229,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--quick-graphs", action="store_true", help="capture graphs only of the sizes that are measured")
     add("--mem-fraction", type=float, default=0.85, help="--mem-fraction-static of every server (default 0.85)")
     add("--server-args", type=shlex.split, default=[], metavar="ARGS", help='for every server: --server-args="--a --b"')
-    add("--budget", type=float, default=4 * 3600, help="seconds for everything (default 4 hours)")
+    add("--budget", type=float, default=12 * 3600, help="seconds for everything (default 12 hours)")
     add("--limit", type=float, default=1800, help="seconds for one load generator (default 1800)")
     add("--no-reference", action="store_true", help="check servers without comparing them with an unquantized one")
     add("--report-only", action="store_true", help="write report and pictures again from the CSV")
     add("--commit", help="commit to record, where there is no git")
     args = parser.parse_args(argv)
-    if not args.model and not args.report_only:
-        parser.error("--model: at least one is needed")
     check_models(parser, args.model)
     if any("/" in model.name for model in args.model):
         parser.error("--model: a NAME has no slash")
@@ -260,45 +259,52 @@ def settings(args: argparse.Namespace, made: dict) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    asked = () if args.report_only else args.method
-    if why := missing_plugin(arg for method in asked for arg in SERVERS[method].args):
+    if args.report_only:
+        write_report(Record(args.out), args.out)
+        return 0
+    if why := missing_plugin(arg for method in args.method for arg in SERVERS[method].args):
         print(why, file=sys.stderr)
         return 2
-    record = Record(args.out)
-    if not args.report_only:
-        exit_on_sigterm()
-        # Shapes with random weights are served at lengths that their configs do not name.
-        os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
-        words = sys.argv[1:] if argv is None else argv
-        made = provenance("python -m benchmarks.serving " + shown(shlex.join(words)), args.commit)
-        now = json.loads(json.dumps(settings(args, made)))  # with lists for tuples, as in the file
-        before = record.meta.get("settings")
-        if before and before != now:
-            other = [name for name in now if before.get(name) != now[name]]
-            print(
-                f"--out {args.out} holds results of other settings ({', '.join(other)}): name another", file=sys.stderr
-            )
-            return 2
-        record.meta["settings"] = now
-        record.meta.setdefault("runs", []).append(made)
-        record.write()
-        started = time.monotonic()
+    exit_on_sigterm()
+    with TemporaryDirectory(prefix="models-") as folder:
         try:
-            with Worker() as worker:
-                run = Run(args, record, worker)
-                run.all()
-        finally:
-            made["seconds"] = round(time.monotonic() - started, 1)
-            record.write()
-            write_report(record, args.out)
-        left = [row for row in record.rows if row.where in run.handled and row.state == UNMEASURED]
-        failed = {f"{model}/{method}": why for (model, method), why in run.why.items()}
-        for name, why in failed.items():
-            print(f"{name}: {why}", file=sys.stderr)
-        print(f"{len(record.rows)} rows, {args.out / 'report.md'}, {made['seconds']} s")
-        return 1 if failed or left else 0
-    write_report(record, args.out)
-    return 0
+            args.model = ready(args.model, Path(folder))
+        except RuntimeError as e:
+            print(f"--model: {e}", file=sys.stderr)
+            return 2
+        return measure(args, sys.argv[1:] if argv is None else argv)
+
+
+def measure(args: argparse.Namespace, words: list[str]) -> int:
+    """Whatever is still missing in ``--out``, of models that have a path."""
+    # Shapes with random weights are served at lengths that their configs do not name.
+    os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
+    record = Record(args.out)
+    made = provenance("python -m benchmarks.serving " + shown(shlex.join(words)), args.commit)
+    now = json.loads(json.dumps(settings(args, made)))  # with lists for tuples, as in the file
+    before = record.meta.get("settings")
+    if before and before != now:
+        other = [name for name in now if before.get(name) != now[name]]
+        print(f"--out {args.out} holds results of other settings ({', '.join(other)}): name another", file=sys.stderr)
+        return 2
+    record.meta["settings"] = now
+    record.meta.setdefault("runs", []).append(made)
+    record.write()
+    started = time.monotonic()
+    try:
+        with Worker() as worker:
+            run = Run(args, record, worker)
+            run.all()
+    finally:
+        made["seconds"] = round(time.monotonic() - started, 1)
+        record.write()
+        write_report(record, args.out)
+    left = [row for row in record.rows if row.where in run.handled and row.state == UNMEASURED]
+    failed = {f"{model}/{method}": why for (model, method), why in run.why.items()}
+    for name, why in failed.items():
+        print(f"{name}: {why}", file=sys.stderr)
+    print(f"{len(record.rows)} rows, {args.out / 'report.md'}, {made['seconds']} s")
+    return 1 if failed or left else 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.server_steps import Model
+from benchmarks.models import Model
 from benchmarks.serving import bench, counters
 from benchmarks.serving.bench import BenchError, Target
 from benchmarks.serving.configs import FULL, NAMED, SERVERS, SHORT, arguments

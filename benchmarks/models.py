@@ -1,0 +1,165 @@
+"""The models that are served: folders that the user names, and some that a benchmark makes by itself.
+
+Speed and memory depend on a model's shape, so the known ones are a ``config.json`` with random weights; their
+tokenizer is that of the small real model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parent.parent
+_BOTH = {
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+}
+_QWEN2 = _BOTH | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "use_sliding_window": False,
+}
+#: as published with Qwen2.5-3B-Instruct, Llama-3.1-8B-Instruct and Qwen2.5-7B-Instruct
+SHAPES = {
+    "qwen2.5-3b": _QWEN2
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "vocab_size": 151936,
+    },
+    "llama-3.1-8b": _BOTH
+    | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+    "qwen2.5-7b": _QWEN2
+    | {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+        "vocab_size": 152064,
+    },
+}
+REAL = "smollm2"  # SmolLM2-135M-Instruct, which scripts/get_model.py unpacks
+KNOWN = (*SHAPES, REAL)
+
+
+@dataclass(frozen=True)
+class Model:
+    """path: a folder or hub name; None for a known name until :func:`ready`. tokenizer: given for random weights,
+    since path is then only a config."""
+
+    name: str
+    path: str | None
+    tokenizer: str | None = None
+
+    @classmethod
+    def of(cls, text: str) -> Model:
+        """A known NAME, or ``NAME=PATH[,TOKENIZER]``. ArgumentTypeError for anything else."""
+        name, given, rest = text.partition("=")
+        path, comma, tokenizer = rest.partition(",")
+        if not given and name in KNOWN:
+            return cls(name, None)
+        if not name or not path or (comma and not tokenizer):
+            raise argparse.ArgumentTypeError(
+                f"{text}: NAME=PATH, NAME=PATH,TOKENIZER or one of {', '.join(KNOWN)} is needed"
+            )
+        return cls(name, path, tokenizer or None)
+
+    @property
+    def args(self) -> list[str]:
+        return ["--load-format=dummy", "--tokenizer-path", self.tokenizer] if self.tokenizer else []
+
+
+def add_models(parser: argparse.ArgumentParser, default: Sequence[str] = ()) -> None:
+    """``--model``, a list of :class:`Model`; needed where there is no default."""
+    also = f"; default: {' '.join(default)}" if default else ""
+    parser.add_argument(
+        "--model",
+        type=Model.of,
+        nargs="+",
+        required=not default,
+        default=[Model.of(name) for name in default],
+        metavar="NAME[=PATH[,TOKENIZER]]",
+        help="with TOKENIZER the weights are random, and PATH needs only a config.json. A NAME alone is one of "
+        f"{', '.join(SHAPES)}, with random weights, or {REAL}, a small real model{also}",
+    )
+
+
+def check_models(parser: argparse.ArgumentParser, models: list[Model]) -> None:
+    """Names say which server a row is of. Ends the program where two are the same."""
+    if len({model.name for model in models}) < len(models):
+        parser.error("--model: every NAME needs to be another one")
+
+
+def ready(models: list[Model], folder: Path) -> list[Model]:
+    """The same with a path each; configs of known shapes are written to ``folder``.
+
+    Raises RuntimeError where the small real model, whose tokenizer they need, cannot be had.
+    """
+    if all(model.path for model in models):
+        return models
+    small = small_model()
+    return [model if model.path else _made(model.name, folder, small) for model in models]
+
+
+def _made(name: str, folder: Path, small: str) -> Model:
+    if name == REAL:
+        return Model(name, small)
+    path = folder / name
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(SHAPES[name], indent=1) + "\n")
+    return Model(name, str(path), small)
+
+
+def small_model() -> str:
+    """Folder of SmolLM2-135M-Instruct; the first time it is downloaded. RuntimeError if that fails."""
+    script = _ROOT / "scripts" / "get_model.py"
+    made = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, check=False)
+    if made.returncode:
+        raise RuntimeError(
+            "the small real model could not be made (see above); every shape known by name uses its tokenizer: name "
+            "folders instead, --model NAME=CONFIG_FOLDER,TOKENIZER_FOLDER"
+        )
+    return made.stdout.strip()

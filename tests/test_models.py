@@ -1,0 +1,82 @@
+"""The models that the server benchmarks know by name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+from benchmarks import models  # noqa: E402
+from benchmarks.models import KNOWN, REAL, Model  # noqa: E402
+
+#: parameters that the published models have
+PARAMETERS = {"qwen2.5-3b": 3_085_938_688, "llama-3.1-8b": 8_030_261_248, "qwen2.5-7b": 7_615_616_512}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(models, "small_model", lambda: "small")
+    return "small"
+
+
+@pytest.mark.parametrize("text", ["name", "=path", "name=", "name=path,", REAL + "="])
+def test_bad_model(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="NAME=PATH.*qwen2.5-3b"):
+        Model.of(text)
+
+
+def test_models_by_folder():
+    assert Model.of("a=b") == Model("a", "b") and Model.of("a=b").args == []
+    assert Model.of("a=b,c").args == ["--load-format=dummy", "--tokenizer-path", "c"]
+    # A known name may stand for something of the user's.
+    assert Model.of(f"{REAL}=b") == Model(REAL, "b")
+
+
+def test_folders_need_nothing_else(monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "small_model", lambda: pytest.fail("asked for"))
+    given = [Model("a", "b")]
+    assert models.ready(given, tmp_path) == given and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", models.SHAPES)
+def test_shapes_are_the_published_ones(name, small, tmp_path):
+    (model,) = models.ready([Model.of(name)], tmp_path)
+    assert model.tokenizer == small and model.args[0] == "--load-format=dummy"
+    config = AutoConfig.from_pretrained(model.path)
+    with torch.device("meta"):
+        loaded = AutoModelForCausalLM.from_config(config)
+    assert loaded.num_parameters() == PARAMETERS[name]
+    assert [type(loaded).__name__] == config.architectures
+    assert config.dtype == torch.bfloat16
+
+
+def test_the_rotation_of_long_contexts_is_read(small, tmp_path):
+    (model,) = models.ready([Model.of("llama-3.1-8b")], tmp_path)
+    rope = AutoConfig.from_pretrained(model.path).rope_parameters
+    assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("llama3", 8.0, 5e5)
+
+
+def test_all_known_ones_at_once(small, tmp_path):
+    parser = argparse.ArgumentParser()
+    models.add_models(parser, KNOWN)
+    found = models.ready([*parser.parse_args([]).model, Model("a", "b")], tmp_path)
+    assert [m.name for m in found] == [*KNOWN, "a"]
+    assert {m.name for m in found if m.tokenizer} == set(models.SHAPES)
+    assert next(m for m in found if m.name == REAL).path == small
+    assert json.loads((tmp_path / "qwen2.5-7b" / "config.json").read_text())["num_hidden_layers"] == 28
+
+
+def test_without_the_small_model(monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("SMOLLM2", str(tmp_path / "nowhere"))
+    with pytest.raises(RuntimeError, match="CONFIG_FOLDER,TOKENIZER_FOLDER"):
+        models.ready([Model.of(REAL)], tmp_path)
+    assert "not a model folder" in capfd.readouterr().err
