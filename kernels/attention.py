@@ -276,8 +276,6 @@ def _decode(
         return
     tables.check_rows(rows)
     ks, v = tables.k_templates, tables.v_columns
-    # What linear codebooks leave for the end is done once for all slots of V, so they must be the same.
-    one_book = len(set(v.codebook)) == 1
     decode_kernel[(tables.heads * tiles, splits)](
         turned,
         rows.view(torch.int16),
@@ -311,9 +309,9 @@ def _decode(
         K_SLOTS=tuple(k.slots for k in ks),
         V_SLOTS=v.slots,
         K_POLY=tuple(k.poly for k in ks),
-        V_POLY=v.poly if one_book else v.codebook,
+        V_POLY=v.value_poly,
         K_SLOPE=tuple(k.slope for k in ks),
-        V_SLOPE=v.slope[0] if one_book else 1.0,
+        V_SLOPE=v.slope,
         REQUESTS=request_block(requests),
         BLOCK_M=block_m,
         BLOCK_N=TUNING.block_n,

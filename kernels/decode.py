@@ -134,12 +134,12 @@ def store_split(
     c = tl.arange(0, _COLUMNS)
     total = tl.sum(total, 0)
     seen_any = total > 0  # not where a query sees nothing of this split
-    scale = tl.where(seen_any, V_SLOPE / (tl.where(seen_any, total, 1.0) * _LIFT), 0.0)
+    scale = tl.where(seen_any, 1.0 / (tl.where(seen_any, total, 1.0) * _LIFT), 0.0)
     weights = tl.sum(weight, 0)
     for i in tl.static_range(len(V_SLOTS)):
         to = row[None, :] * V_DIM + (c + i * _COLUMNS)[:, None]
         value = acc[i] - (weights * slot_offset(i, V_SLOTS, V_REPEAT, V_POLY))[None, :]
-        tl.store(partial_out + to, value * scale[None, :], mask=live_row[None, :])
+        tl.store(partial_out + to, value * (scale * V_SLOPE[i])[None, :], mask=live_row[None, :])
     lse = tl.where(seen_any, (peak + tl.log2(tl.where(seen_any, total, 1.0))) * _LN2, float("-inf"))
     tl.store(partial_lse + row, lse, mask=live_row)
 
@@ -291,9 +291,9 @@ def decode_kernel(
     V_REPEAT: tl.constexpr,
     K_SLOTS: tl.constexpr,  # pieces of each slot, (bin, shift, width, position) after one another
     V_SLOTS: tl.constexpr,
-    K_POLY: tl.constexpr,  # the codebook of each slot, empty where it is linear
+    K_POLY: tl.constexpr,  # the codebook of each slot without its slope, empty where it is linear
     V_POLY: tl.constexpr,
-    K_SLOPE: tl.constexpr,  # of each slot's codebook where it is linear, else 1
+    K_SLOPE: tl.constexpr,  # of each slot's codebook
     V_SLOPE: tl.constexpr,
     REQUESTS: tl.constexpr,
     BLOCK_M: tl.constexpr,

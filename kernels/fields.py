@@ -4,6 +4,9 @@ A word holds codes of many slots for two neighbouring elements of a tile at a ti
 field is put under the exponent of a float16 by one logic operation, so that it *is* a number, ``2^e +
 code * 2^s``; a subtraction centres it and the codebook's polynomial follows, all two at a time. This
 needs inline assembly, since the compiler does not pair 16-bit operations by itself.
+
+A product takes the polynomial without its leading coefficient, which leaves a sum like any slope does: then the rest
+is one fused operation for each further coefficient and a last product (:func:`depressed`).
 """
 
 from __future__ import annotations
@@ -57,6 +60,43 @@ def offset_of(pieces, repeated):
 
 
 @triton.constexpr_function
+def depressed(poly):
+    """``(h, rest, slope)`` with ``sum(poly[i] y^(2i + 1)) = slope * y * q(y^2 + h)``, for up to four coefficients.
+
+    q is the identity, or ``s^2 + rest[0]``, or ``(s^2 + rest[0]) s + rest[1]``: moving the argument by h takes the
+    second highest power out of a polynomial, and with it one operation.
+    """
+    slope = poly[len(poly) - 1]
+    c = [p / slope for p in poly]
+    if len(c) == 1:
+        return 0.0, (), slope
+    if len(c) == 2:
+        return c[0], (), slope
+    if len(c) == 3:
+        h = c[1] / 2
+        return h, (c[0] - h * h,), slope
+    h = c[2] / 3
+    return h, (c[1] - 3 * h * h, c[0] - c[1] * h + 2 * h * h * h), slope
+
+
+@triton.constexpr_function
+def _polynomial(poly):
+    """Instructions from the centred ``t`` to ``$0``."""
+    h, rest, slope = depressed(poly)
+    text = ""
+    if len(poly) > 1:
+        text += f"mov.b32 c, {_pair(h):#x}; fma.rn.f16x2 s, t, t, c; "
+        value = "s"
+        for i in range(len(rest)):
+            text += f"mov.b32 c, {_pair(rest[i]):#x}; fma.rn.f16x2 y, {value}, s, c; "
+            value = "y"
+        text += f"mul.rn.f16x2 {'$0' if slope == 1 else 't'}, {value}, t; "
+    if slope != 1:
+        text += f"mov.b32 c, {_pair(slope):#x}; mul.rn.f16x2 $0, t, c; "
+    return text
+
+
+@triton.constexpr_function
 def _assembly(pieces, repeated, poly):
     """Text and constraints. Inputs: a word for each piece, then the shift of each piece in a repeated bin."""
     count = len(pieces) // 4
@@ -87,11 +127,9 @@ def _assembly(pieces, repeated, poly):
     if len(poly) == 0:
         return "{ .reg .b32 w, t; " + text + "}", constraints
     middle = (top | (((1 << bits) - 1) << (at - 1))) * 0x10001
-    text += f"mov.b32 c, {middle:#x}; sub.rn.f16x2 t, t, c; "
-    text += f"mov.b32 y, {_pair(poly[len(poly) - 1]):#x}; mul.rn.f16x2 u, t, t; "
-    for i in range(len(poly) - 2, -1, -1):
-        text += f"mov.b32 c, {_pair(poly[i]):#x}; fma.rn.f16x2 y, y, u, c; "
-    return "{ .reg .b32 w, t, u, c, y; " + text + "mul.rn.f16x2 $0, y, t; }", constraints
+    to = "$0" if len(poly) == 1 and poly[0] == 1 else "t"
+    text += f"mov.b32 c, {middle:#x}; sub.rn.f16x2 {to}, t, c; "
+    return "{ .reg .b32 w, t, s, c, y; " + text + _polynomial(poly) + "}", constraints
 
 
 @triton.constexpr_function
@@ -125,14 +163,14 @@ def slot_levels(
     POLYS: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Levels of one slot, the shape of a tile of words; of a linear codebook, numbers ``y + offset``.
+    """Levels of one slot, the shape of a tile of words; with an empty polynomial, numbers ``y + offset``.
 
-    With a linear codebook the level is ``slope * y``. There the offset (:func:`offset_of`) is left in and the
-    slope out: both leave a sum of products as they are linear in it, once for all its terms.
+    POLYS of a leading coefficient of 1 leave the codebook's slope out, and an empty one the offset in
+    (:func:`offset_of`): both leave a sum of products as they are linear in it, once for all its terms.
 
     words: a tile of 16-bit words for each bin, 16 columns along AXIS, repeated where a bin is narrow.
     column_shifts: ``[16]`` int32 for each bin, what precedes a column's bits in its word.
-    SLOTS: per slot (bin, shift, width, position) of each piece, after one another. POLYS: per slot its codebook.
+    SLOTS: per slot (bin, shift, width, position) of each piece, after one another. POLYS: per slot its polynomial.
     REPEAT: columns per word of each bin.
     ASM: float16 by paired instructions; else the same in float32 and plain arithmetic, for the interpreter.
     """

@@ -126,7 +126,7 @@ class ColumnTables:
 
     bins: per bin (byte within a head's codes, words, log2 of the columns per word). repeat: columns per word.
     slots: per slot the pieces, (bin, shift, width, position) after one another. codebook: per slot its polynomial.
-    poly: the same, empty where it is linear. slope: per slot the only coefficient where it is linear, else 1.
+    slope: per slot its leading coefficient. poly: the polynomial over that, and empty where it is linear.
     """
 
     bins: tuple[tuple[int, int, int], ...]
@@ -135,6 +135,12 @@ class ColumnTables:
     codebook: tuple[tuple[float, ...], ...]
     poly: tuple[tuple[float, ...], ...]
     slope: tuple[float, ...]
+
+    @property
+    def value_poly(self) -> tuple[tuple[float, ...], ...]:
+        """poly as decode takes that of values: linear slots beside others are centred, too, since the sum of weights
+        that would undo their offset is kept for all slots or for none."""
+        return self.poly if not any(self.poly) else tuple(p or (1.0,) for p in self.poly)
 
     @classmethod
     def of(cls, layout: CodeLayout) -> ColumnTables:
@@ -147,8 +153,8 @@ class ColumnTables:
                 tuple(x for p in pieces for x in (p.bin, p.shift, p.width, p.position)) for pieces in columns.slots
             ),
             codebook=tuple(polys),
-            poly=tuple(p if len(p) > 1 else () for p in polys),
-            slope=tuple(1.0 if len(p) > 1 else p[0] for p in polys),
+            poly=tuple(tuple(c / p[-1] for c in p) if len(p) > 1 else () for p in polys),
+            slope=tuple(p[-1] for p in polys),
         )
 
 

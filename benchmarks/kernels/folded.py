@@ -82,7 +82,7 @@ def _first_page(kv_indptr, request, PAGE: tl.constexpr):
 def fold_kernel(
     q,  # [B, H * GROUP, DIM]
     matrix,  # float32 [H, DIM, DIM] (in, out)
-    slope,  # float32 [DIM], of the codebooks that are linear, else 1
+    slope,  # float32 [DIM], of the codebooks
     offset,  # float32 [DIM], what those leave in every number, else 0
     cos,
     sin,
@@ -270,14 +270,13 @@ def decode_folded(
     target = target_splits(tables, num_heads)
     splits = num_splits(requests, target)
     scratch = scratch or DecodeScratch.for_splits(tables, splits, num_heads)
-    one_book = len(set(v.codebook)) == 1
     attend_kernel[(tables.heads, splits)](
         folded, start, sizes, rows.view(torch.int16), rows.view(torch.int32), kv_indptr, kv_indices,
         tables.column_shifts, scratch.out, scratch.lse, requests, target, sm_scale * _LOG2E,
         ROW_BYTES=row.row_bytes, K_STRIDE=row.k_code_bytes, V_STRIDE=row.v_code_bytes, V_OFFSET=row.v_offset,
         NORM_OFFSET=row.norm_offset, HEADS=tables.heads, GROUP=group, V_DIM=tables.v.dim,
         K_BINS=k.bins, V_BINS=v.bins, K_REPEAT=k.repeat, V_REPEAT=v.repeat, K_SLOTS=k.slots, V_SLOTS=v.slots,
-        K_POLY=k.poly, V_POLY=v.poly if one_book else v.codebook, V_SLOPE=v.slope[0] if one_book else 1.0,
+        K_POLY=k.poly, V_POLY=v.value_poly, V_SLOPE=v.slope,
         REQUESTS=request_block(requests), PAGE=page, BLOCK_M=block_m, BLOCK_N=min(page, TILE),
         STAGES=attention.TUNING.stages, ASM=q.is_cuda, num_warps=1, num_stages=attention.TUNING.stages,
     )  # fmt: skip

@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from sglang_blockgtq.kernels.codebook import levels
+from sglang_blockgtq.kernels.codebook import levels, polynomial
 from sglang_blockgtq.kernels.columns import Columns, columns_of
-from sglang_blockgtq.kernels.fields import assembly, constraints, offset_of, place_of
+from sglang_blockgtq.kernels.fields import assembly, constraints, depressed, offset_of, place_of
 from sglang_blockgtq.kernels.layout import CodeLayout, uniform_layout
 from sglang_blockgtq.kernels.tables import ColumnTables, column_shifts
 
@@ -86,17 +86,17 @@ def words_of(
     return words
 
 
-@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("kind", ["codebook", "poly", "value_poly"])
 @pytest.mark.parametrize("widths", MIXTURES, ids=str)
-def test_every_code_becomes_its_level(widths, linear):
-    """linear: codes of 1 and 2 bits as decode takes them, with an offset left in and the slope left out."""
+def test_every_code_becomes_its_level(widths, kind):
+    """codebook: as unpacking takes them; poly, value_poly: keys and values in decode, the slope left out, and the
+    offset left in where no coefficient remains."""
     columns = columns_of(widths)
     tables = ColumnTables.of(CodeLayout(tuple(w for w in widths for _ in range(16))))
     shifts, generator = column_shifts().numpy(), np.random.default_rng(0)
     for slot, pieces in enumerate(tables.slots):
         repeated = [tables.repeat[b] > 1 for b in pieces[::4]]
-        poly = tables.poly[slot] if linear else tables.codebook[slot]
-        assert linear or poly
+        poly = getattr(tables, kind)[slot]
         text, at = assembly.fn(pieces, repeated, poly), place_of.fn(pieces, repeated[0])
         for column in (0, 5, 15):
             # Both elements of a register at once, each with all its codes and other noise beside them.
@@ -111,13 +111,34 @@ def test_every_code_becomes_its_level(widths, linear):
             assert constraints.fn(pieces, repeated, poly).count("r") == 1 + len(operands)
             got = halves(run(text, operands)).flatten()
             if not poly:
-                assert widths[slot] <= 2
-                got = tables.slope[slot] * (got - offset_of.fn(pieces, repeated[0]))
+                assert widths[slot] <= 2 and (kind == "poly" or max(widths) <= 2)
+                got -= offset_of.fn(pieces, repeated[0])
+            if kind != "codebook":
+                got *= tables.slope[slot]
             book = levels(widths[slot]).numpy()
             assert set(codes[slot]) == set(range(1 << widths[slot]))
             assert np.abs(got - book[codes[slot]]).max() < ERROR * book[-1]
             order = np.argsort(codes[slot], kind="stable")
             assert (np.diff(got[order]) >= 0).all(), "levels keep their order"
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_depressed_polynomials_are_the_same(bits):
+    poly, y = polynomial(bits), np.linspace(-1, 1, 101)
+    h, rest, slope = depressed.fn(poly)
+    s = y * y + h
+    value = s if len(poly) > 1 else np.ones_like(y)
+    for c in rest:
+        value = value * s + c
+    np.testing.assert_allclose(slope * y * value, sum(p * y ** (2 * i + 1) for i, p in enumerate(poly)), rtol=1e-12)
+
+
+def test_a_code_of_three_bits_takes_three_operations():
+    """What remains of the codebook in decode: a subtraction, one fused operation, a product."""
+    tables = ColumnTables.of(CodeLayout((3,) * 128))
+    for slot, pieces in enumerate(tables.slots):
+        text = assembly.fn(pieces, [tables.repeat[b] > 1 for b in pieces[::4]], tables.poly[slot])
+        assert re.findall(r"(\w+)\.rn\.f16x2", text) == ["sub", "fma", "mul"]
 
 
 def test_neighbouring_columns_share_their_shift():
