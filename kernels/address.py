@@ -15,8 +15,11 @@ _SLOTS = tl.constexpr(BLOCK_SLOTS)
 
 @triton.jit
 def block_base(slot, row_bytes):
-    """Byte address of a slot's block. ``slot`` int64."""
-    return slot // _SLOTS * (row_bytes * _SLOTS)
+    """Address of a slot's block, int64, in the units of row_bytes.
+
+    slot: int64, or uint32, of which a block's number is one shift and its address one instruction.
+    """
+    return (slot // _SLOTS).to(tl.int64) * (row_bytes * _SLOTS)
 
 
 @triton.jit

@@ -62,7 +62,7 @@ def _load_bin(rows16, slot, byte, WORDS: tl.constexpr, ROW_BYTES: tl.constexpr, 
 def load_words(rows16, slot, codes, BINS: tl.constexpr, ROW_BYTES: tl.constexpr, AXIS: tl.constexpr):
     """A tile of words for each bin of one head, the columns along AXIS.
 
-    slot: where the tokens lie, int64. codes: the head's first byte within the row.
+    slot: where the tokens lie, uint32 or int64. codes: the head's first byte within the row.
     """
     words = ()
     for i in tl.static_range(len(BINS)):
@@ -207,12 +207,15 @@ def _attend_split(
         raw += (part,)
     top = tl.where(top > 0, top, 1.0)
     qs = ()
-    start = tl.zeros([BLOCK_M], tl.float32)  # undoes the offsets of linear slots
+    undo = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for i in tl.static_range(len(K_SLOTS)):
         part = (raw[i] * (K_SLOPE[i] / top)[None, :]).to(operand)
-        if len(K_POLY[i]) == 0:
-            start -= tl.sum(part.to(tl.float32), 0) * slot_offset(i, K_SLOTS, K_REPEAT, K_POLY)
+        # The logits of a key of offsets alone. A sum would do, but a second product of the query is what keeps the
+        # compiler from changing the query's layout again for every tile: it moves what has one user to that user.
+        offsets = tl.full([BLOCK_N, _COLUMNS], -slot_offset(i, K_SLOTS, K_REPEAT, K_POLY), operand)
+        undo = tl.dot(offsets, part, undo, input_precision="ieee")
         qs += (part,)
+    start = tl.max(undo, 0)  # all rows are the same
     to_log2 = top * to_log2
 
     k_shifts = load_shifts(column_shifts, K_BINS)
@@ -227,7 +230,7 @@ def _attend_split(
     scale_at = (NORM_OFFSET + 4 * head) * (_SLOTS // 4)
     for at in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         n = at + tl.arange(0, BLOCK_N)
-        slot = tl.load(kv_indices + kv_start + tl.minimum(n, end - 1)).to(tl.int64)
+        slot = tl.load(kv_indices + kv_start + tl.minimum(n, end - 1)).to(tl.uint32)
         k_words = load_words(rows16, slot, head * K_STRIDE, K_BINS, ROW_BYTES, 1)
         scales = tl.load(rows32 + scale_at + (block_base(slot, ROW_BYTES // 4) + slot % _SLOTS))
         v_words = load_words(rows16, slot, V_OFFSET + head * V_STRIDE, V_BINS, ROW_BYTES, 0)

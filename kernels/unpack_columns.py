@@ -78,7 +78,7 @@ def _unpack_side(
         n = tile * TOKENS + token
         live = n < num_tokens
         known = tl.minimum(n, num_tokens - 1)
-        slot = tl.load(indices + known).to(tl.int64)
+        slot = tl.load(indices + known).to(tl.uint32)
         words = load_words(rows16, slot, first_byte, BINS, ROW_BYTES, 1)
         pair = tl.load(rows32 + scale_at + (block_base(slot, ROW_BYTES // 4) + slot % _SLOTS))
         scale = (pair >> SCALE_BIT).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * head_gain

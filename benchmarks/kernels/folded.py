@@ -195,7 +195,7 @@ def attend_kernel(
     scale_at = (NORM_OFFSET + 4 * head) * (_SLOTS // 4)
     for at in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         n = at + tl.arange(0, BLOCK_N)
-        slot = tl.load(kv_indices + kv_start + tl.minimum(n, end - 1)).to(tl.int64)
+        slot = tl.load(kv_indices + kv_start + tl.minimum(n, end - 1)).to(tl.uint32)
         k_words = load_words(rows16, slot, head * K_STRIDE, K_BINS, ROW_BYTES, 1)
         scales = tl.load(rows32 + scale_at + (block_base(slot, ROW_BYTES // 4) + slot % _SLOTS))
         v_words = load_words(rows16, slot, V_OFFSET + head * V_STRIDE, V_BINS, ROW_BYTES, 0)
