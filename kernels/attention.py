@@ -43,10 +43,10 @@ class Tuning:
     stages: int = 3  # of the asynchronous copies; words are one stage behind their slots
     warps_per_sm: int = 16  # programs that are wanted; a program is one warp, and 12 run at a time
     generic_per_sm: int = 4  # the same of the generic kernel, whose programs have 4 or 8 warps
+    registers: int = 168  # of a thread, so that 12 programs fit a multiprocessor
 
 
 TUNING = Tuning()
-REGISTERS = 168  # of a thread, with which 12 programs fit a multiprocessor
 
 
 @cache
@@ -321,8 +321,8 @@ def _decode(
         launch_pdl=dependent(tables.device),
         num_warps=1,
         num_stages=TUNING.stages,
-        # One loop stays below by itself; of several, the compiler sometimes spends more than they need.
-        maxnreg=REGISTERS if len(ks) > 1 and max(tables.k.padded, tables.v.padded) <= 128 else None,
+        # The compiler spends more than it needs if it may. Twice the queries, or more channels, do need more.
+        maxnreg=TUNING.registers if block_m == 8 and max(tables.k.padded, tables.v.padded) <= 128 else None,
     )
 
 

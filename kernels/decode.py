@@ -31,6 +31,7 @@ _SLOTS = tl.constexpr(BLOCK_SLOTS)
 #: Probabilities reach float16 times this: the tail of a long softmax stays normal, and values up to a root mean
 #: square of 1,000 still fit.
 _LIFT = tl.constexpr(64.0)
+_ROWS = tl.constexpr(8)  # of a product, that lie in different threads
 
 
 @triton.constexpr_function
@@ -81,6 +82,12 @@ def load_shifts(column_shifts, BINS: tl.constexpr):
 
 
 @triton.jit
+def _within_threads(x):
+    """``[N, M]`` to ``[8, M]``, the sum over what a thread holds of a product's column: no exchange, few registers."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // _ROWS, _ROWS, x.shape[1]]), 0)
+
+
+@triton.jit
 def add_values(
     logits,
     v_words,
@@ -97,16 +104,16 @@ def add_values(
 ):
     """A tile's values into the running softmax, by its logits ``[N, M]`` in base 2: acc, peak, total, weight.
 
-    acc: per slot of V ``[16, M]``. total: summed over tokens once, behind the loop. weight: of the values, where
-    their codebook is linear.
+    acc: per slot of V ``[16, M]``. total ``[8, M]``: summed over tokens once, behind the loop. weight: of the values,
+    where their codebook is linear.
     """
     new_peak = tl.maximum(peak, tl.max(logits, 0))
     keep = tl.exp2(peak - new_peak)
     prob = tl.exp2(logits - new_peak[None, :])
-    total = total * keep[None, :] + prob
+    total = total * keep[None, :] + _within_threads(prob)
     weighted = (prob * (v_scale * _LIFT)[:, None]).to(tl.float16 if ASM else tl.float32)
     if len(V_POLY[0]) == 0:
-        weight = weight * keep[None, :] + weighted.to(tl.float32)
+        weight = weight * keep[None, :] + _within_threads(weighted.to(tl.float32))
     sums = ()
     for i in tl.static_range(len(V_SLOTS)):
         v = slot_levels(v_words, v_shifts, 0, i, V_SLOTS, V_REPEAT, V_POLY, ASM)
@@ -225,8 +232,8 @@ def _attend_split(
     for _ in tl.static_range(len(V_SLOTS)):
         acc += (tl.zeros([_COLUMNS, BLOCK_M], tl.float32),)
     peak = tl.full([BLOCK_M], -1e30, tl.float32)
-    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    weight = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)  # of the values, where their codebook is linear
+    total = tl.zeros([_ROWS, BLOCK_M], tl.float32)
+    weight = tl.zeros([_ROWS, BLOCK_M], tl.float32)  # of the values, where their codebook is linear
     scale_at = (NORM_OFFSET + 4 * head) * (_SLOTS // 4)
     for at in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         n = at + tl.arange(0, BLOCK_N)
