@@ -10,9 +10,11 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 _ROOT = Path(__file__).resolve().parent.parent
 _BOTH = {
@@ -133,15 +135,32 @@ def check_models(parser: argparse.ArgumentParser, models: list[Model]) -> None:
         parser.error("--model: every NAME needs to be another one")
 
 
-def ready(models: list[Model], folder: Path) -> list[Model]:
-    """The same with a path each; configs of known shapes are written to ``folder``.
+class ModelError(RuntimeError):
+    """A model that is known by name could not be made."""
 
-    Raises RuntimeError where the small real model, whose tokenizer they need, cannot be had.
+
+@contextmanager
+def ready(models: list[Model]) -> Iterator[list[Model]]:
+    """The same with a path each. Configs of known shapes are there as long as the with block.
+
+    Raises ModelError where the small real model, whose tokenizer they need, cannot be had.
     """
     if all(model.path for model in models):
-        return models
+        yield models
+        return
     small = small_model()
-    return [model if model.path else _made(model.name, folder, small) for model in models]
+    with TemporaryDirectory(prefix="models-") as folder:
+        yield [model if model.path else _made(model.name, Path(folder), small) for model in models]
+
+
+def with_ready(args: argparse.Namespace, run: Callable[[argparse.Namespace], int]) -> int:
+    """What a program's ``run(args)`` returns with ``args.model`` ready, or 2 where a model cannot be had."""
+    try:
+        with ready(args.model) as args.model:
+            return run(args)
+    except ModelError as e:
+        print(e, file=sys.stderr)
+        return 2
 
 
 def _made(name: str, folder: Path, small: str) -> Model:
@@ -154,12 +173,12 @@ def _made(name: str, folder: Path, small: str) -> Model:
 
 
 def small_model() -> str:
-    """Folder of SmolLM2-135M-Instruct; the first time it is downloaded. RuntimeError if that fails."""
+    """Folder of SmolLM2-135M-Instruct; the first time it is downloaded. ModelError if that fails."""
     script = _ROOT / "scripts" / "get_model.py"
     made = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, check=False)
     if made.returncode:
-        raise RuntimeError(
-            "the small real model could not be made (see above); every shape known by name uses its tokenizer: name "
-            "folders instead, --model NAME=CONFIG_FOLDER,TOKENIZER_FOLDER"
+        raise ModelError(
+            "--model: the small real model, whose tokenizer the known shapes have, could not be made (see above); name "
+            "folders instead, NAME=CONFIG_FOLDER,TOKENIZER_FOLDER"
         )
     return made.stdout.strip()

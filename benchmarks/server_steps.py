@@ -34,10 +34,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
-from tempfile import TemporaryDirectory
 
 from .launch import Server, ServerError, Stream, exit_on_sigterm, missing_plugin, shown, wait_for
-from .models import Model, add_models, check_models, ready
+from .models import Model, add_models, check_models, with_ready
 
 
 @dataclass(frozen=True)
@@ -363,21 +362,16 @@ def main(argv: list[str] | None = None) -> int:
         print(why, file=sys.stderr)
         return 2
     exit_on_sigterm()
-    with TemporaryDirectory(prefix="models-") as folder:
-        try:
-            args.model = ready(args.model, Path(folder))
-        except RuntimeError as e:
-            print(f"--model: {e}", file=sys.stderr)
-            return 2
-        return measure(args, argv)
+    words = sys.argv[1:] if argv is None else argv
+    return with_ready(args, lambda args: measure(args, words))
 
 
-def measure(args: argparse.Namespace, argv: list[str] | None) -> int:
+def measure(args: argparse.Namespace, words: list[str]) -> int:
     """Everything that was asked for, of models that have a path."""
     # Shapes with random weights are served at lengths that their configs do not name.
     os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     budget, started = Budget(args.budget), time.monotonic()
-    command = "python -m benchmarks.server_steps " + shown(shlex.join(sys.argv[1:] if argv is None else argv))
+    command = "python -m benchmarks.server_steps " + shown(shlex.join(words))
     record = Record(args.out, provenance(command, args.commit) | {"servers": {}})
     record.write()
     failed: dict[str, str] = {}

@@ -20,10 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from ..launch import Server, ServerError, exit_on_sigterm, missing_plugin, shown
-from ..models import KNOWN, Model, add_models, check_models, ready
+from ..models import KNOWN, Model, add_models, check_models, with_ready
 from ..server_steps import Budget, provenance, summary
 from . import check, memory
 from .bench import BenchError, Target, Worker
@@ -266,13 +265,8 @@ def main(argv: list[str] | None = None) -> int:
         print(why, file=sys.stderr)
         return 2
     exit_on_sigterm()
-    with TemporaryDirectory(prefix="models-") as folder:
-        try:
-            args.model = ready(args.model, Path(folder))
-        except RuntimeError as e:
-            print(f"--model: {e}", file=sys.stderr)
-            return 2
-        return measure(args, sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    return with_ready(args, lambda args: measure(args, words))
 
 
 def measure(args: argparse.Namespace, words: list[str]) -> int:
