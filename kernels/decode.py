@@ -31,7 +31,7 @@ _SLOTS = tl.constexpr(BLOCK_SLOTS)
 #: Probabilities reach float16 times this: the tail of a long softmax stays normal, and values up to a root mean
 #: square of 1,000 still fit.
 _LIFT = tl.constexpr(64.0)
-_ROWS = tl.constexpr(8)  # of a product, that lie in different threads
+THREAD_ROWS = tl.constexpr(8)  # of a product, that lie in different threads
 
 
 @triton.constexpr_function
@@ -84,7 +84,7 @@ def load_shifts(column_shifts, BINS: tl.constexpr):
 @triton.jit
 def _within_threads(x):
     """``[N, M]`` to ``[8, M]``, the sum over what a thread holds of a product's column: no exchange, few registers."""
-    return tl.sum(tl.reshape(x, [x.shape[0] // _ROWS, _ROWS, x.shape[1]]), 0)
+    return tl.sum(tl.reshape(x, [x.shape[0] // THREAD_ROWS, THREAD_ROWS, x.shape[1]]), 0)
 
 
 @triton.jit
@@ -232,8 +232,8 @@ def _attend_split(
     for _ in tl.static_range(len(V_SLOTS)):
         acc += (tl.zeros([_COLUMNS, BLOCK_M], tl.float32),)
     peak = tl.full([BLOCK_M], -1e30, tl.float32)
-    total = tl.zeros([_ROWS, BLOCK_M], tl.float32)
-    weight = tl.zeros([_ROWS, BLOCK_M], tl.float32)  # of the values, where their codebook is linear
+    total = tl.zeros([THREAD_ROWS, BLOCK_M], tl.float32)
+    weight = tl.zeros([THREAD_ROWS, BLOCK_M], tl.float32)  # of the values, where their codebook is linear
     scale_at = (NORM_OFFSET + 4 * head) * (_SLOTS // 4)
     for at in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         n = at + tl.arange(0, BLOCK_N)

@@ -20,7 +20,7 @@ from sglang_blockgtq.kernels.address import block_base
 from sglang_blockgtq.kernels.attention import DecodeScratch, target_splits
 from sglang_blockgtq.kernels.codec import LayerCodec
 from sglang_blockgtq.kernels.columns import COLUMNS
-from sglang_blockgtq.kernels.decode import add_values, load_shifts, load_words, store_split
+from sglang_blockgtq.kernels.decode import THREAD_ROWS, add_values, load_shifts, load_words, store_split
 from sglang_blockgtq.kernels.fields import offset_of, slot_levels
 from sglang_blockgtq.kernels.layout import BLOCK_SLOTS, gather_rows
 from sglang_blockgtq.kernels.splits import find_split, num_splits, request_block
@@ -190,8 +190,8 @@ def attend_kernel(
     for _ in tl.static_range(len(V_SLOTS)):
         acc += (tl.zeros([_COLUMNS, BLOCK_M], tl.float32),)
     peak = tl.full([BLOCK_M], -1e30, tl.float32)
-    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    weight = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    total = tl.zeros([THREAD_ROWS, BLOCK_M], tl.float32)
+    weight = tl.zeros([THREAD_ROWS, BLOCK_M], tl.float32)
     scale_at = (NORM_OFFSET + 4 * head) * (_SLOTS // 4)
     for at in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         n = at + tl.arange(0, BLOCK_N)
