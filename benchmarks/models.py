@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from .launch import exit_on_sigterm, missing_plugin
 
 _ROOT = Path(__file__).resolve().parent.parent
 _BOTH = {
@@ -153,11 +156,25 @@ def ready(models: list[Model]) -> Iterator[list[Model]]:
         yield [model if model.path else _made(model.name, Path(folder), small) for model in models]
 
 
-def with_ready(args: argparse.Namespace, run: Callable[[argparse.Namespace], int]) -> int:
-    """What a program's ``run(args)`` returns with ``args.model`` ready, or 2 where a model cannot be had."""
+def with_ready(
+    args: argparse.Namespace,
+    argv: list[str] | None,
+    server_args: Iterable[str],
+    run: Callable[[argparse.Namespace, list[str]], int],
+) -> int:
+    """What a program's ``run(args, words of its command line)`` returns, with ``args.model`` ready to be served.
+
+    2, with the reason on stderr, where the plugin that server_args ask for or a model cannot be had.
+    """
+    if why := missing_plugin(server_args):
+        print(why, file=sys.stderr)
+        return 2
+    exit_on_sigterm()
+    # Shapes with random weights are served at lengths that their configs do not name.
+    os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     try:
         with ready(args.model) as args.model:
-            return run(args)
+            return run(args, sys.argv[1:] if argv is None else argv)
     except ModelError as e:
         print(e, file=sys.stderr)
         return 2

@@ -35,7 +35,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
 
-from .launch import Server, ServerError, Stream, exit_on_sigterm, missing_plugin, shown, wait_for
+from .launch import Server, ServerError, Stream, shown, wait_for
 from .models import Model, add_models, check_models, with_ready
 
 
@@ -358,18 +358,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    if why := missing_plugin(arg for method in args.method for arg in METHODS[method].args):
-        print(why, file=sys.stderr)
-        return 2
-    exit_on_sigterm()
-    words = sys.argv[1:] if argv is None else argv
-    return with_ready(args, lambda args: measure(args, words))
+    asked = (arg for method in args.method for arg in METHODS[method].args)
+    return with_ready(args, argv, asked, measure)
 
 
 def measure(args: argparse.Namespace, words: list[str]) -> int:
     """Everything that was asked for, of models that have a path."""
-    # Shapes with random weights are served at lengths that their configs do not name.
-    os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     budget, started = Budget(args.budget), time.monotonic()
     command = "python -m benchmarks.server_steps " + shown(shlex.join(words))
     record = Record(args.out, provenance(command, args.commit) | {"servers": {}})

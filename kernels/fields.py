@@ -81,18 +81,16 @@ def depressed(poly):
 
 @triton.constexpr_function
 def _polynomial(poly):
-    """Instructions from the centred ``t`` to ``$0``."""
+    """Instructions that take the centred ``t`` to its level."""
     h, rest, slope = depressed(poly)
     text = ""
     if len(poly) > 1:
-        text += f"mov.b32 c, {_pair(h):#x}; fma.rn.f16x2 s, t, t, c; "
-        value = "s"
+        text += f"mov.b32 c, {_pair(h):#x}; fma.rn.f16x2 s, t, t, c; mov.b32 y, s; "
         for i in range(len(rest)):
-            text += f"mov.b32 c, {_pair(rest[i]):#x}; fma.rn.f16x2 y, {value}, s, c; "
-            value = "y"
-        text += f"mul.rn.f16x2 {'$0' if slope == 1 else 't'}, {value}, t; "
+            text += f"mov.b32 c, {_pair(rest[i]):#x}; fma.rn.f16x2 y, y, s, c; "
+        text += "mul.rn.f16x2 t, y, t; "
     if slope != 1:
-        text += f"mov.b32 c, {_pair(slope):#x}; mul.rn.f16x2 $0, t, c; "
+        text += f"mov.b32 c, {_pair(slope):#x}; mul.rn.f16x2 t, t, c; "
     return text
 
 
@@ -127,9 +125,8 @@ def _assembly(pieces, repeated, poly):
     if len(poly) == 0:
         return "{ .reg .b32 w, t; " + text + "}", constraints
     middle = (top | (((1 << bits) - 1) << (at - 1))) * 0x10001
-    to = "$0" if len(poly) == 1 and poly[0] == 1 else "t"
-    text += f"mov.b32 c, {middle:#x}; sub.rn.f16x2 {to}, t, c; "
-    return "{ .reg .b32 w, t, s, c, y; " + text + _polynomial(poly) + "}", constraints
+    text += f"mov.b32 c, {middle:#x}; sub.rn.f16x2 t, t, c; " + _polynomial(poly)
+    return "{ .reg .b32 w, t, s, c, y; " + text + "mov.b32 $0, t; }", constraints
 
 
 @triton.constexpr_function

@@ -93,7 +93,7 @@ def test_without_the_small_model(monkeypatch, tmp_path, capfd):
 def test_programs_say_so(program, monkeypatch, tmp_path, capfd):
     module = importlib.import_module(f"benchmarks.{program}")
     monkeypatch.setenv("SMOLLM2", str(tmp_path / "nowhere"))
-    monkeypatch.setattr(module, "exit_on_sigterm", lambda: None)
+    monkeypatch.setattr(models, "exit_on_sigterm", lambda: None)
     out = tmp_path / "out"
     assert module.main(["--out", str(out), "--model", "qwen2.5-3b", "--method", "bf16-fa3"]) == 2
     assert "--model: the small real model" in capfd.readouterr().err and not out.exists()

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # benchmarks/ is not installed
 
+from benchmarks import models  # noqa: E402
 from benchmarks import server_steps as steps  # noqa: E402
 from benchmarks.launch import Server, ServerError, Stream, shown, wait_for  # noqa: E402
 from benchmarks.models import Model  # noqa: E402
@@ -82,7 +83,7 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setenv("REQUESTS", str(tmp_path / "requests"))
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "0")  # main sets it: restored afterwards
-    monkeypatch.setattr(steps, "exit_on_sigterm", lambda: None)  # not in the test process
+    monkeypatch.setattr(models, "exit_on_sigterm", lambda: None)  # not in the test process
     return tmp_path / "requests"
 
 

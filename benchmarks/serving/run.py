@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 import time
@@ -21,7 +20,7 @@ from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..launch import Server, ServerError, exit_on_sigterm, missing_plugin, shown
+from ..launch import Server, ServerError, shown
 from ..models import KNOWN, Model, add_models, check_models, with_ready
 from ..server_steps import Budget, provenance, summary
 from . import check, memory
@@ -261,18 +260,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.report_only:
         write_report(Record(args.out), args.out)
         return 0
-    if why := missing_plugin(arg for method in args.method for arg in SERVERS[method].args):
-        print(why, file=sys.stderr)
-        return 2
-    exit_on_sigterm()
-    words = sys.argv[1:] if argv is None else argv
-    return with_ready(args, lambda args: measure(args, words))
+    asked = (arg for method in args.method for arg in SERVERS[method].args)
+    return with_ready(args, argv, asked, measure)
 
 
 def measure(args: argparse.Namespace, words: list[str]) -> int:
     """Whatever is still missing in ``--out``, of models that have a path."""
-    # Shapes with random weights are served at lengths that their configs do not name.
-    os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     record = Record(args.out)
     made = provenance("python -m benchmarks.serving " + shown(shlex.join(words)), args.commit)
     now = json.loads(json.dumps(settings(args, made)))  # with lists for tuples, as in the file

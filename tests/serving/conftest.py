@@ -32,6 +32,7 @@ def data() -> Path:
 @pytest.fixture
 def standin(tmp_path, monkeypatch):
     """Returns a function that gives the load generators' arguments of all calls so far."""
+    from benchmarks import models
     from benchmarks.serving import run
 
     monkeypatch.setenv("PYTHONPATH", str(_standin().write(tmp_path / "standin")))
@@ -41,7 +42,7 @@ def standin(tmp_path, monkeypatch):
     monkeypatch.setenv("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "0")  # main sets it: restored afterwards
     for name in ("FAKE", "BROKEN", "FAILS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(run, "exit_on_sigterm", lambda: None)  # not in the test process
+    monkeypatch.setattr(models, "exit_on_sigterm", lambda: None)  # not in the test process
     monkeypatch.setattr(run, "plain_token", lambda tokenizer: 123)
     monkeypatch.setattr(run, "check_prompt", lambda model, tokens: list(range(200, 200 + tokens)))
     calls = tmp_path / "calls"
