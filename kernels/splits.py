@@ -13,10 +13,6 @@ import triton.language as tl
 
 SPLIT_UNIT = 32  # tokens
 _UNIT = tl.constexpr(SPLIT_UNIT)
-#: Splits of fewer tokens are made no more than run at a time. Longer ones take a third more: the multiprocessors
-#: are then done more nearly together, which is worth a second round where a split's start and end are little of it.
-LONG = 384
-_LONG = tl.constexpr(LONG)
 _STEPS = 6  # sizes that are tried: the ideal one, and up to five eighths more
 _TRIES = tl.constexpr(_STEPS)
 
@@ -41,8 +37,6 @@ def _unit(tokens: int) -> int:
 def split_lengths(lengths: torch.Tensor, target: int) -> tuple[int, torch.Tensor]:
     """Twin of :func:`request_splits`: tokens of a split, and how many splits each request takes."""
     total, batch = int(lengths.sum()), len(lengths)
-    if total < LONG * target:
-        target = -(-3 * target // 4)
     ideal = -(-total // target)
     size = _unit(-(-total // (target - batch)) if target > batch else total)
     for k in reversed(range(_STEPS)):
@@ -64,7 +58,6 @@ def request_splits(kv_indptr, num_requests, target, REQUESTS: tl.constexpr):
     start = tl.load(kv_indptr + r, mask=live, other=0)
     length = (tl.load(kv_indptr + r + 1, mask=live, other=0) - start).to(tl.int32)
     total = tl.sum(length, 0)
-    target = tl.where(total < target * _LONG, tl.cdiv(3 * target, 4), target)
     ideal = tl.cdiv(total, target)
     spare = tl.maximum(target - num_requests, 1)
     size = tl.where(target > num_requests, tl.cdiv(total, spare), total)
