@@ -97,6 +97,13 @@ def test_lengths_argument():
             cli.lengths(wrong)
 
 
+def test_tuning_argument():
+    assert cli.tuning("registers=168") == ("registers", 168)
+    for wrong in ("registers", "registers=", "registers=0", "registers=a", "colour=3", "=3"):
+        with pytest.raises(cli.argparse.ArgumentTypeError, match="NAME one of block_n, stages"):
+            cli.tuning(wrong)
+
+
 def test_command_line_without_a_device(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["--out", str(tmp_path / "a.csv")]) == 2

@@ -6,9 +6,12 @@ import argparse
 import gc
 import sys
 import time
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
+
+from sglang_blockgtq.kernels import attention
 
 from . import cases, record, run, timing
 
@@ -25,6 +28,15 @@ def lengths(text: str) -> tuple[int, int]:
     raise argparse.ArgumentTypeError(f"{text}: BATCHxCONTEXT is needed, as in 8x32K")
 
 
+def tuning(text: str) -> tuple[str, int]:
+    """``registers=168`` to ("registers", 168). ArgumentTypeError for anything else."""
+    names = [f.name for f in fields(attention.Tuning)]
+    name, _, value = text.partition("=")
+    if name in names and value.isdecimal() and int(value) > 0:
+        return name, int(value)
+    raise argparse.ArgumentTypeError(f"{text}: NAME=NUMBER is needed, NAME one of {', '.join(names)}")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="CSV to write; a .json of the same name tells how")
@@ -36,6 +48,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "packed methods are named with their bits",
     )
     parser.add_argument("--lengths", nargs="+", type=lengths, metavar="BxN", help="e.g. 1x128K 32x8K; default: all")
+    parser.add_argument(
+        "--tuning",
+        nargs="+",
+        type=tuning,
+        default=[],
+        metavar="NAME=NUMBER",
+        help="of decode, as in registers=168 stages=3",
+    )
     parser.add_argument("--quick", action="store_true", help="three lengths, shuffled index")
     parser.add_argument("--check", action="store_true", help="check results and compile kernels, time nothing")
     parser.add_argument("--budget", type=float, default=285, help="seconds for everything (default 285)")
@@ -55,9 +75,11 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("benchmarks.kernels needs a CUDA device", file=sys.stderr)
         return 2
+    attention.TUNING = replace(attention.TUNING, **dict(args.tuning))
     torch.backends.cuda.matmul.allow_tf32 = False  # the reference is float32
     gc.freeze()  # a collection before each capture is then quick
     provenance = record.provenance(sys.argv[1:] if argv is None else argv, args.commit)
+    provenance["tuning"] = asdict(attention.TUNING)
     table = record.Table(args.out)
     if not args.check:
         copy, num_bytes = timing.copy_gbps()
