@@ -6,6 +6,8 @@ usage: python scripts/results_table.py [--check]
 from __future__ import annotations
 
 import csv
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -139,33 +141,39 @@ def whole(value: float) -> str:
 
 
 def serving(folder: Path | None = None) -> str:
-    """Servers under load, by model; empty without benchmarks/results/serving*/serving.csv. In brackets: how many times
-    better than bf16 it is."""
-    rows: list[dict] = []
-    for file in sorted((folder or ROOT / "benchmarks" / "results").glob("serving*/serving.csv")):
-        with file.open() as f:
-            rows += [r for r in csv.DictReader(f) if r["value"] and r["method"] in SERVED]
+    """Servers under load, by record and model; empty without benchmarks/results/serving*/serving.csv. In brackets: how
+    many times better than bf16 it is."""
     tables = []
-    for model in dict.fromkeys(r["model"] for r in rows):
-        here = [r for r in rows if r["model"] == model]
-        methods = [m for m in SERVED if any(r["method"] == m for r in here)]
-        lines = [f"| {model} | {' | '.join(SERVED[m] for m in methods)} |", f"|---|{'---:|' * len(methods)}"]
-        for scenario, measure, name, less in SERVING:
-            found = [r for r in here if (r["scenario"], r["measure"]) == (scenario, measure)]
-            cases = list(dict.fromkeys(r["case"] for r in found))
-            for case in cases[-1:] if scenario == "prefixes" else cases:
-                values = {r["method"]: float(r["value"]) for r in found if r["case"] == case}
-                base = values.get("bf16-fa3")
-                cells = []
-                for method in methods:
-                    value = values.get(method)
-                    text = "" if value is None else whole(value)
-                    if value and base and method != "bf16-fa3" and scenario != "cost" and measure != "hit_rate":
-                        text += f" ({base / value if less else value / base:.2f}x)"
-                    cells.append(text)
-                lines.append(f"| {name.format(case=case)} | {' | '.join(cells)} |")
-        tables.append("\n".join(lines))
+    for file in sorted((folder or ROOT / "benchmarks" / "results").glob("serving*/serving.csv")):
+        share = json.loads(file.with_suffix(".json").read_text()).get("settings", {}).get("mem_fraction")
+        with file.open() as f:
+            rows = [r for r in csv.DictReader(f) if r["value"] and r["method"] in SERVED]
+        for model in dict.fromkeys(r["model"] for r in rows):
+            title = f"{model}, {share:g} of the memory" if share else model
+            tables.append(servers(title, [r for r in rows if r["model"] == model]))
     return "\n\n".join(tables)
+
+
+def servers(title: str, rows: list[dict]) -> str:
+    """One model's servers beside one another."""
+    methods = [m for m in SERVED if any(r["method"] == m for r in rows)]
+    lines = [f"| {title} | {' | '.join(SERVED[m] for m in methods)} |", f"|---|{'---:|' * len(methods)}"]
+    for scenario, measure, name, less in SERVING:
+        found = [r for r in rows if (r["scenario"], r["measure"]) == (scenario, measure)]
+        # All of them have the same words around their numbers.
+        cases = sorted({r["case"] for r in found}, key=lambda case: [int(n) for n in re.findall(r"\d+", case)])
+        for case in cases[-1:] if scenario == "prefixes" else cases:
+            values = {r["method"]: float(r["value"]) for r in found if r["case"] == case}
+            base = values.get("bf16-fa3")
+            cells = []
+            for method in methods:
+                value = values.get(method)
+                text = "" if value is None else whole(value)
+                if value and base and method != "bf16-fa3" and scenario != "cost" and measure != "hit_rate":
+                    text += f" ({base / value if less else value / base:.2f}x)"
+                cells.append(text)
+            lines.append(f"| {name.format(case=case)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def updated(text: str) -> str:

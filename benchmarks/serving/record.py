@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from .configs import SERVERS
+from .configs import DEFAULT, SERVERS
 
 MEASURED = "measured"
 UNFIT = "does not fit"  # final, like a measurement: a fact about the server
@@ -35,6 +36,13 @@ class Row:
         return self.model, self.method, self.scenario, self.case
 
 
+def natural(case: str) -> list[str | int]:
+    """Sorts cases by their numbers."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", case)]
+
+
+#: where a method stands among the others
+PLACE = {method: i for i, method in enumerate(dict.fromkeys((*DEFAULT, *SERVERS)))}
 COLUMNS = ("model", "method", "k_bits", "v_bits", *(f.name for f in fields(Row) if f.name not in ("model", "method")))
 
 
@@ -66,10 +74,20 @@ class Record:
         """Add the rows of one or more cases, in place of what these cases had."""
         new = {row.where for row in rows}
         self.rows = [row for row in self.rows if row.where not in new] + rows
+        self._sort()
         self.write()
         for row in rows:
             shown = f"{row.measure} {row.value:.5g} {row.unit}" if row.value is not None else row.state
             print(*row.where, shown, row.note, flush=True)
+
+    def _sort(self) -> None:
+        """Models and scenarios as they came, methods and cases in their own order: a case that is measured again
+        returns to its place."""
+        models = list(dict.fromkeys(row.model for row in self.rows))
+        scenarios = list(dict.fromkeys(row.scenario for row in self.rows))
+        self.rows.sort(
+            key=lambda r: (models.index(r.model), PLACE[r.method], scenarios.index(r.scenario), natural(r.case))
+        )
 
     def value(self, model: str, method: str, scenario: str, case: str, measure: str) -> float | None:
         for row in self.rows:

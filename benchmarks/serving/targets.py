@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .configs import BASELINES
-from .record import MEASURED, UNFIT, Record
+from .record import MEASURED, UNFIT, Record, natural
 
 HOLDS = 0.95  # of the hit rate that a cache gives in which everything fits
 
@@ -70,8 +70,8 @@ def baseline(record: Record, model: str, scenario: str, case: str) -> str | None
 
 
 def cases(record: Record, model: str, scenario: str) -> list[str]:
-    """In the order of the record, without repeats."""
-    return list(dict.fromkeys(r.case for r in record.rows if (r.model, r.scenario) == (model, scenario)))
+    """By their numbers, without repeats."""
+    return sorted({r.case for r in record.rows if (r.model, r.scenario) == (model, scenario)}, key=natural)
 
 
 def models(record: Record) -> list[str]:
