@@ -40,7 +40,7 @@ class Tuning:
     """Choices of the decode kernel, measured on an H100 (docs/kernels.md)."""
 
     block_n: int = 32  # tokens of a tile
-    stages: int = 2  # of the asynchronous copies; words are one stage behind their slots
+    stages: int = 2  # of the asynchronous copies: a tile's words are asked for at the end of the one before
     warps_per_sm: int = 16  # programs that are wanted; a program is one warp, and all run at a time
     generic_per_sm: int = 4  # the same of the generic kernel, whose programs have 4 or 8 warps
     registers: int = 128  # of a thread, so that 16 programs fit a multiprocessor

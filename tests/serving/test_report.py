@@ -48,6 +48,14 @@ def test_record_is_read_as_it_was_written(record, tmp_path):
     assert [r.case for r in again.rows] == ["4096", "4096", "8192", "16384"] and again.rows[-1].value == 2.0
 
 
+def test_a_case_measured_again_returns_to_its_place(record):
+    for method, case in ((K3, "8192"), (BF16, "131072"), (BF16, "8192"), (K3, "131072"), (BF16, "16384")):
+        record.put([Row("m", method, "decode", case, "step", 1.0, "ms")])
+    wanted = [(BF16, "8192"), (BF16, "16384"), (BF16, "131072"), (K3, "8192"), (K3, "131072")]
+    assert [(r.method, r.case) for r in record.rows] == wanted
+    assert [v.case for v in verdicts(record) if v.scenario == "decode"] == ["8192", "16384", "131072", "131072"]
+
+
 @pytest.mark.parametrize(("ours", "wanted"), [(1.05, True), (1.06, False)])
 def test_decode_target(record, ours, wanted):
     both(record, "decode", "4096", "step", 1.0, ours)

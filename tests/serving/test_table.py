@@ -59,6 +59,24 @@ def test_table_is_that_of_the_file(script, results):
     ]
 
 
+def test_records_of_one_model_stay_apart(script, results):
+    """Servers with little memory are not those with much, whose figures have the same names."""
+    record = Record(results / "serving_gpu_small")
+    record.meta["settings"] = {"mem_fraction": 0.25}
+    record.put([Row("big", "bf16-fa3", "capacity", "start", "tokens", 10, "tokens")])
+    record.put([Row("big", "blockgtq-k3v3", "decode", f"{n}", "step", n / 1000, "ms") for n in (16384, 131072, 4096)])
+    first, second = script.serving(results).split("\n\n")
+    assert "| tokens that fit | 1,000 |" in first
+    assert second.splitlines() == [
+        "| big, 0.25 of the memory | bf16, FlashAttention-3 | **K3V3** |",
+        "|---|---:|---:|",
+        "| tokens that fit | 10 |  |",
+        "| decode step after 4096 tokens, ms |  | 4.1 |",
+        "| decode step after 16384 tokens, ms |  | 16.4 |",
+        "| decode step after 131072 tokens, ms |  | 131 |",
+    ]
+
+
 def test_no_file_no_table(script, tmp_path):
     assert script.serving(tmp_path) == ""
 
