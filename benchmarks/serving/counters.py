@@ -31,3 +31,17 @@ def pool_bytes(info: dict) -> float | None:
         return float(packed["pool_bytes"])
     found = state(info).get("memory_usage", {}).get("kvcache")
     return None if found is None else found * GB
+
+
+def request_table(info: dict) -> tuple[float, float] | None:
+    """Bytes of SGLang's ``req_to_token``, and of one request's row in it.
+
+    It has a row for each request that may run and one more, of 4 bytes a token of the context and 4 tokens. How many
+    may run grows with the tokens that fit, so it is larger beside a packed cache: gigabytes where the context is long.
+    """
+    server = state(info)
+    rows, context = server.get("effective_max_running_requests_per_dp"), server.get("context_length")
+    if not rows or not context:
+        return None
+    row = 4.0 * (context + 4)
+    return (rows + 1) * row, row

@@ -20,7 +20,16 @@ HEADINGS = {
     "cost": "Start-up and memory",
 }
 #: no "x bf16" beside these
-PLAIN = {"hit_rate", "retractions", "working_set", "cache", "bytes_per_token", "memory_weights", "memory_peak"}
+PLAIN = {
+    "hit_rate",
+    "retractions",
+    "working_set",
+    "cache",
+    "bytes_per_token",
+    "memory_weights",
+    "memory_peak",
+    "memory_requests",
+}
 
 
 def number(value: float, unit: str) -> tuple[str, str]:

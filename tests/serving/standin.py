@@ -33,7 +33,8 @@ class Handler(BaseHTTPRequestHandler):
             STATE["retracted"] = STATE.get("retracted", -2) + 2
             return self.reply(b'sglang:num_retracted_requests_total{a="b"} %d.0\\n' % STATE["retracted"])
         use = {"weight": 1.5, "kvcache": 2.0, "graph": {"prefill": 0.25, "decode": 0.25}}
-        info = {"max_total_num_tokens": TOKENS, "internal_states": [{"memory_usage": use}]}
+        server = {"memory_usage": use, "effective_max_running_requests_per_dp": 9, "context_length": 996}
+        info = {"max_total_num_tokens": TOKENS, "internal_states": [server]}
         if PACKED:
             info["kv_quant"] = {"table_origin": "calibrated", "table_seconds": 2.5, "pool_bytes": 400000}
         self.reply(json.dumps(info).encode())

@@ -5,17 +5,28 @@ from __future__ import annotations
 import os
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.serving import memory
 from benchmarks.serving.record import UNFIT, UNMEASURED, Record, Row
 from benchmarks.serving.report import page, write
+from benchmarks.serving.scenarios import batches, cost, decode
 from benchmarks.serving.targets import TARGETS, verdicts
 
 # A module that is None cannot be imported.
 NO_MATPLOTLIB = {"matplotlib": None, "matplotlib.pyplot": None}
 K3, BF16 = "blockgtq-k3v3", "bf16-fa3"
+
+
+class Silent:
+    """A server that has started and says nothing."""
+
+    start_s = 1.0
+
+    def output(self) -> str:
+        return ""
 
 
 @pytest.fixture
@@ -157,6 +168,37 @@ def test_memory_of_the_whole_device_where_processes_are_hidden(monkeypatch):
     assert memory.used(os.getpgid(0)) == (5.0, "processes of the server")
     monkeypatch.setattr(memory, "_nvml", lambda: None)
     assert memory.used(os.getpgid(0)) == (None, "no NVML")
+
+
+def server_info(cache: float) -> dict:
+    """Of a server with 2 GiB of weights, half a GiB of graphs and 8 requests of 60 + 4 tokens, at 4 bytes each."""
+    use = {"weight": 2.0, "kvcache": cache, "graph": {"decode": 0.5}}
+    limits = {"effective_max_running_requests_per_dp": 8, "context_length": 60}
+    return {"max_total_num_tokens": 1000, "internal_states": [{"memory_usage": use, **limits}]}
+
+
+def test_memory_that_grows_with_the_cache_is_not_the_servers_own():
+    """SGLang's table of requests is larger beside a cache that holds more tokens."""
+    held = 8.0 * 2**30
+    ctx = SimpleNamespace(server=Silent(), info=server_info(4.0), held=held, held_by="")
+    ((_, values),) = cost.measure(ctx, ["start"])
+    found = {v.measure: v.value for v in values}
+    assert found["memory_requests"] == 9 * 64 * 4
+    assert found["memory_rest"] == 1.5 * 2**30 - 9 * 64 * 4
+    assert found["memory_weights"] == 2 * 2**30 and found["memory_graphs"] == 2**29
+
+
+def test_memory_needed_holds_one_sequence(monkeypatch):
+    result = {"input_len": 400, "output_len": 100, "batch_size": 1, "steady_state_output_throughput": 100.0}
+    result["total_output_tokens"] = 100
+    monkeypatch.setattr(batches, "run", lambda *_: [(400, result, (8.0 * 2**30, "all"))])
+    ctx = SimpleNamespace(info=server_info(4.0), sizes=SimpleNamespace(steps=99))
+    ((_, values),) = decode.measure(ctx, ["400"])
+    found = {v.measure: v.value for v in values}
+    assert found == {"step": 10, "memory_peak": 8 * 2**30, "memory_needed": 6 * 2**30 - 8 * 64 * 4}
+    del ctx.info["internal_states"][0]["context_length"]
+    ((_, values),) = decode.measure(ctx, ["400"])
+    assert {v.measure for v in values} == {"step", "memory_peak"}, "what is not known is not guessed"
 
 
 def test_smoke_figures_are_not_judged(record):

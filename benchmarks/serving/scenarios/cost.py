@@ -1,13 +1,13 @@
 """What a server costs before its first request: time to start and its parts, memory by what it is for.
 
-``memory_rest`` is what remains of the server's GPU memory without weights, cache and graphs: CUDA itself, workspaces
-and tables. The plugin's own share is its difference from the unquantized server's.
+``memory_rest`` is what remains of the server's GPU memory without weights, cache, graphs and SGLang's table of
+requests: CUDA itself, workspaces and tables. The plugin's own share is its difference from the unquantized server's.
 """
 
 from __future__ import annotations
 
 from ...server_steps import phases
-from ..counters import GB, pool_bytes, state
+from ..counters import GB, pool_bytes, request_table, state
 from . import Context, Outcomes, Plan, Value
 
 NAME = "cost"
@@ -27,7 +27,9 @@ def measure(ctx: Context, cases: list[str]) -> Outcomes:
     graphs = sum((use.get("graph") or {}).values()) * GB
     if use:
         values += [Value("memory_weights", use["weight"] * GB, "bytes"), Value("memory_graphs", graphs, "bytes")]
-    if ctx.held is not None and use and (pool := pool_bytes(ctx.info)):
-        rest = ctx.held - use["weight"] * GB - graphs - pool
+    if table := request_table(ctx.info):
+        values.append(Value("memory_requests", table[0], "bytes", "which token of which request lies where"))
+    if ctx.held is not None and use and table and (pool := pool_bytes(ctx.info)):
+        rest = ctx.held - use["weight"] * GB - graphs - pool - table[0]
         values.append(Value("memory_rest", rest, "bytes", ctx.held_by))
     yield CASE, values
