@@ -20,7 +20,7 @@ import triton
 from .decode import decode_kernel
 from .dependent import dependent
 from .flash import attention_kernel
-from .merge_splits import CHUNK, merge_chunk_kernel, merge_row_kernel, merge_tile_kernel
+from .merge_splits import CHUNK, merge_chunk_kernel, merge_group_kernel, merge_row_kernel, merge_tile_kernel
 from .naive import merge_states
 from .splits import SPLIT_UNIT, num_splits, request_block
 from .tables import DeviceTables
@@ -32,6 +32,7 @@ MAX_PREFIX_SPLITS = 8
 MAX_Q_LEN = 8
 _QUERY_BYTES = 1 << 16  # of shared memory
 _LOG2E = 1.4426950408889634
+_GROUPS_AT_ONCE = 128  # tokens times KV heads up to which one launch merges and turns
 _ROWS_ALONE = 128  # output rows up to which each gets a merging program of its own
 
 
@@ -346,28 +347,38 @@ def _merge(
         "DEPENDENT": dependent(tables.device),
         "launch_pdl": dependent(tables.device),
     }
-    # With few requests a row has many splits, which 64 at a time spread over the device; with many, one program
-    # goes through them. The row that has more than its share, a long request among short ones, is slower then.
+    per_request = target // requests
     alone = tokens * num_heads <= _ROWS_ALONE and side.padded <= 128
     spread = alone and target > CHUNK * requests
+    if not spread and tokens * tables.heads <= _GROUPS_AT_ONCE and side.padded <= 128:
+        columns = min(64, side.padded)
+        merge_group_kernel[(tables.heads, tokens, side.padded // columns)](
+            scratch.out, scratch.lse, side.back, kv_indptr, out, lse, requests, target, num_heads,
+            out.stride(0), out.stride(1), **shared, COLUMNS=columns, ROWS=max(8, triton.next_power_of_2(group)),
+            BLOCK=max(4, min(16, triton.next_power_of_2(per_request))), num_warps=8,
+        )  # fmt: skip
+        return
+    # With few requests a row has many splits, which 64 at a time spread over the device; with many, one program
+    # goes through them. The row that has more than its share, a long request among short ones, is slower then.
     # Twice the share of each: a program too many costs as much to start as one that is needed.
-    chunks = triton.cdiv(min(target, 2 * target // requests), CHUNK) if spread else 1
-    block = max(4, min(CHUNK, triton.next_power_of_2(2 * target // requests)))
+    chunks = triton.cdiv(min(target, 2 * per_request), CHUNK) if spread else 1
+    block = max(4, min(CHUNK, triton.next_power_of_2(2 * per_request)))
     merge_chunk_kernel[(num_heads, tokens, chunks)](
         scratch.out, scratch.lse, kv_indptr, requests, target, num_heads,
         **{name: value for name, value in shared.items() if name != "GROUP"},
         BLOCK=block, WHOLE=not spread, num_warps=4 if block > 8 else 1,
     )  # fmt: skip
-    if alone:
+    if spread:
         columns = min(32, side.padded)  # few rows share the matrix' columns out, to fill the device
         merge_row_kernel[(num_heads, tokens, side.padded // columns)](
             scratch.out, scratch.lse, side.back, kv_indptr, out, lse, requests, target, num_heads,
-            out.stride(0), out.stride(1), **shared, COLUMNS=columns, WHOLE=not spread, num_warps=4,
+            out.stride(0), out.stride(1), **shared, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
     else:
-        merge_tile_kernel[(triton.cdiv(tokens * group, 16), tables.heads)](
+        columns = min(64, side.padded)
+        merge_tile_kernel[(triton.cdiv(tokens * group, 16), tables.heads, side.padded // columns)](
             scratch.out, scratch.lse, side.back, kv_indptr, out, lse, tokens * group, requests, target, num_heads,
-            out.stride(0), out.stride(1), **shared, ROWS=16, num_warps=4,
+            out.stride(0), out.stride(1), **shared, COLUMNS=columns, ROWS=16, num_warps=4,
         )  # fmt: skip
 
 

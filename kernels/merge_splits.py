@@ -1,9 +1,10 @@
 """Merge of decode attention's splits, exact by their log-sum-exp, and the turn of the result by ``v_out``.
 
-Both are linear in the splits' outputs, so the turn comes last and once. A first launch merges the splits of an output
-row, in the place of the first of them: 64 at a time where requests are few and each has many, which spreads them over
-the GPU, or all of a row's. A second launch merges what is left and turns it: with one program for each row where rows
-are few, else 16 rows at a time, so that the matrix is read a sixteenth as often.
+Both are linear in the splits' outputs, so the turn comes last and once. Where each request has a few splits, one launch
+does it all: a program merges them for the heads of one group, which share the matrix. Where requests are few and each
+has many splits, a first launch merges 64 at a time, in the place of the first of them, which spreads them over the GPU;
+where requests are many, all of a row's. A second launch then merges what is left and turns it: one program for each row
+where rows are few, else 16 rows at a time, so that the matrix is read a sixteenth as often.
 """
 
 from __future__ import annotations
@@ -91,6 +92,71 @@ def merge_chunk_kernel(
     do_not_specialize=["num_requests", "target", "num_heads"],
     do_not_specialize_on_alignment=["kv_indptr"],
 )
+def merge_group_kernel(
+    partial_out,
+    partial_lse,
+    matrix,  # float32 [H, PADDED, PADDED] (in, out)
+    kv_indptr,
+    out,
+    lse,
+    num_requests,
+    target,
+    num_heads,
+    stride_ot,
+    stride_oh,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,  # at least GROUP
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr,  # of the output, per program
+    REQUESTS: tl.constexpr,
+    BLOCK: tl.constexpr,  # splits taken at a time
+    DEPENDENT: tl.constexpr,
+):
+    """All splits of a request, for the query heads of one KV head, and the turn: the only launch."""
+    head, token, first_column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * COLUMNS
+    channel = tl.arange(0, PADDED)
+    column = first_column + tl.arange(0, COLUMNS)
+    weights = tl.load(matrix + head.to(tl.int64) * PADDED * PADDED + channel[:, None] * PADDED + column[None, :])
+    first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS)
+    wait_and_release(DEPENDENT)
+    g = tl.arange(0, ROWS)
+    j = head * GROUP + g
+    # Within a request 32 bits are enough to count in.
+    base = (first.to(tl.int64) * QUERIES + token % QUERIES) * num_heads
+    parts, states = partial_out + base * DIM, partial_lse + base
+    peak = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    merged = tl.zeros([ROWS, PADDED], tl.float32)
+    for start in range(0, count, BLOCK):
+        split = start + tl.arange(0, BLOCK)
+        live = (split < count)[:, None] & (g < GROUP)[None, :]
+        row = (split * (QUERIES * num_heads))[:, None] + j[None, :]
+        state = tl.load(states + row, mask=live, other=float("-inf"))
+        mask = live[:, :, None] & (channel < DIM)[None, None, :]
+        part = tl.load(parts + row[:, :, None] * DIM + channel[None, None, :], mask=mask, other=0.0)
+        new_peak = tl.maximum(peak, tl.max(state, 0))
+        share = tl.exp(state - new_peak[None, :])
+        keep = tl.exp(peak - new_peak)
+        peak = new_peak
+        total = total * keep + tl.sum(share, 0)
+        merged = merged * keep[:, None] + tl.sum(part.to(tl.float32) * share[:, :, None], 0)
+    safe_total = tl.where(total > 0, total, 1.0)
+    merged = merged / safe_total[:, None]
+    turned = tl.dot(tl.trans(weights), tl.trans(merged), input_precision="tf32x3")
+    to = out + token.to(tl.int64) * stride_ot + j[None, :] * stride_oh + column[:, None]
+    live_row = g < GROUP
+    tl.store(to, turned.to(out.dtype.element_ty), mask=live_row[None, :] & (column < DIM)[:, None])
+    if first_column == 0:
+        merged_lse = tl.where(total > 0, peak + tl.log(safe_total), float("-inf"))
+        tl.store(lse + token * num_heads + j, merged_lse, mask=live_row)
+
+
+@triton.jit(
+    do_not_specialize=["num_requests", "target", "num_heads"],
+    do_not_specialize_on_alignment=["kv_indptr"],
+)
 def merge_row_kernel(
     partial_out,
     partial_lse,
@@ -103,7 +169,6 @@ def merge_row_kernel(
     num_heads,
     stride_ot,
     stride_oh,
-    WHOLE: tl.constexpr,  # merge_chunk_kernel has left one part of a row; else one for every 64 splits
     GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
     DIM: tl.constexpr,
@@ -119,8 +184,6 @@ def merge_row_kernel(
         matrix + (j // GROUP).to(tl.int64) * PADDED * PADDED + channel[:, None] * PADDED + column[None, :]
     )
     first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS)
-    if WHOLE:
-        count = tl.minimum(count, 1)
     wait_and_release(DEPENDENT)
     peak = -1e30
     total = 0.0
@@ -161,12 +224,19 @@ def merge_tile_kernel(
     QUERIES: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr,  # of the output, per program
     ROWS: tl.constexpr,
     REQUESTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     BLOCK_K: tl.constexpr = 32 if PADDED >= 32 else PADDED
-    head = tl.program_id(1)
+    head, first_column = tl.program_id(1), tl.program_id(2) * COLUMNS
+    column = first_column + tl.arange(0, COLUMNS)
+    # All of the matrix before the wait: in a server it comes from memory each time.
+    weights = ()
+    for i in tl.static_range(PADDED // BLOCK_K):
+        channel = i * BLOCK_K + tl.arange(0, BLOCK_K)
+        weights += (tl.load(matrix + head * PADDED * PADDED + channel[:, None] * PADDED + column[None, :]),)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = r < num_rows
     token, j = r // GROUP, head * GROUP + r % GROUP
@@ -181,15 +251,13 @@ def merge_tile_kernel(
     state = tl.load(partial_lse + state_at, mask=some, other=float("-inf"))
     some = some & (state > float("-inf"))
 
-    out_channel = tl.arange(0, PADDED)
-    tile = tl.zeros([ROWS, PADDED], tl.float32)
-    for start in range(0, DIM, BLOCK_K):
-        channel = start + tl.arange(0, BLOCK_K)
+    tile = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for i in tl.static_range(PADDED // BLOCK_K):
+        channel = i * BLOCK_K + tl.arange(0, BLOCK_K)
         mask = some[:, None] & (channel < DIM)[None, :]
         merged = tl.load(partial_out + state_at[:, None] * DIM + channel[None, :], mask=mask, other=0.0)
-        merged = merged.to(tl.float32)
-        weights = tl.load(matrix + head * PADDED * PADDED + channel[:, None] * PADDED + out_channel[None, :])
-        tile = tl.dot(merged, weights, tile, input_precision="tf32x3")
-    to = out + (token.to(tl.int64) * stride_ot + j * stride_oh)[:, None] + out_channel[None, :]
-    tl.store(to, tile.to(out.dtype.element_ty), mask=live[:, None] & (out_channel < DIM)[None, :])
-    tl.store(lse + token * num_heads + j, state, mask=live)
+        tile = tl.dot(merged.to(tl.float32), weights[i], tile, input_precision="tf32x3")
+    to = out + (token.to(tl.int64) * stride_ot + j * stride_oh)[:, None] + column[None, :]
+    tl.store(to, tile.to(out.dtype.element_ty), mask=live[:, None] & (column < DIM)[None, :])
+    if first_column == 0:
+        tl.store(lse + token * num_heads + j, state, mask=live)

@@ -98,13 +98,16 @@ def test_several_queries_of_a_request(case, q_len):
     assert_same(decode(case, q_len, target=8), want, TOLERANCE[DEVICE][case.dtype])
 
 
-@pytest.mark.parametrize("alone", [0, 1 << 30], ids=["tile", "row"])
+@pytest.mark.parametrize("kind", ["tile", "row", "group"])
 @over([TEMPLATE, SMALL[3], SMALL[5], PRODUCT, *LARGE])
-def test_both_merging_kernels(case, alone, monkeypatch):
-    if alone and data(case).tables.v.padded > 128:
+def test_merging_kernels(case, kind, monkeypatch):
+    if kind != "tile" and data(case).tables.v.padded > 128:
         pytest.skip("rows of so many channels are merged in tiles")
-    monkeypatch.setattr(attention, "_ROWS_ALONE", alone)
-    monkeypatch.setattr(attention, "merge_tile_kernel" if alone else "merge_row_kernel", None)
+    monkeypatch.setattr(attention, "CHUNK", 1 if kind == "row" else 1 << 20)  # whether a row has many splits
+    monkeypatch.setattr(attention, "_ROWS_ALONE", 1 << 30)
+    monkeypatch.setattr(attention, "_GROUPS_AT_ONCE", 1 << 30 if kind == "group" else 0)
+    for other in {"tile", "row", "group"} - {kind}:
+        monkeypatch.setattr(attention, f"merge_{other}_kernel", None)
     for q_len in (1, 2) if case in LARGE else (2,):
         assert_same(decode(case, q_len, target=8), decoded_by_twin(case, q_len), TOLERANCE[DEVICE][case.dtype])
 

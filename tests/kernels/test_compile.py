@@ -107,7 +107,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, fold
     indptr, slots = torch.arange(9, dtype=torch.int32), torch.arange(8)
     attention.decode_attention(tables, q, rows, indptr, slots, 0.1, target=32)
     attention.decode_attention(tables, q, rows, indptr[:3], slots, 0.1, q_len=4, target=200)
-    attention._ROWS_ALONE = 0
+    attention._ROWS_ALONE = attention._GROUPS_AT_ONCE = 0
     attention.decode_attention(tables, q, rows, indptr, slots, 0.1, target=32)
     attention.prefix_attention(tables, q, rows, indptr, indptr, slots, 0.1, max_q_len=1000)
     unpack.unpack(unpack.UnpackTables.of(tables, half=True), rows, slots, k, v)
@@ -148,7 +148,7 @@ def test_every_launch_compiles(folder, case, capability):
     assert [launch["name"] for launch in launches] == [
         "encode_few_kernel" if fast else "encode_many_kernel",
         "encode_many_kernel",
-        *("_turn_kernel", decode, "merge_chunk_kernel", "merge_row_kernel"),
+        *("_turn_kernel", decode, "merge_group_kernel"),
         *("_turn_kernel", decode, "merge_chunk_kernel", "merge_row_kernel"),
         *("_turn_kernel", decode, "merge_chunk_kernel", "merge_tile_kernel"),
         *("_turn_kernel", "attention_kernel", "_merge_kernel"),
@@ -166,6 +166,7 @@ def test_kernels_of_a_step_wait_for_each_other_on_hopper(folder, capability):
         "encode_few_kernel",
         "decode_kernel",
         "merge_chunk_kernel",
+        "merge_group_kernel",
         "merge_row_kernel",
         "merge_tile_kernel",
         "_turn_kernel",

@@ -99,11 +99,12 @@ def scratch_and_twin(case, lengths, target, q_len):
     return DecodeScratch(out.to(DEVICE), lse.to(DEVICE)), turned.float(), torch.cat(want_lse).float()
 
 
-@pytest.mark.parametrize("alone", [0, 1 << 30], ids=["tile", "row"])
+@pytest.mark.parametrize("at_once, alone", [(0, 0), (0, 1 << 30), (1 << 30, 0)], ids=["tile", "row", "group"])
 @pytest.mark.parametrize("case", [SMALL[0], SMALL[5]], ids=str)
 @pytest.mark.parametrize("target, q_len", [(1, 1), (5, 3), (2 * CHUNK + 1, 1), (5 * CHUNK + 1, 1)])
-def test_merge_matches_twin(case, alone, target, q_len, monkeypatch):
+def test_merge_matches_twin(case, at_once, alone, target, q_len, monkeypatch):
     """Of few splits, of many, and of so many that one row has more chunks than there are programs for it."""
+    monkeypatch.setattr(attention, "_GROUPS_AT_ONCE", at_once)
     monkeypatch.setattr(attention, "_ROWS_ALONE", alone)
     lengths = [0, 100_000 if target > 4 * CHUNK else 5000, 3]
     scratch, want, want_lse = scratch_and_twin(case, lengths, target, q_len)
