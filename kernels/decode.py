@@ -28,9 +28,9 @@ from .splits import by_multiprocessor, find_split, request_splits
 _LN2 = tl.constexpr(0.6931471805599453)
 _COLUMNS = tl.constexpr(COLUMNS)
 _SLOTS = tl.constexpr(BLOCK_SLOTS)
-#: Probabilities reach float16 times this: the tail of a long softmax stays normal, and values up to a root mean
-#: square of 1,000 still fit.
-_LIFT = tl.constexpr(64.0)
+#: Probabilities are kept times 2 to this: the tail of a long softmax stays normal in float16, and values up to a root
+#: mean square of 1,000 still fit. It costs nothing, since a fused operation takes logits and peak to the exponent.
+_LIFT = tl.constexpr(6.0)
 THREAD_ROWS = tl.constexpr(8)  # of a product, that lie in different threads
 
 
@@ -90,6 +90,7 @@ def _within_threads(x):
 @triton.jit
 def add_values(
     logits,
+    to_log2,
     v_words,
     v_scale,
     v_shifts,
@@ -102,16 +103,16 @@ def add_values(
     V_POLY: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """A tile's values into the running softmax, by its logits ``[N, M]`` in base 2: acc, peak, total, weight.
+    """A tile's values into the running softmax, by its logits ``[N, M]``: acc, peak, total, weight.
 
-    acc: per slot of V ``[16, M]``. total ``[8, M]``: summed over tokens once, behind the loop. weight: of the values,
-    where their codebook is linear.
+    to_log2 ``[M]``, positive: takes logits and the peak to base 2. acc: per slot of V ``[16, M]``. total ``[8, M]``:
+    summed over tokens once, behind the loop. weight: of the values, where their codebook is linear.
     """
     new_peak = tl.maximum(peak, tl.max(logits, 0))
-    keep = tl.exp2(peak - new_peak)
-    prob = tl.exp2(logits - new_peak[None, :])
+    keep = tl.exp2((peak - new_peak) * to_log2)
+    prob = tl.exp2(logits * to_log2[None, :] - (new_peak * to_log2 - _LIFT)[None, :])
     total = total * keep[None, :] + _within_threads(prob)
-    weighted = (prob * (v_scale * _LIFT)[:, None]).to(tl.float16 if ASM else tl.float32)
+    weighted = (prob * v_scale[:, None]).to(tl.float16 if ASM else tl.float32)
     if len(V_POLY[0]) == 0:
         weight = weight * keep[None, :] + _within_threads(weighted.to(tl.float32))
     sums = ()
@@ -127,6 +128,7 @@ def store_split(
     peak,
     total,
     weight,
+    to_log2,
     row,
     live_row,
     partial_out,
@@ -141,13 +143,13 @@ def store_split(
     c = tl.arange(0, _COLUMNS)
     total = tl.sum(total, 0)
     seen_any = total > 0  # not where a query sees nothing of this split
-    scale = tl.where(seen_any, 1.0 / (tl.where(seen_any, total, 1.0) * _LIFT), 0.0)
+    scale = tl.where(seen_any, 1.0 / tl.where(seen_any, total, 1.0), 0.0)
     weights = tl.sum(weight, 0)
     for i in tl.static_range(len(V_SLOTS)):
         to = row[None, :] * V_DIM + (c + i * _COLUMNS)[:, None]
         value = acc[i] - (weights * slot_offset(i, V_SLOTS, V_REPEAT, V_POLY))[None, :]
         tl.store(partial_out + to, value * (scale * V_SLOPE[i])[None, :], mask=live_row[None, :])
-    lse = tl.where(seen_any, (peak + tl.log2(tl.where(seen_any, total, 1.0))) * _LN2, float("-inf"))
+    lse = tl.where(seen_any, (peak * to_log2 + tl.log2(tl.where(seen_any, total, 1.0)) - _LIFT) * _LN2, float("-inf"))
     tl.store(partial_lse + row, lse, mask=live_row)
 
 
@@ -248,19 +250,30 @@ def _attend_split(
         for i in tl.static_range(len(K_SLOTS)):
             k = slot_levels(k_words, k_shifts, 1, i, K_SLOTS, K_REPEAT, K_POLY, ASM)
             logits = tl.dot(k, qs[i], logits, input_precision="ieee")
-        logits = logits * k_scale[:, None] * to_log2[None, :]
-        if QUERIES == 1:
-            logits = tl.where((n < end)[:, None], logits, float("-inf"))
-        else:
-            logits = tl.where((n < end)[:, None] & (n[:, None] < seen[None, :]), logits, float("-inf"))
+        logits = logits * k_scale[:, None] + tl.where(n < end, 0.0, float("-inf"))[:, None]
+        if QUERIES > 1:
+            logits = tl.where(n[:, None] < seen[None, :], logits, float("-inf"))
 
         acc, peak, total, weight = add_values(
-            logits, v_words, v_scale, v_shifts, acc, peak, total, weight, V_SLOTS, V_REPEAT, V_POLY, ASM
+            logits, to_log2, v_words, v_scale, v_shifts, acc, peak, total, weight, V_SLOTS, V_REPEAT, V_POLY, ASM
         )
 
     row = (split.to(tl.int64) * QUERIES + query) * (HEADS * GROUP) + j
     store_split(
-        acc, peak, total, weight, row, live_row, partial_out, partial_lse, V_DIM, V_SLOTS, V_REPEAT, V_POLY, V_SLOPE
+        acc,
+        peak,
+        total,
+        weight,
+        to_log2,
+        row,
+        live_row,
+        partial_out,
+        partial_lse,
+        V_DIM,
+        V_SLOTS,
+        V_REPEAT,
+        V_POLY,
+        V_SLOPE,
     )
 
 

@@ -210,16 +210,28 @@ def attend_kernel(
             query = tl.load(folded + part, mask=live_row[None, :], other=0.0).to(operand)
             k = slot_levels(k_words, k_shifts, 1, i, K_SLOTS, K_REPEAT, K_POLY, ASM)
             logits = tl.dot(k, query, logits, input_precision="ieee")
-        logits = logits * k_scale[:, None] * to_log2[None, :]
-        logits = tl.where((n < end)[:, None], logits, float("-inf"))
+        logits = logits * k_scale[:, None] + tl.where(n < end, 0.0, float("-inf"))[:, None]
 
         acc, peak, total, weight = add_values(
-            logits, v_words, v_scale, v_shifts, acc, peak, total, weight, V_SLOTS, V_REPEAT, V_POLY, ASM
+            logits, to_log2, v_words, v_scale, v_shifts, acc, peak, total, weight, V_SLOTS, V_REPEAT, V_POLY, ASM
         )
 
     row = split.to(tl.int64) * (HEADS * GROUP) + j
     store_split(
-        acc, peak, total, weight, row, live_row, partial_out, partial_lse, V_DIM, V_SLOTS, V_REPEAT, V_POLY, V_SLOPE
+        acc,
+        peak,
+        total,
+        weight,
+        to_log2,
+        row,
+        live_row,
+        partial_out,
+        partial_lse,
+        V_DIM,
+        V_SLOTS,
+        V_REPEAT,
+        V_POLY,
+        V_SLOPE,
     )
 
 

@@ -271,10 +271,11 @@ def assert_fits_registers(file: Path, loops: int = 1) -> None:
     assert int(re.search(r"REG:(\d+)", usage)[1]) <= 128, usage
     found = machine_loops(cubin)
     assert len(found) == loops
-    # On 8.0 a few addresses are read again for each tile.
-    banned = r"\b(LDL|STL)\b" if file.parent.name.endswith("-90") else r"\bSTL\b"
+    # An address or two may be read again for each tile, on 8.0 eight.
+    most = 2 if file.parent.name.endswith("-90") else 8
     for loop in found:
-        assert not [x for x in loop if re.search(banned, x)]
+        assert not [x for x in loop if re.search(r"\bSTL\b", x)]
+        assert sum(re.search(r"\bLDL\b", x) is not None for x in loop) <= most
 
 
 def test_decode_keeps_its_loop_in_registers(decode):
