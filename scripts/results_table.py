@@ -27,6 +27,7 @@ SERVING = (
     ("cost", "start", "start, s", True),
     ("cost", "table", "calibration in it, s", True),
 )
+UNFIT = "does not fit"  # a case's state, in serving.csv
 SERVED = {
     "bf16-fa3": "bf16, FlashAttention-3",
     "bf16-flashinfer": "bf16, FlashInfer",
@@ -147,7 +148,7 @@ def serving(folder: Path | None = None) -> str:
     for file in sorted((folder or ROOT / "benchmarks" / "results").glob("serving*/serving.csv")):
         share = json.loads(file.with_suffix(".json").read_text()).get("settings", {}).get("mem_fraction")
         with file.open() as f:
-            rows = [r for r in csv.DictReader(f) if r["value"] and r["method"] in SERVED]
+            rows = [r for r in csv.DictReader(f) if (r["value"] or r["state"] == UNFIT) and r["method"] in SERVED]
         for model in dict.fromkeys(r["model"] for r in rows):
             title = f"{model}, {share:g} of the memory" if share else model
             tables.append(servers(title, [r for r in rows if r["model"] == model]))
@@ -158,22 +159,30 @@ def servers(title: str, rows: list[dict]) -> str:
     """One model's servers beside one another."""
     methods = [m for m in SERVED if any(r["method"] == m for r in rows)]
     lines = [f"| {title} | {' | '.join(SERVED[m] for m in methods)} |", f"|---|{'---:|' * len(methods)}"]
-    for scenario, measure, name, less in SERVING:
-        found = [r for r in rows if (r["scenario"], r["measure"]) == (scenario, measure)]
+    for scenario in dict.fromkeys(scenario for scenario, *_ in SERVING):
+        found = [r for r in rows if r["scenario"] == scenario]
         # All of them have the same words around their numbers.
         cases = sorted({r["case"] for r in found}, key=lambda case: [int(n) for n in re.findall(r"\d+", case)])
         for case in cases[-1:] if scenario == "prefixes" else cases:
-            values = {r["method"]: float(r["value"]) for r in found if r["case"] == case}
-            base = values.get("bf16-fa3")
-            cells = []
-            for method in methods:
-                value = values.get(method)
-                text = "" if value is None else whole(value)
-                if value and base and method != "bf16-fa3" and scenario != "cost" and measure != "hit_rate":
-                    text += f" ({base / value if less else value / base:.2f}x)"
-                cells.append(text)
-            lines.append(f"| {name.format(case=case)} | {' | '.join(cells)} |")
+            for _, measure, name, less in (row for row in SERVING if row[0] == scenario):
+                mine = [r for r in found if r["case"] == case]
+                cells = [cell(mine, method, measure, less, scenario == "cost") for method in methods]
+                if any(re.match(r"\d", text) for text in cells):
+                    lines.append(f"| {name.format(case=case)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def cell(rows: list[dict], method: str, measure: str, less: bool, cost: bool) -> str:
+    """A figure of one case, and how many times better than bf16 it is; or that the case does not fit."""
+    if any(r["method"] == method and r["state"] == UNFIT for r in rows):
+        return UNFIT
+    values = {r["method"]: float(r["value"]) for r in rows if r["measure"] == measure}
+    value, base = values.get(method), values.get("bf16-fa3")
+    if value is None:
+        return ""
+    if not value or not base or method == "bf16-fa3" or cost or measure == "hit_rate":
+        return whole(value)
+    return f"{whole(value)} ({base / value if less else value / base:.2f}x)"
 
 
 def updated(text: str) -> str:

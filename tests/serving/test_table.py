@@ -52,7 +52,7 @@ def test_table_is_that_of_the_file(script, results):
         "|---|---:|---:|---:|",
         "| tokens that fit | 1,000 |  | 4,700 (4.70x) |",
         "| decode of 8x8192, tokens/s | 500 | 550 (1.10x) | 600 (1.20x) |",
-        "| decode step after 524288 tokens, ms |  |  | 9.5 |",
+        "| decode step after 524288 tokens, ms | does not fit |  | 9.5 |",
         "| shared prefixes (9x32 by 1, round 2), time to the first token (p50), ms | 900 | 450 (2.00x) | 90 (10.00x) |",
         "| the same, prompt tokens from the cache | 0 | 0.5 | 0.99 |",
         "| start, s | 40 |  | 60 |",
@@ -74,6 +74,22 @@ def test_records_of_one_model_stay_apart(script, results):
         "| decode step after 4096 tokens, ms |  | 4.1 |",
         "| decode step after 16384 tokens, ms |  | 16.4 |",
         "| decode step after 131072 tokens, ms |  | 131 |",
+    ]
+
+
+def test_measures_of_a_case_stay_together(script, tmp_path):
+    record = Record(tmp_path / "serving_gpu")
+    for case in ("32+4 x16", "32+4 x8"):
+        n = int(case.rpartition("x")[2])
+        rows = [("output_throughput", 10 * n, "tokens/s"), ("tpot_p50", n, "ms"), ("ttft_p50", 2 * n, "ms")]
+        record.put([Row("big", "blockgtq-k3v3", "pressure", case, *row) for row in rows])
+    assert script.serving(tmp_path).splitlines()[2:] == [
+        "| under pressure (32+4 x8 under way), answers' tokens/s | 80 |",
+        "| the same, time to the first token (p50), ms | 16 |",
+        "| the same, time per token (p50), ms | 8 |",
+        "| under pressure (32+4 x16 under way), answers' tokens/s | 160 |",
+        "| the same, time to the first token (p50), ms | 32 |",
+        "| the same, time per token (p50), ms | 16 |",
     ]
 
 
