@@ -347,10 +347,9 @@ def _merge(
         "DEPENDENT": dependent(tables.device),
         "launch_pdl": dependent(tables.device),
     }
-    per_request = target // requests
-    alone = tokens * num_heads <= _ROWS_ALONE and side.padded <= 128
-    spread = alone and target > CHUNK * requests
-    if not spread and tokens * tables.heads <= _GROUPS_AT_ONCE and side.padded <= 128:
+    per_request, narrow = target // requests, side.padded <= 128
+    spread = narrow and tokens * num_heads <= _ROWS_ALONE and target > CHUNK * requests
+    if narrow and not spread and tokens * tables.heads <= _GROUPS_AT_ONCE:
         columns = min(64, side.padded)
         merge_group_kernel[(tables.heads, tokens, side.padded // columns)](
             scratch.out, scratch.lse, side.back, kv_indptr, out, lse, requests, target, num_heads,

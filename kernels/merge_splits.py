@@ -23,14 +23,29 @@ _PARTS = tl.constexpr(16)  # that the second launch takes at a time
 
 @triton.jit
 def _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM: tl.constexpr):
-    """Take the parts at ``row [S]`` into a running softmax: its peak, total and merged output ``[PADDED]``."""
+    """Take the parts at ``row [S, ...]`` into running softmaxes: peak and total ``[...]``, merged ``[..., PADDED]``."""
     state = tl.load(partial_lse + row, mask=live, other=float("-inf"))
-    mask = live[:, None] & (channel < DIM)[None, :]
-    part = tl.load(partial_out + row[:, None] * DIM + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    mask = tl.expand_dims(live, -1) & (channel < DIM)
+    part = tl.load(partial_out + tl.expand_dims(row, -1) * DIM + channel, mask=mask, other=0.0).to(tl.float32)
     new_peak = tl.maximum(peak, tl.max(state, 0))
     share = tl.exp(state - new_peak)
     keep = tl.exp(peak - new_peak)
-    return new_peak, total * keep + tl.sum(share, 0), merged * keep + tl.sum(part * share[:, None], 0)
+    kept = merged * tl.expand_dims(keep, -1)
+    return new_peak, total * keep + tl.sum(share, 0), kept + tl.sum(part * tl.expand_dims(share, -1), 0)
+
+
+@triton.jit
+def _finish(peak, total, merged):
+    """What :func:`_fold` leaves, as an output and its log-sum-exp; zeros and -inf of no part."""
+    safe_total = tl.where(total > 0, total, 1.0)
+    return merged / tl.expand_dims(safe_total, -1), tl.where(total > 0, peak + tl.log(safe_total), float("-inf"))
+
+
+@triton.jit
+def _weights(matrix, head, channel, column, PADDED: tl.constexpr):
+    """Rows ``channel`` and columns ``column`` of a KV head's matrix. Asked for before the wait: in a server they come
+    from memory each time."""
+    return tl.load(matrix + head.to(tl.int64) * PADDED * PADDED + channel[:, None] * PADDED + column[None, :])
 
 
 @triton.jit
@@ -46,10 +61,9 @@ def _merge_run(partial_out, partial_lse, first, begin, end, token, j, num_heads,
         live = split < end
         row = ((first + split).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
         peak, total, merged = _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM)
-    safe_total = tl.where(total > 0, total, 1.0)
-    lse = tl.where(total > 0, peak + tl.log(safe_total), float("-inf"))
+    merged, lse = _finish(peak, total, merged)
     to = ((first + begin).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
-    tl.store(partial_out + to * DIM + channel, merged / safe_total, mask=channel < DIM)
+    tl.store(partial_out + to * DIM + channel, merged, mask=channel < DIM)
     tl.store(partial_lse + to, lse)
 
 
@@ -118,7 +132,7 @@ def merge_group_kernel(
     head, token, first_column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * COLUMNS
     channel = tl.arange(0, PADDED)
     column = first_column + tl.arange(0, COLUMNS)
-    weights = tl.load(matrix + head.to(tl.int64) * PADDED * PADDED + channel[:, None] * PADDED + column[None, :])
+    weights = _weights(matrix, head, channel, column, PADDED)
     first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS)
     wait_and_release(DEPENDENT)
     g = tl.arange(0, ROWS)
@@ -133,23 +147,13 @@ def merge_group_kernel(
         split = start + tl.arange(0, BLOCK)
         live = (split < count)[:, None] & (g < GROUP)[None, :]
         row = (split * (QUERIES * num_heads))[:, None] + j[None, :]
-        state = tl.load(states + row, mask=live, other=float("-inf"))
-        mask = live[:, :, None] & (channel < DIM)[None, None, :]
-        part = tl.load(parts + row[:, :, None] * DIM + channel[None, None, :], mask=mask, other=0.0)
-        new_peak = tl.maximum(peak, tl.max(state, 0))
-        share = tl.exp(state - new_peak[None, :])
-        keep = tl.exp(peak - new_peak)
-        peak = new_peak
-        total = total * keep + tl.sum(share, 0)
-        merged = merged * keep[:, None] + tl.sum(part.to(tl.float32) * share[:, :, None], 0)
-    safe_total = tl.where(total > 0, total, 1.0)
-    merged = merged / safe_total[:, None]
+        peak, total, merged = _fold(parts, states, row, live, channel, peak, total, merged, DIM)
+    merged, merged_lse = _finish(peak, total, merged)
     turned = tl.dot(tl.trans(weights), tl.trans(merged), input_precision="tf32x3")
     to = out + token.to(tl.int64) * stride_ot + j[None, :] * stride_oh + column[:, None]
     live_row = g < GROUP
     tl.store(to, turned.to(out.dtype.element_ty), mask=live_row[None, :] & (column < DIM)[:, None])
     if first_column == 0:
-        merged_lse = tl.where(total > 0, peak + tl.log(safe_total), float("-inf"))
         tl.store(lse + token * num_heads + j, merged_lse, mask=live_row)
 
 
@@ -180,9 +184,7 @@ def merge_row_kernel(
     j, token, first_column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * COLUMNS
     channel = tl.arange(0, PADDED)
     column = first_column + tl.arange(0, COLUMNS)
-    weights = tl.load(
-        matrix + (j // GROUP).to(tl.int64) * PADDED * PADDED + channel[:, None] * PADDED + column[None, :]
-    )
+    weights = _weights(matrix, j // GROUP, channel, column, PADDED)
     first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS)
     wait_and_release(DEPENDENT)
     peak = -1e30
@@ -193,9 +195,7 @@ def merge_row_kernel(
         live = split < count
         row = ((first + split).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
         peak, total, merged = _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM)
-    safe_total = tl.where(total > 0, total, 1.0)
-    merged = merged / safe_total
-    merged_lse = tl.where(total > 0, peak + tl.log(safe_total), float("-inf"))
+    merged, merged_lse = _finish(peak, total, merged)
     turned = tl.sum(merged[:, None] * weights, 0)
     to = out + token.to(tl.int64) * stride_ot + j * stride_oh
     tl.store(to + column, turned.to(out.dtype.element_ty), mask=column < DIM)
@@ -232,11 +232,10 @@ def merge_tile_kernel(
     BLOCK_K: tl.constexpr = 32 if PADDED >= 32 else PADDED
     head, first_column = tl.program_id(1), tl.program_id(2) * COLUMNS
     column = first_column + tl.arange(0, COLUMNS)
-    # All of the matrix before the wait: in a server it comes from memory each time.
     weights = ()
     for i in tl.static_range(PADDED // BLOCK_K):
         channel = i * BLOCK_K + tl.arange(0, BLOCK_K)
-        weights += (tl.load(matrix + head * PADDED * PADDED + channel[:, None] * PADDED + column[None, :]),)
+        weights += (_weights(matrix, head, channel, column, PADDED),)
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = r < num_rows
     token, j = r // GROUP, head * GROUP + r % GROUP

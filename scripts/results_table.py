@@ -164,8 +164,8 @@ def servers(title: str, rows: list[dict]) -> str:
         # All of them have the same words around their numbers.
         cases = sorted({r["case"] for r in found}, key=lambda case: [int(n) for n in re.findall(r"\d+", case)])
         for case in cases[-1:] if scenario == "prefixes" else cases:
+            mine = [r for r in found if r["case"] == case]
             for _, measure, name, less in (row for row in SERVING if row[0] == scenario):
-                mine = [r for r in found if r["case"] == case]
                 cells = [cell(mine, method, measure, less, scenario == "cost") for method in methods]
                 if any(re.match(r"\d", text) for text in cells):
                     lines.append(f"| {name.format(case=case)} | {' | '.join(cells)} |")

@@ -263,23 +263,22 @@ def machine_loops(cubin: Path) -> list[list[str]]:
     return [loop for loop in loops if any("HMMA" in x for x in loop)]
 
 
-def assert_fits_registers(file: Path, loops: int = 1) -> None:
+def assert_fits_registers(file: Path, reloads: int, loops: int = 1) -> None:
     """128 registers, so that sixteen programs share a multiprocessor. What does not fit goes to local memory, which is
-    memory: before and behind the loop, where it is little, but not for each tile."""
+    memory: before and behind the loop, where it is little, but not for each tile, save that up to ``reloads`` addresses
+    are read again."""
     cubin = file.with_suffix(".cubin")
     usage = tool("cuobjdump", "-res-usage", str(cubin))
     assert int(re.search(r"REG:(\d+)", usage)[1]) <= 128, usage
     found = machine_loops(cubin)
     assert len(found) == loops
-    # An address or two may be read again for each tile, on 8.0 eight.
-    most = 2 if file.parent.name.endswith("-90") else 8
     for loop in found:
         assert not [x for x in loop if re.search(r"\bSTL\b", x)]
-        assert sum(re.search(r"\bLDL\b", x) is not None for x in loop) <= most
+        assert sum(re.search(r"\bLDL\b", x) is not None for x in loop) <= reloads
 
 
 def test_decode_keeps_its_loop_in_registers(decode):
-    assert_fits_registers(decode[2])
+    assert_fits_registers(decode[2], reloads=0 if decode[2].parent.name.endswith("-90") else 8)
 
 
 def test_every_template_has_a_loop_like_the_only_one(folder):
@@ -293,7 +292,7 @@ def test_every_template_has_a_loop_like_the_only_one(folder):
         for kind in COPIED:
             assert [line for line in copies if f"tensor<{kind}" in line], kind
         assert_operands_stay(loop)
-    assert_fits_registers(file, 4)
+    assert_fits_registers(file, reloads=2, loops=4)
 
 
 if __name__ == "__main__":
