@@ -182,6 +182,15 @@ def round_trip(codec: LayerCodec, k: torch.Tensor, v: torch.Tensor) -> tuple[tor
     return decode(codec, encode(codec, k, v))
 
 
+def gather_slots(
+    req_to_token: torch.Tensor, requests: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``kv_indptr [B + 1]`` and ``kv_indices``: the first ``lengths [B]`` slots of the rows ``requests [B]``."""
+    slots = [req_to_token[row, :n] for row, n in zip(requests.tolist(), lengths.tolist(), strict=True)]
+    indptr = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return indptr, torch.cat(slots) if slots else req_to_token.new_empty(0)
+
+
 def merge_states(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

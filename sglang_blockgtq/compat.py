@@ -38,6 +38,18 @@ SIGNATURES = {
     ],
     "layers.attention.triton_backend.TritonAttnBackend.forward_extend": ["q", "k", "v", "layer", "forward_batch"],
     "layers.attention.triton_backend.TritonAttnBackend.forward_decode": ["q", "k", "v", "layer", "forward_batch"],
+    "layers.attention.triton_backend.TritonAttnBackend.init_cuda_graph_state": [
+        "max_bs",
+        "max_num_tokens",
+        "kv_indices_buf",
+    ],
+    "layers.attention.triton_backend.TritonAttnBackend.init_forward_metadata": ["forward_batch"],
+    "layers.attention.triton_backend.TritonAttnBackend.init_forward_metadata_out_graph": [
+        "forward_batch",
+        "in_capture",
+    ],
+    "layers.attention.triton_backend.TritonAttnBackend.init_forward_metadata_in_graph": ["forward_batch"],
+    "mem_cache.kv_index_translator.KVIndexTranslator.read_source": ["plan", "req_pool_indices", "bs"],
     "layers.radix_attention.RadixAttention.forward": ["q", "k", "v", "forward_batch", "save_kv_cache"],
     "managers.scheduler.Scheduler.get_init_info": ["self"],
     "observability.metrics_collector.SchedulerMetricsCollector.emit_constants": ["max_total_num_tokens"],
@@ -63,6 +75,14 @@ ABSTRACT_POOL_METHODS = {"__init__", "get_key_buffer", "get_value_buffer", "get_
 CALLS = {
     "model_executor.pool_configurator.DefaultPoolConfigurator.__init__": "_compute_cell_size",
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool": "_build_mha_kv_pool(",
+    # Within the graph, before the scheduler may write to the table of requests again.
+    "model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner._run_in_graph_metadata_prep": (
+        "init_forward_metadata_in_graph("
+    ),
+    "model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture_one_shape": (
+        "_run_in_graph_metadata_prep("
+    ),
+    "layers.attention.base_attn_backend.AttentionBackend.shared_read_ends": "SharedReadEnds.IN_REPLAY",
 }
 
 

@@ -1,4 +1,5 @@
-"""How the CUDA backend calls its extend on FlashAttention-3; the attention itself is tested with the kernels."""
+"""How the CUDA backend calls its extend on FlashAttention-3, and what it makes ready for a decode step; the attention
+itself is tested with the kernels."""
 
 from __future__ import annotations
 
@@ -6,6 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
+from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_blockgtq.backend.cuda import TritonPackedBackend
 from sglang_blockgtq.backend.extend import ExtendPlan
@@ -130,3 +134,105 @@ def test_masks_are_refused(backend):
     backend.forward_metadata.custom_mask = torch.ones(1)
     with pytest.raises(NotImplementedError, match="speculative"):
         extend(backend, 4, batch())
+
+
+# The metadata of a decode step. SGLang's own backend is in the place of the base, and would be asked for anything else.
+
+
+@pytest.fixture
+def stepping(backend, monkeypatch):
+    backend.asked = []
+    for name in ("init_forward_metadata", "init_forward_metadata_out_graph", "init_forward_metadata_in_graph"):
+        monkeypatch.setattr(
+            TritonAttnBackend, name, lambda self, batch, *args, _name=name: self.asked.append((_name, *args))
+        )
+    backend.device, backend.max_context_len = "cpu", 6
+    backend.kv_indptr = torch.full((5,), -1, dtype=torch.int32)
+    backend.cuda_graph_kv_indices = torch.full((4 * 6,), -1, dtype=torch.int32)
+    backend.table = torch.arange(5 * 6, dtype=torch.int32).view(5, 6)
+    backend.kv_index_translator = SimpleNamespace(
+        read_source=lambda plan, req_pool_indices, bs: SimpleNamespace(
+            ids=backend.table, row_ids=req_pool_indices, entry_page_size=1, v2p=None
+        )
+    )
+    return backend
+
+
+def step(rows, lengths, mode=ForwardMode.DECODE, total=True, spec_info=None):
+    """Lengths and rows may be longer than the batch, as a graph's buffers are."""
+    return SimpleNamespace(
+        forward_mode=mode,
+        spec_info=spec_info,
+        batch_size=len(lengths),
+        seq_lens=torch.tensor([*lengths, 3]),
+        seq_lens_sum=sum(lengths) if total else None,
+        req_pool_indices=torch.tensor([*rows, 0]),
+        kv_loc_plan=None,
+    )
+
+
+@pytest.mark.parametrize("total", [True, False])
+def test_a_step_without_a_graph_has_memory_of_its_own(stepping, total):
+    stepping.init_forward_metadata(step([4, 1], [2, 3], total=total))
+    meta = stepping.forward_metadata
+    assert meta.kv_indptr.tolist() == [0, 2, 5] and meta.kv_indices[:5].tolist() == [24, 25, 6, 7, 8]
+    assert meta.kv_indices.dtype == torch.int32 and len(meta.kv_indices) == (5 if total else 12)
+    assert not stepping.asked and bool((stepping.cuda_graph_kv_indices == -1).all())
+
+
+def test_a_graph_gathers_its_slots_itself(stepping):
+    """The host does nothing before a replay; what the graph does is right for whatever the buffers hold by then."""
+    batch = step([4, 1], [2, 3])
+    stepping.init_forward_metadata_out_graph(batch, in_capture=True)
+    meta = stepping.forward_metadata
+    assert (
+        meta.kv_indices is stepping.cuda_graph_kv_indices and meta.kv_indptr.data_ptr() == stepping.kv_indptr.data_ptr()
+    )
+    stepping.init_forward_metadata_in_graph(batch)
+    assert (meta.kv_indptr.tolist(), meta.kv_indices[:5].tolist()) == ([0, 2, 5], [24, 25, 6, 7, 8])
+
+    batch.seq_lens[:2] = torch.tensor([3, 1])
+    batch.req_pool_indices[:2] = torch.tensor([0, 2])
+    stepping.init_forward_metadata_out_graph(batch)
+    assert meta.kv_indptr.tolist() == [0, 2, 5] and stepping.forward_metadata is meta
+    stepping.init_forward_metadata_in_graph(batch)
+    assert (meta.kv_indptr.tolist(), meta.kv_indices[:4].tolist()) == ([0, 3, 4], [0, 1, 2, 12])
+    assert not stepping.asked
+
+
+def test_a_step_without_requests(stepping):
+    stepping.init_forward_metadata(step([], [], ForwardMode.IDLE))
+    assert stepping.forward_metadata.kv_indptr.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    "batch", [step([1], [2], ForwardMode.EXTEND), step([1], [2], spec_info=object())], ids=["prefill", "speculative"]
+)
+def test_other_batches_are_the_bases(stepping, batch):
+    stepping.init_forward_metadata(batch)
+    stepping.init_forward_metadata_out_graph(batch, in_capture=True)
+    stepping.init_forward_metadata_in_graph(batch)
+    names = "init_forward_metadata", "init_forward_metadata_out_graph", "init_forward_metadata_in_graph"
+    assert stepping.asked == [(names[0],), (names[1], True), (names[2],)]
+
+
+@pytest.mark.parametrize("table", [{"v2p": torch.zeros(1)}, {"entry_page_size": 16}])
+def test_a_table_of_something_else_is_an_error(stepping, table):
+    stepping.kv_index_translator.read_source = lambda plan, req_pool_indices, bs: SimpleNamespace(
+        **{"ids": stepping.table, "row_ids": req_pool_indices, "entry_page_size": 1, "v2p": None, **table}
+    )
+    with pytest.raises(RuntimeError, match="table of requests"):
+        stepping.init_forward_metadata(step([1], [2]))
+
+
+def test_graphs_share_narrow_slots(stepping, monkeypatch):
+    given = []
+    monkeypatch.setattr(TritonAttnBackend, "init_cuda_graph_state", lambda self, *args: given.append(args))
+    stepping.init_cuda_graph_state(3, 4)
+    ((requests, tokens, slots),) = given
+    assert (requests, tokens, slots.dtype, len(slots)) == (3, 4, torch.int32, 24)
+
+
+def test_the_scheduler_writes_when_a_graph_has_gathered(stepping):
+    """Later would be a whole step late, earlier a race with the launch that reads the table of requests."""
+    assert stepping.shared_read_ends(ForwardMode.DECODE) is SharedReadEnds.IN_REPLAY

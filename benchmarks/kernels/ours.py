@@ -16,7 +16,7 @@ from sglang_blockgtq.kernels.tables import DeviceTables
 
 from .folded import decode_folded as ours_folded
 
-INDEX_DTYPE = torch.int64  # of kv_indices, as SGLang's Triton backend has it
+INDEX_DTYPE = torch.int32  # of kv_indices, as the backend gathers them
 
 __all__ = ["INDEX_DTYPE", "encode", "ours", "ours_folded", "ours_multi", "plan"]
 

@@ -1,21 +1,24 @@
 """Attention over packed rows in Triton, for CUDA.
 
-Metadata and CUDA-graph buffers are SGLang's own Triton backend's; only where keys and values are
-read or written differs. On Hopper, extend reads an unpacked prefix (:mod:`.extend`).
+SGLang's own Triton backend is the base: its metadata of a prefill stays, and so do its CUDA-graph buffers. Where keys
+and values are read or written differs, and the slots of a decode step are gathered by one launch inside the step's
+graph. On Hopper, extend reads an unpacked prefix (:mod:`.extend`).
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+from sglang.srt.layers.attention.triton_backend import ForwardMetadata, TritonAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from ..capture import refuse_extras
 from ..kernels.attention import DecodeScratch, decode_attention, merge_states, prefix_attention
+from ..kernels.gather import gather_slots
 from ..options import NAME
 from . import require_packed_pool, warm_up
 from .extend import ExtendPlan, FlashExtend, flash_attention_3
@@ -26,9 +29,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def _plain_decode(forward_batch: Any) -> bool:
+    """A step of one token for each request, with or without requests."""
+    return forward_batch.forward_mode.is_decode_or_idle() and forward_batch.spec_info is None
+
+
 class TritonPackedBackend(TritonAttnBackend):
-    """Reads only the metadata snapshot (kv_indptr, kv_indices): the overlap scheduler rewrites
-    req_to_token and seq_lens while a captured graph runs."""
+    """Attention reads only kv_indptr and kv_indices: the overlap scheduler rewrites req_to_token and seq_lens while a
+    captured graph runs. A decode graph begins by gathering them (init_forward_metadata_in_graph), and SGLang lets the
+    scheduler write as soon as that is done (SharedReadEnds.IN_REPLAY, the base's answer for decode)."""
 
     def __init__(self, runner: Any, *args: Any, **kwargs: Any):
         pool = require_packed_pool(runner)
@@ -70,6 +79,46 @@ class TritonPackedBackend(TritonAttnBackend):
             todo.append(lambda: self.flash.warm_up(pool.rows))
         warm_up.run(todo, pool.rows[0].device)
         logger.info("%s: kernels ready after %.1f s", NAME, time.monotonic() - started)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, kv_indices_buf=None, *args: Any, **kwargs: Any):
+        if kv_indices_buf is None:
+            kv_indices_buf = torch.zeros(max_num_tokens * self.max_context_len, dtype=warm_up.SLOT, device=self.device)
+        super().init_cuda_graph_state(max_bs, max_num_tokens, kv_indices_buf, *args, **kwargs)
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        if not _plain_decode(forward_batch):
+            super().init_forward_metadata(forward_batch)
+            return
+        total = forward_batch.seq_lens_sum
+        if total is None:  # it is on the device alone; what is not needed is not written either
+            total = forward_batch.batch_size * self.max_context_len
+        kv_indices = torch.empty(total, dtype=warm_up.SLOT, device=self.device)
+        self.forward_metadata = self._decode_metadata(forward_batch.batch_size, kv_indices)
+        self.init_forward_metadata_in_graph(forward_batch)
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        if not _plain_decode(forward_batch):
+            super().init_forward_metadata_out_graph(forward_batch, in_capture)
+        elif in_capture:  # at a replay there is nothing left to do
+            self.forward_metadata = self._decode_metadata(forward_batch.batch_size, self.cuda_graph_kv_indices)
+
+    def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
+        if not _plain_decode(forward_batch):
+            super().init_forward_metadata_in_graph(forward_batch)
+            return
+        batch, meta = forward_batch.batch_size, self.forward_metadata
+        table = self.kv_index_translator.read_source(
+            forward_batch.kv_loc_plan, req_pool_indices=forward_batch.req_pool_indices, bs=batch
+        )
+        if table.v2p is not None or table.entry_page_size != 1:
+            raise RuntimeError(f"{NAME}: this pool's table of requests holds no slots ({table.entry_page_size=})")
+        requests, lengths = table.row_ids[:batch], forward_batch.seq_lens[:batch]
+        gather_slots(table.ids, requests, lengths, meta.kv_indptr, meta.kv_indices)
+
+    def _decode_metadata(self, batch: int, kv_indices: torch.Tensor) -> ForwardMetadata:
+        names = {field.name for field in fields(ForwardMetadata)}
+        own = {"kv_indptr": self.kv_indptr[: batch + 1], "kv_indices": kv_indices}
+        return ForwardMetadata(**{**dict.fromkeys(names), **own})
 
     def _save(self, layer: RadixAttention, forward_batch: Any, k: torch.Tensor, v: torch.Tensor) -> None:
         swa_loc = self.forward_metadata.swa_out_cache_loc

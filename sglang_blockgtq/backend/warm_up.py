@@ -10,8 +10,10 @@ import torch
 
 from ..kernels.attention import DecodeScratch, decode_attention
 from ..kernels.encode import Encoder
+from ..kernels.gather import gather_slots
 from ..kernels.splits import request_block
 
+SLOT = torch.int32  # of a decode step's slots
 #: Most requests of a decode batch that is prepared here. What larger ones need is compiled for their graphs.
 MAX_REQUESTS = 512
 
@@ -27,12 +29,13 @@ def batch_sizes(most: int) -> Iterator[int]:
 
 
 def jobs(encoder: Encoder, scratch: DecodeScratch, num_heads: int, dtype: torch.dtype, most: int) -> list[Job]:
-    """Calls that compile what encode and decode need for batches of up to ``most`` requests, no kernel twice.
+    """Calls that compile what a step needs for batches of up to ``most`` requests, no kernel twice.
 
     encoder: of any layer, since a binary serves all; slot 0 is written, which no request has. num_heads: of the query.
     dtype: the model's.
     """
     return [
+        *(partial(_gather, batch, encoder.rows.device) for batch in batch_sizes(most)),
         *(partial(_decode, encoder, scratch, num_heads, dtype, batch) for batch in batch_sizes(most)),
         *(
             partial(_encode, encoder, heads, dtype, tokens)
@@ -52,11 +55,18 @@ def _encode(encoder: Encoder, num_heads: int, dtype: torch.dtype, tokens: int) -
     encoder(k, v, torch.zeros(tokens, dtype=torch.int64, device=device), q, turned)
 
 
+def _gather(batch: int, device: torch.device) -> None:
+    table, slots = torch.zeros(batch, 1, dtype=SLOT, device=device), torch.zeros(batch, dtype=SLOT, device=device)
+    requests = torch.zeros(batch, dtype=torch.int64, device=device)
+    kv_indptr = torch.empty(batch + 1, dtype=torch.int32, device=device)
+    gather_slots(table, requests, requests + 1, kv_indptr, slots)
+
+
 def _decode(encoder: Encoder, scratch: DecodeScratch, num_heads: int, dtype: torch.dtype, batch: int) -> None:
     tables, device = encoder.tables, encoder.rows.device
     q = torch.zeros(batch, num_heads, tables.k.dim, dtype=dtype, device=device)
     kv_indptr = torch.arange(batch + 1, dtype=torch.int32, device=device)
-    slots = torch.zeros(batch, dtype=torch.int64, device=device)
+    slots = torch.zeros(batch, dtype=SLOT, device=device)
     decode_attention(tables, q, encoder.rows, kv_indptr, slots, 1.0, turned=q.float(), scratch=scratch)
 
 

@@ -30,7 +30,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, fold
     from sglang_blockgtq.calibrate.build import build_table
     from sglang_blockgtq.calibrate.moments import Moments
     from sglang_blockgtq.calibrate.rope import RopeBlocks
-    from sglang_blockgtq.kernels import attention, encode, merge, turn, unpack
+    from sglang_blockgtq.kernels import attention, encode, gather, merge, turn, unpack
     from sglang_blockgtq.kernels.tables import DeviceTables
 
     pointer = {
@@ -79,7 +79,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, fold
             print(json.dumps(line), flush=True)
             count += 1
 
-    for module in (encode, attention, turn, unpack, merge):
+    for module in (gather, encode, attention, turn, unpack, merge):
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel"):
                 setattr(module, name, Compile(value))
@@ -99,12 +99,13 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, fold
     codec = table.layer_codec(0)
     tables = DeviceTables.of(codec)
     rows = torch.zeros(64, codec.layout.row_bytes, dtype=torch.uint8)
+    indptr, slots = torch.arange(9, dtype=torch.int32), torch.arange(8, dtype=torch.int32)
     q, k, v = torch.zeros(8, 4 * heads, dim, dtype=dtype), *torch.zeros(2, 8, heads, dim, dtype=dtype)
+    gather.gather_slots(torch.zeros(8, 16, dtype=torch.int32), *torch.ones(2, 8, dtype=torch.int64), indptr, slots)
     for encode.FEW_CHANNELS in (8 * heads * dim, 0):
         encode.encode(tables, k, v, rows, torch.arange(8), q, torch.zeros_like(q, dtype=torch.float32))
     # The CPU's tables carry float32 operands; a GPU's are float16.
     object.__setattr__(tables, "levels", tables.half_levels)
-    indptr, slots = torch.arange(9, dtype=torch.int32), torch.arange(8)
     attention.decode_attention(tables, q, rows, indptr, slots, 0.1, target=32)
     attention.decode_attention(tables, q, rows, indptr[:3], slots, 0.1, q_len=4, target=200)
     attention._ROWS_ALONE = attention._GROUPS_AT_ONCE = 0
@@ -146,6 +147,7 @@ def test_every_launch_compiles(folder, case, capability):
     fast = case is not PRODUCT
     decode = "decode_kernel" if fast else "attention_kernel"
     assert [launch["name"] for launch in launches] == [
+        "gather_slots_kernel",
         "encode_few_kernel" if fast else "encode_many_kernel",
         "encode_many_kernel",
         *("_turn_kernel", decode, "merge_group_kernel"),
@@ -235,7 +237,7 @@ def test_decode_copies_words_asynchronously(decode):
         assert [line for line in copies if f"tensor<{kind}" in line], kind
     assert ptx.count("cp.async.cg.shared.global") + ptx.count("cp.async.ca.shared.global") >= len(copies)
     plain = [re.search(r"tensor<([^>]+>)", line)[1] for line in loop.splitlines() if "tt.load" in line]
-    assert sorted(plain) == ["32x!tt.ptr<i64>", "8x32x!tt.ptr<i16>"], "slots, and the narrow bin of V"
+    assert sorted(plain) == ["32x!tt.ptr<i32>", "8x32x!tt.ptr<i16>"], "slots, and the narrow bin of V"
     assert "contiguity = 8" in loop, "16 bytes at a time"
 
 
