@@ -33,6 +33,7 @@ MAX_Q_LEN = 8
 _QUERY_BYTES = 1 << 16  # of shared memory
 _LOG2E = 1.4426950408889634
 _GROUPS_AT_ONCE = 128  # tokens times KV heads up to which one launch merges and turns
+_NEAR_WORDS = 1 << 31  # 16-bit words of a layer's pool that 32 bits count, the sign left out
 _ROWS_ALONE = 128  # output rows up to which each gets a merging program of its own
 
 
@@ -45,6 +46,7 @@ class Tuning:
     warps_per_sm: int = 16  # programs that are wanted; a program is one warp, and all run at a time
     generic_per_sm: int = 4  # the same of the generic kernel, whose programs have 4 or 8 warps
     registers: int = 128  # of a thread, so that 16 programs fit a multiprocessor
+    prefetch: int = 32  # tokens of a split that are asked for while the kernel ahead ends
 
 
 TUNING = Tuning()
@@ -317,6 +319,8 @@ def _decode(
         BLOCK_M=block_m,
         BLOCK_N=TUNING.block_n,
         STAGES=TUNING.stages,
+        PREFETCH=TUNING.prefetch,
+        NEAR=rows.numel() // 2 < _NEAR_WORDS,
         ASM=turned.is_cuda,
         DEPENDENT=dependent(tables.device),
         launch_pdl=dependent(tables.device),

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from .address import block_base
 from .columns import COLUMNS
-from .dependent import wait_and_release
+from .dependent import prefetch, wait_and_release
 from .fields import slot_levels, slot_offset
 from .layout import BLOCK_SLOTS
 from .splits import by_multiprocessor, find_split, request_splits
@@ -41,9 +41,9 @@ def pick(templates, i):
 
 
 @triton.jit
-def _load_bin(rows16, slot, byte, WORDS: tl.constexpr, ROW_BYTES: tl.constexpr, AXIS: tl.constexpr):
+def _load_bin(rows16, slot, byte, WORDS: tl.constexpr, ROW_BYTES: tl.constexpr, AXIS: tl.constexpr, NEAR: tl.constexpr):
     """The words of the bin at byte ``byte`` of each row, 16 columns along AXIS."""
-    at = block_base(slot, ROW_BYTES // 2) + slot % _SLOTS * WORDS
+    at = block_base(slot, ROW_BYTES // 2, NEAR) + slot % _SLOTS * WORDS
     word = tl.arange(0, WORDS)
     bins = tl.load(rows16 + byte * (_SLOTS // 2) + (tl.expand_dims(at, AXIS) + tl.expand_dims(word, 1 - AXIS)))
     REPEAT: tl.constexpr = _COLUMNS // WORDS
@@ -60,15 +60,33 @@ def _load_bin(rows16, slot, byte, WORDS: tl.constexpr, ROW_BYTES: tl.constexpr, 
 
 
 @triton.jit
-def load_words(rows16, slot, codes, BINS: tl.constexpr, ROW_BYTES: tl.constexpr, AXIS: tl.constexpr):
+def load_words(
+    rows16, slot, codes, BINS: tl.constexpr, ROW_BYTES: tl.constexpr, AXIS: tl.constexpr, NEAR: tl.constexpr = False
+):
     """A tile of words for each bin of one head, the columns along AXIS.
 
-    slot: where the tokens lie, uint32 or int64. codes: the head's first byte within the row.
+    slot: where the tokens lie, uint32 or int64. codes: the head's first byte within the row. NEAR: see
+    :func:`.address.block_base`.
     """
     words = ()
     for i in tl.static_range(len(BINS)):
-        words += (_load_bin(rows16, slot, codes + BINS[i][0], BINS[i][1], ROW_BYTES, AXIS),)
+        words += (_load_bin(rows16, slot, codes + BINS[i][0], BINS[i][1], ROW_BYTES, AXIS, NEAR),)
     return words
+
+
+@triton.jit
+def _prefetch_words(rows16, slot, codes, BINS: tl.constexpr, ROW_BYTES: tl.constexpr, NEAR: tl.constexpr):
+    """Have what :func:`load_words` will ask for come to the cache."""
+    for i in tl.static_range(len(BINS)):
+        at = block_base(slot, ROW_BYTES // 2, NEAR) + slot % _SLOTS * BINS[i][1]
+        prefetch(rows16 + (codes + BINS[i][0]) * (_SLOTS // 2) + at)
+
+
+@triton.jit
+def _scales_of(rows32, slot, scale_at, ROW_BYTES: tl.constexpr, NEAR: tl.constexpr):
+    """Where the two scales of one head lie, as a word of 32 bits. The head's part is added to the slot's and not to the
+    pointer, which would be two registers more."""
+    return rows32 + (block_base(slot, ROW_BYTES // 4, NEAR) + (slot % _SLOTS + scale_at))
 
 
 @triton.jit
@@ -154,11 +172,18 @@ def store_split(
 
 
 @triton.jit
+def _slots_from(slots, at, end, BLOCK_N: tl.constexpr, NEAR: tl.constexpr):
+    """Of a request's slots those of the tokens from ``at`` on, the last one's for tokens from ``end`` on."""
+    slot = tl.load(slots + tl.minimum(at + tl.arange(0, BLOCK_N), end - 1))
+    return slot.to(tl.uint32 if NEAR else tl.int64)
+
+
+@triton.jit
 def _attend_split(
     q,
     rows16,
     rows32,
-    kv_indices,
+    slots,
     column_shifts,
     partial_out,
     partial_lse,
@@ -169,7 +194,6 @@ def _attend_split(
     first_row,
     split,
     request,
-    kv_start,
     begin,
     end,
     length,
@@ -195,6 +219,7 @@ def _attend_split(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    NEAR: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """Tokens ``begin .. end - 1`` of one request for one KV head, whose keys are of the given template."""
@@ -208,20 +233,21 @@ def _attend_split(
     q_at = (request * QUERIES + query).to(tl.int64) * stride_qt + j * stride_qh
     operand = tl.float16 if ASM else tl.float32
     # Each query is brought to at most 1 so that float16 holds it whatever the transform's gains.
-    top = tl.zeros([BLOCK_M], tl.float32)
+    size = tl.zeros([_COLUMNS, BLOCK_M], tl.float32)
     raw = ()
     for i in tl.static_range(len(K_SLOTS)):
         part = tl.load(q + q_at[None, :] + (c + i * _COLUMNS)[:, None], mask=live_row[None, :], other=0.0)
-        top = tl.maximum(top, tl.max(tl.abs(part), 0))
+        size = tl.maximum(size, tl.abs(part))
         raw += (part,)
+    top = tl.max(size, 0)
     top = tl.where(top > 0, top, 1.0)
     qs = ()
-    undo = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    undo = tl.zeros([_COLUMNS, BLOCK_M], tl.float32)
     for i in tl.static_range(len(K_SLOTS)):
         part = (raw[i] * (K_SLOPE[i] / top)[None, :]).to(operand)
         # The logits of a key of offsets alone. A sum would do, but a second product of the query is what keeps the
         # compiler from changing the query's layout again for every tile: it moves what has one user to that user.
-        offsets = tl.full([BLOCK_N, _COLUMNS], -slot_offset(i, K_SLOTS, K_REPEAT, K_POLY), operand)
+        offsets = tl.full([_COLUMNS, _COLUMNS], -slot_offset(i, K_SLOTS, K_REPEAT, K_POLY), operand)
         undo = tl.dot(offsets, part, undo, input_precision="ieee")
         qs += (part,)
     start = tl.max(undo, 0)  # all rows are the same
@@ -237,12 +263,14 @@ def _attend_split(
     total = tl.zeros([THREAD_ROWS, BLOCK_M], tl.float32)
     weight = tl.zeros([THREAD_ROWS, BLOCK_M], tl.float32)  # of the values, where their codebook is linear
     scale_at = (NORM_OFFSET + 4 * head) * (_SLOTS // 4)
+    # A tile's slots are asked for a tile ahead of its words, so that nothing waits for an address.
+    slot = _slots_from(slots, begin, end, BLOCK_N, NEAR)
     for at in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         n = at + tl.arange(0, BLOCK_N)
-        slot = tl.load(kv_indices + kv_start + tl.minimum(n, end - 1)).to(tl.uint32)
-        k_words = load_words(rows16, slot, head * K_STRIDE, K_BINS, ROW_BYTES, 1)
-        scales = tl.load(rows32 + scale_at + (block_base(slot, ROW_BYTES // 4) + slot % _SLOTS))
-        v_words = load_words(rows16, slot, V_OFFSET + head * V_STRIDE, V_BINS, ROW_BYTES, 0)
+        k_words = load_words(rows16, slot, head * K_STRIDE, K_BINS, ROW_BYTES, 1, NEAR)
+        scales = tl.load(_scales_of(rows32, slot, scale_at, ROW_BYTES, NEAR))
+        v_words = load_words(rows16, slot, V_OFFSET + head * V_STRIDE, V_BINS, ROW_BYTES, 0, NEAR)
+        slot = _slots_from(slots, at + BLOCK_N, end, BLOCK_N, NEAR)
         k_scale = (scales & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         v_scale = (scales >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
@@ -322,6 +350,8 @@ def decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,  # tokens of a split that are asked for before the wait
+    NEAR: tl.constexpr,  # whether 32 bits are enough to count the pool's 16-bit words in
     ASM: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -341,21 +371,31 @@ def decode_kernel(
         split = tl.where(program < total, place % splits, 1 << 30)
     first_row = tile * BLOCK_M
     request, begin, end = find_split(kv_indptr, num_requests, target, split, REQUESTS)
-    wait_and_release(DEPENDENT)
-    if request >= num_requests:
-        return
-    kv_start = tl.load(kv_indptr + request).to(tl.int64)
-    length = (tl.load(kv_indptr + request + 1) - kv_start).to(tl.int32)
+    live = request < num_requests
+    kv_start = tl.load(kv_indptr + request, mask=live, other=0).to(tl.int64)
+    length = (tl.load(kv_indptr + request + 1, mask=live, other=0) - kv_start).to(tl.int32)
     end = tl.minimum(end, length)
+    slots = kv_indices + kv_start
+    if DEPENDENT:
+        # Slots are as old as lengths, and so are all rows but the newest token's, of which the cache stays true.
+        for at in tl.static_range(0, PREFETCH, BLOCK_N):
+            if begin + at < end:
+                slot = _slots_from(slots, begin + at, end, BLOCK_N, NEAR)
+                _prefetch_words(rows16, slot, head * K_STRIDE, pick(K_BINS, 0), ROW_BYTES, NEAR)
+                _prefetch_words(rows16, slot, V_OFFSET + head * V_STRIDE, V_BINS, ROW_BYTES, NEAR)
+                prefetch(_scales_of(rows32, slot, (NORM_OFFSET + 4 * head) * (_SLOTS // 4), ROW_BYTES, NEAR))
+    wait_and_release(DEPENDENT)
+    if not live:
+        return
 
     # A loop for each template: which one runs is known to the whole program before its first tile.
     for i in tl.static_range(len(K_SLOTS)):
         if len(K_SLOTS) == 1 or kind == i:
             _attend_split(
-                q, rows16, rows32, kv_indices, column_shifts, partial_out, partial_lse, to_log2, stride_qt, stride_qh,
-                head, first_row, split, request, kv_start, begin, end, length,
+                q, rows16, rows32, slots, column_shifts, partial_out, partial_lse, to_log2, stride_qt, stride_qh,
+                head, first_row, split, request, begin, end, length,
                 ROW_BYTES, K_STRIDE, V_STRIDE, V_OFFSET, NORM_OFFSET, HEADS, GROUP, QUERIES, V_DIM,
                 pick(K_BINS, i), V_BINS, pick(K_REPEAT, i), V_REPEAT, pick(K_SLOTS, i), V_SLOTS,
                 pick(K_POLY, i), V_POLY, pick(K_SLOPE, i), V_SLOPE,
-                BLOCK_M, BLOCK_N, STAGES, ASM,
+                BLOCK_M, BLOCK_N, STAGES, NEAR, ASM,
             )  # fmt: skip

@@ -21,6 +21,15 @@ def wait_and_release(DEPENDENT: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+@triton.jit
+def prefetch(pointers):
+    """Have the cache of all multiprocessors fetch what lies at these addresses. Asked for before the wait, it comes as
+    the kernel ahead runs; what that kernel still writes there is not lost, for it writes to the same cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
+    )
+
+
 @cache
 def dependent(device: torch.device) -> bool:
     """Whether kernels on this device are launched so: both the constant DEPENDENT and the option launch_pdl."""

@@ -132,6 +132,25 @@ def test_more_splits_wanted_than_tokens(case):
     assert_same(decode(case, target=sum(case.lengths) + 5), decoded_by_twin(case), TOLERANCE[DEVICE][case.dtype])
 
 
+@over([TEMPLATE, SMALL[1], SLOTS[0], *LARGE])
+def test_pools_beyond_32_bits(case, monkeypatch):
+    """Their words are counted in 64 bits, and nothing else is different."""
+    narrow = decode(case, target=9)
+    seen = []
+    kernel = attention.decode_kernel
+
+    class Watched:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: (seen.append(constants["NEAR"]), kernel[grid](*args, **constants))
+
+    monkeypatch.setattr(attention, "decode_kernel", Watched())
+    monkeypatch.setattr(attention, "_NEAR_WORDS", data(case).rows.numel() // 2)
+    wide = decode(case, target=9)
+    monkeypatch.setattr(attention, "_NEAR_WORDS", data(case).rows.numel() // 2 + 1)
+    assert torch.equal(wide[0], narrow[0]) and torch.equal(decode(case, target=9)[1], wide[1])
+    assert seen == [False, True]
+
+
 @pytest.mark.parametrize("q_len", [1, 8])
 @over([TEMPLATE, PRODUCT, *LARGE])
 def test_decode_writes_into_given_buffers(case, q_len):
