@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from importlib.metadata import entry_points
@@ -120,9 +120,9 @@ class Server:
                 raise self.error(f"died with exit code {code}")
         return self.start_s is not None
 
-    def wait(self, timeout: float = 900) -> Server:
-        """Until it answers. ServerError if it died or took longer."""
-        failed = wait_for([self], timeout)
+    def wait(self, timeout: float = 900, meanwhile: Callable[[], object] = lambda: None) -> Server:
+        """Until it answers, calling ``meanwhile`` again and again. ServerError if it died or took longer."""
+        failed = wait_for([self], timeout, meanwhile)
         if failed:
             raise failed[self]
         return self
@@ -212,7 +212,9 @@ def _request(ids: list[int], new: int) -> dict:
     return {"input_ids": ids, "sampling_params": {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}}
 
 
-def wait_for(servers: Iterable[Server], timeout: float) -> dict[Server, ServerError]:
+def wait_for(
+    servers: Iterable[Server], timeout: float, meanwhile: Callable[[], object] = lambda: None
+) -> dict[Server, ServerError]:
     """Until each of them answers, has died, or ``timeout`` seconds are over. What went wrong, by server."""
     deadline = time.monotonic() + timeout
     waiting, failed = list(servers), {}
@@ -227,6 +229,7 @@ def wait_for(servers: Iterable[Server], timeout: float) -> dict[Server, ServerEr
                 failed[server] = e
                 waiting.remove(server)
         if waiting:
+            meanwhile()
             time.sleep(0.25)
     return failed
 

@@ -72,6 +72,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONSAFEPATH": "1", "HF_HOME": hub, **local}
 
 
+class NoGenerators(BenchError):
+    """SGLang's load generators cannot be imported: no server is worth starting."""
+
+
 class Worker:
     """The process in which load generators run, see worker.py. It starts with :meth:`start` or its first command, and
     anew after :meth:`stop` or a command that failed to end; it ends with the with block."""
@@ -108,6 +112,14 @@ class Worker:
                     start_new_session=True,
                 )
         return self._process
+
+    def check(self) -> None:
+        """NoGenerators where it ended before its first command, which is when it imports."""
+        if self._process is not None and not self._count and self._process.poll() is not None:
+            said = self.log.read_text(errors="replace").strip().splitlines()
+            raise NoGenerators(
+                f"SGLang's load generators cannot be imported: {said[-1] if said else 'no reason given'}"
+            )
 
     def stop(self) -> None:
         """End it with all that it started."""

@@ -10,7 +10,7 @@ from ..server_steps import TOKEN_IDS, prompt
 
 
 def check_prompt(model: Model, tokens: int) -> list[int]:
-    """Real weights read English, random ones random tokens."""
+    """Real weights read English, random ones random tokens. FileNotFoundError where SGLang's text is missing."""
     if model.tokenizer:
         return prompt("check", tokens)
     from transformers import AutoTokenizer

@@ -24,7 +24,7 @@ from ..launch import Server, ServerError, shown
 from ..models import KNOWN, Model, add_models, check_models, with_ready
 from ..server_steps import Budget, provenance, summary
 from . import check, memory
-from .bench import BenchError, Target, Worker
+from .bench import BenchError, NoGenerators, Target, Worker
 from .configs import BASELINES, DEFAULT, NAMED, SERVERS, Sizes, arguments
 from .prompts import check_prompt, plain_token
 from .record import UNFIT, UNMEASURED, Record, Row
@@ -34,6 +34,7 @@ from .scenarios import Context, Failed, Outcome, Plan, Unfit, batch, capacity, c
 #: in the order in which they are measured: what takes no time first, what takes most of it last
 SCENARIOS = {module.NAME: module for module in (capacity, cost, decode, batch, prefill, pressure, prefixes)}
 SPENT = "the budget was spent"
+_WHOLE = "sglang as pip installs it has what is missing"
 ERRORS = (ServerError, BenchError, OSError)  # requests' and socket errors, time-outs included, are OSErrors
 
 
@@ -122,7 +123,7 @@ class Run:
                     self.worker.start()  # imports while the server starts
                 with ThreadPoolExecutor(1) as aside:
                     word = aside.submit(plain_token, model.tokenizer) if model.tokenizer else None
-                    server.wait(self.budget.timeout())
+                    server.wait(self.budget.timeout(), self.worker.check)
                 self.started.append(server.start_s)
                 held, held_by = memory.used(server.process.pid)
                 info = server.info()
@@ -143,6 +144,8 @@ class Run:
                 self.measure(model, method, ctx)
                 # It has nothing left to do in order: SGLang looks for SIGTERM every 5 s only.
                 server.process.kill()
+        except NoGenerators:
+            raise  # it would be the same with every other server
         except TimeoutError as e:
             self.why[model.name, method] = str(e)
         except (check.CheckError, *ERRORS) as e:
@@ -274,6 +277,12 @@ def measure(args: argparse.Namespace, words: list[str]) -> int:
         other = [name for name in now if before.get(name) != now[name]]
         print(f"--out {args.out} holds results of other settings ({', '.join(other)}): name another", file=sys.stderr)
         return 2
+    try:
+        for model in args.model:
+            check_prompt(model, NAMED[args.sizes].check_prompt)
+    except FileNotFoundError as e:
+        print(f"no text to check servers with: {e}; {_WHOLE}", file=sys.stderr)
+        return 2
     record.meta["settings"] = now
     record.meta.setdefault("runs", []).append(made)
     record.write()
@@ -282,6 +291,9 @@ def measure(args: argparse.Namespace, words: list[str]) -> int:
         with Worker() as worker:
             run = Run(args, record, worker)
             run.all()
+    except NoGenerators as e:
+        print(f"{e}; {_WHOLE}", file=sys.stderr)
+        return 2
     finally:
         made["seconds"] = round(time.monotonic() - started, 1)
         record.write()

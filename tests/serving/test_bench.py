@@ -159,6 +159,19 @@ def test_a_module_that_does_not_import_says_so(modules, tmp_path, monkeypatch):
         ended(worker, "ok", tmp_path / "a.log")
 
 
+def test_a_failed_import_shows_before_the_first_load(modules, tmp_path, monkeypatch):
+    with bench.Worker() as worker:
+        worker.check()  # nothing was started
+        worker.start()
+        ended(worker, "ok", tmp_path / "a.log")
+        worker.check()
+    monkeypatch.setattr(bench, "ONE_BATCH", "loads.missing")
+    with bench.Worker() as worker:
+        worker.start().wait(30)
+        with pytest.raises(bench.NoGenerators, match="cannot be imported: .*No module named 'loads.missing'"):
+            worker.check()
+
+
 def test_commands_are_understood_by_sglang(tmp_path):
     """Every option that is used is one of the installed release's."""
     root = Path(importlib.util.find_spec("sglang").submodule_search_locations[0])  # found, not imported

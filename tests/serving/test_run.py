@@ -113,6 +113,28 @@ def test_a_broken_load_generator_is_tried_again(standin, tmp_path, monkeypatch):
     assert [call[0] for call in standin()] == ["one_batch_server", "serving", "serving", "serving"]
 
 
+def test_without_load_generators_no_second_server_starts(standin, tmp_path, capsys):
+    """The first is not waited for either."""
+    (tmp_path / "standin" / "sglang" / "benchmark" / "serving.py").write_text("import a_module_that_is_not_there\n")
+    server = tmp_path / "standin" / "sglang" / "launch_server.py"
+    server.write_text("import time\nprint('starting', flush=True)\ntime.sleep(300)\n")
+    code, rows, _ = go(tmp_path, "--method", K3, "bf16-fa3", "--only", "*/decode/*")
+    assert code == 2 and rows == []
+    said = capsys.readouterr().err
+    assert "No module named 'a_module_that_is_not_there'" in said and "pip installs" in said
+    assert [p.name for p in (tmp_path / "out" / "logs").iterdir()] == ["tiny_bf16-fa3.log"]
+
+
+def test_without_a_text_nothing_starts(standin, tmp_path, capsys, monkeypatch):
+    def missing(model, tokens):
+        raise FileNotFoundError("long_prompt.txt")
+
+    monkeypatch.setattr(run, "check_prompt", missing)
+    out = tmp_path / "out"
+    assert run.main(["--out", str(out), "--model", "tiny=some/model", "--method", "bf16-fa3", "--sizes", "smoke"]) == 2
+    assert "long_prompt.txt" in capsys.readouterr().err and not (out / "serving.csv").exists()
+
+
 def test_what_does_not_fit_is_a_result(standin, tmp_path):
     sizes = run.NAMED["smoke"]
     big = type(sizes)(**{**vars(sizes), "decode": (64, 2000), "pressure": (5000, 8)})
