@@ -9,6 +9,7 @@ import pytest
 import torch
 from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_blockgtq.backend.cuda import TritonPackedBackend
@@ -150,11 +151,10 @@ def stepping(backend, monkeypatch):
     backend.kv_indptr = torch.full((5,), -1, dtype=torch.int32)
     backend.cuda_graph_kv_indices = torch.full((4 * 6,), -1, dtype=torch.int32)
     backend.table = torch.arange(5 * 6, dtype=torch.int32).view(5, 6)
-    backend.kv_index_translator = SimpleNamespace(
-        read_source=lambda plan, req_pool_indices, bs: SimpleNamespace(
-            ids=backend.table, row_ids=req_pool_indices, entry_page_size=1, v2p=None
-        )
-    )
+    # SGLang's own, of a pool whose slots are what its table of requests holds.
+    translator = KVIndexTranslator.__new__(KVIndexTranslator)
+    translator._spaces, translator.req_to_token = {}, backend.table
+    backend.kv_index_translator = translator
     return backend
 
 
@@ -198,6 +198,26 @@ def test_a_graph_gathers_its_slots_itself(stepping):
     stepping.init_forward_metadata_in_graph(batch)
     assert (meta.kv_indptr.tolist(), meta.kv_indices[:4].tolist()) == ([0, 3, 4], [0, 1, 2, 12])
     assert not stepping.asked
+
+
+@pytest.mark.parametrize("lengths", [[5], [1, 6, 2], [3, 3, 3, 3]])
+def test_metadata_is_what_sglang_would_make(stepping, lengths):
+    batch = step(range(len(lengths), 0, -1), lengths)
+    stepping.init_forward_metadata_out_graph(batch, in_capture=True)
+    stepping.init_forward_metadata_in_graph(batch)
+    size, total = len(lengths), sum(lengths)
+    want = torch.full((total,), -1, dtype=torch.int64)
+    indptr = TritonAttnBackend._fill_kv_indptr_and_indices(
+        stepping,
+        batch.kv_loc_plan,
+        size,
+        batch.seq_lens[:size],
+        batch.req_pool_indices[:size],
+        want,
+        torch.zeros(size + 1, dtype=torch.int32),
+    )
+    assert stepping.forward_metadata.kv_indptr.tolist() == indptr.tolist()
+    assert stepping.forward_metadata.kv_indices[:total].tolist() == want.tolist()
 
 
 def test_a_step_without_requests(stepping):

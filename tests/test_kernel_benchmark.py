@@ -20,7 +20,7 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks.kernels import __main__ as cli  # noqa: E402
-from benchmarks.kernels import cases, data, ours, peers, record, reference, run, subjects, timing  # noqa: E402
+from benchmarks.kernels import cases, data, layers, ours, peers, profile, record, reference, run, subjects, timing  # noqa: E402
 from sglang_blockgtq.kernels import naive  # noqa: E402
 from sglang_blockgtq.kernels.layout import gather_rows, scatter_rows  # noqa: E402
 
@@ -583,3 +583,124 @@ def test_timing_on_a_device():
     eager = timing.measure(lambda i: y.copy_(x[i]).sum().item(), 2 * y.nbytes, 8, 0.05)
     assert eager.timed == "eager" and eager.note.startswith("not captured")
     assert timing.measure(lambda i: y.copy_(x[i]), 2 * y.nbytes, 8, 0.05).timed == "graph"
+
+
+# --- a layer among weights, and what kernels wait for ---------------------------------------------------------------
+
+
+@pytest.fixture
+def known(monkeypatch):
+    monkeypatch.setattr(cases, "SHAPES", (SHAPE, *cases.SHAPES))
+    monkeypatch.setitem(layers.SHAPES, SHAPE.name, {"hidden_size": 32, "intermediate_size": 48})
+    monkeypatch.setattr(layers, "LAYERS", 2)
+
+
+def test_a_layer_is_timed_among_weights(known, tmp_path, monkeypatch):
+    """Every part launches what it names, in every layer."""
+    seen = []
+    encode, decode = layers.Encoder.__call__, layers.decode_attention
+    monkeypatch.setattr(
+        layers.Encoder,
+        "__call__",
+        lambda self, *args: (seen.append(("encode", self.rows.data_ptr())), encode(self, *args)),
+    )
+
+    def attend(tables, q, rows, *args, **kwargs):
+        seen.append(("attention", rows.data_ptr()))
+        got = decode(tables, q, rows, *args, **kwargs)
+        assert bool(got[0].isfinite().all())
+        return got
+
+    monkeypatch.setattr(layers, "decode_attention", attend)
+    times = iter([10.0, 14.5, 21.25])
+
+    def timer(launch, num_bytes, windows, seconds):
+        seen.clear()
+        for i in range(windows):
+            launch(i)
+        kinds = [kind for kind, _ in seen]
+        assert len({address for _, address in seen}) in (0, 2)
+        took.append(kinds)
+        return timing.Timing(next(times), "graph", windows, 20)
+
+    took = []
+    out = tmp_path / "layers.csv"
+    assert (
+        layers.main(["--out", str(out), "--shape", "tiny", "--lengths", "2x40", "--commit", "abc"], timer, "cpu") == 0
+    )
+    assert took == [[], ["encode"] * 2, ["encode", "attention"] * 2]
+    with out.open() as f:
+        rows = [(r["part"], r["us"], r["more"]) for r in csv.DictReader(f)]
+    assert rows == [("weights", "10.0", "0.0"), ("encode", "14.5", "4.5"), ("attention", "21.2", "11.2")]
+    made = json.loads(out.with_suffix(".json").read_text())
+    assert made["commit"] == "abc" and made["command"].startswith("python -m benchmarks.kernels.layers --out")
+
+
+def test_layers_of_an_unknown_model_are_refused(tmp_path, capsys):
+    assert layers.main(["--out", str(tmp_path / "x.csv"), "--shape", "smollm2"]) == 2
+    assert "SmolLM2" in capsys.readouterr().err
+
+
+NCU = """==PROF== Connected to process 7
+"ID","Kernel Name","gpu__time_duration.sum","smsp__issue_active.avg.per_cycle_active","sm__nothing.sum"
+"","","ns","inst/cycle",""
+"0","decode_kernel(int *, float)","20,512","0.58","3"
+"1","merge_row_kernel","5056","0.17","4"
+"""
+
+
+def test_metrics_are_read_by_kernel():
+    assert list(profile.read_metrics(NCU)) == [
+        ("decode_kernel", "gpu__time_duration.sum", "ns", "20512"),
+        ("decode_kernel", "smsp__issue_active.avg.per_cycle_active", "inst/cycle", "0.58"),
+        ("merge_row_kernel", "gpu__time_duration.sum", "ns", "5056"),
+        ("merge_row_kernel", "smsp__issue_active.avg.per_cycle_active", "inst/cycle", "0.17"),
+    ]
+    assert not list(profile.read_metrics("==ERROR== no permission"))
+
+
+@pytest.fixture
+def ncu(tmp_path, monkeypatch):
+    """A stand-in that notes its calls, and fails where the case's name says so."""
+    (tmp_path / "raw").write_text(NCU)
+    tool = tmp_path / "bin" / "ncu"
+    tool.parent.mkdir()
+    tool.write_text(
+        f"""#!{sys.executable}
+import pathlib, sys
+with open({str(tmp_path / "calls")!r}, "a") as f: print(*sys.argv[1:], file=f)
+if "--import" in sys.argv: print(pathlib.Path({str(tmp_path / "raw")!r}).read_text())
+elif "1x131072" in sys.argv: sys.exit("==ERROR== no counters for you")
+else: pathlib.Path(sys.argv[sys.argv.index("-o") + 1]).touch()
+"""
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tool.parent))
+    return lambda: (tmp_path / "calls").read_text().splitlines()
+
+
+def test_profile_asks_ncu_for_each_case(ncu, tmp_path, capsys):
+    out = tmp_path / "profile.csv"
+    only = ["--only", "qwen2.5-3b/decode/template-k3v3", "--commit", "abc"]
+    assert profile.main(["--out", str(out), *only, "--lengths", "1x4K", "8x32K", "--source"]) == 0
+    with out.open() as f:
+        rows = list(csv.DictReader(f))
+    assert {(r["shape"], r["batch"], r["context"], r["method"]) for r in rows} == {
+        ("Qwen2.5-3B", "1", "4096", "template-k3v3"),
+        ("Qwen2.5-3B", "8", "32768", "template-k3v3"),
+    }
+    assert [r["value"] for r in rows if r["metric"] == "gpu__time_duration.sum"] == ["20512", "5056"] * 2
+    assert json.loads(out.with_suffix(".json").read_text())["commit"] == "abc"
+    first = ncu()[0]
+    assert "--clock-control none" in first and "--child" in first and "--lengths 1x4096" in first
+    assert len(list(tmp_path.glob("*.source.csv"))) == 2 and not list(tmp_path.glob("*.ncu-rep"))
+    assert profile.main(["--out", str(out), *only, "--lengths", "1x128K"]) == 1
+    assert "no counters for you" in capsys.readouterr().err
+
+
+def test_profile_without_ncu_or_cases(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    out = ["--out", str(tmp_path / "x.csv")]
+    assert profile.main([*out, "--only", "qwen2.5-3b/decode/template-k3v3"]) == 2
+    assert "ncu" in capsys.readouterr().err
+    assert profile.main([*out, "--only", "nothing"]) == 2
