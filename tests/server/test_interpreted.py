@@ -1,0 +1,72 @@
+"""The CUDA backend inside the real server, on the CPU: what its kernels answer is what the PyTorch backend answers.
+
+Two layers of the small real model, in float32: enough for answers to depend on every row that is read, and few enough
+for Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.server
+
+PLUGIN = Path(__file__).parent / "interpreted"
+PROMPT, HIT, CHUNK, NEW = 44, 24, 32, 5
+#: nats. Measured: 1.5e-5. With the slots of an earlier step the tokens themselves are other ones.
+LIMIT = 1e-3
+
+
+@pytest.fixture(scope="module")
+def two_layers(smollm2, tmp_path_factory) -> str:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = str(tmp_path_factory.mktemp("model") / "two-layers")
+    model = AutoModelForCausalLM.from_pretrained(smollm2)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
+    return folder
+
+
+def answers(server, ids) -> dict[str, list[tuple[int, float]]]:
+    """Tokens and their log-probabilities: a prompt in chunks, the same on its cached beginning, and three requests of
+    different lengths that decode side by side."""
+
+    def step_by_step(prompt):
+        meta = server.generate(prompt, max_new_tokens=NEW, logprob_start=len(prompt) - 1)["meta_info"]
+        return [(token, lp) for lp, token, *_ in meta["output_token_logprobs"]]
+
+    def read(prompt, start):
+        logprobs, cached = server.logprobs(prompt, start)
+        return list(zip(prompt[start + 1 :], logprobs, strict=True)), cached
+
+    out = {"cold": read(ids[:PROMPT], 0)[0]}
+    server.flush()
+    server.generate(ids[:HIT])
+    out["hit"], cached = read(ids[:PROMPT], HIT)
+    assert cached == HIT
+    server.flush()
+    prompts = ids[:PROMPT], ids[100:111], ids[60:97]
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        for prompt, found in zip(prompts, threads.map(step_by_step, prompts), strict=True):
+            out[f"steps after {len(prompt)}"] = found
+    return out
+
+
+def test_kernels_answer_like_pytorch(launch, two_layers, token_ids):
+    args = "--dtype=float32", "--max-total-tokens=600", f"--chunked-prefill-size={CHUNK}", "--max-running-requests=4"
+    plain = launch(*args, model=two_layers)
+    want = answers(plain, token_ids)
+    plain.stop()
+    interpreted = launch(*args, model=two_layers, env={"TRITON_INTERPRET": "1", "PYTHONPATH": str(PLUGIN)})
+    got = answers(interpreted, token_ids)
+    interpreted.stop()
+    for name, expected in want.items():
+        assert [token for token, _ in got[name]] == [token for token, _ in expected], name
+        apart = max(abs(a - b) for (_, a), (_, b) in zip(got[name], expected, strict=True))
+        assert apart < LIMIT, (name, apart)
+    assert len(want) == 5 and all(len(found) >= NEW for found in want.values())
