@@ -144,6 +144,7 @@ def test_either_kernel_reads_rows_in_columns(monkeypatch, case, columns):
         assert float(error.max().sqrt()) < 2 * TOLERANCE[DEVICE][case.dtype]
 
 
+@pytest.mark.usefixtures("placeless_products")
 @over([TEMPLATE, *LARGE])
 def test_a_token_does_not_depend_on_its_batch(case):
     """Bit for bit: what a tile holds beside a token, and how many tiles a program takes, must not show."""
