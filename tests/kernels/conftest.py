@@ -13,8 +13,8 @@ def _poisoned(nan_poison):
 def placeless_products(monkeypatch):
     """A product's row is rounded the same wherever it stands.
 
-    The interpreter multiplies with numpy, whose BLAS on some processors sums a row in one order or another by its place in
-    the tile. Summed in float64 and rounded once, that is not seen.
+    The interpreter multiplies with numpy, whose BLAS on some processors sums a row in one order or another by its place
+    in the tile. Summed in float64 and rounded once, that is not seen.
     """
     if torch.cuda.is_available():
         return
