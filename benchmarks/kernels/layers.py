@@ -131,8 +131,7 @@ def main(argv: list[str] | None = None, timer: Timer = timing.measure, device: s
         print("benchmarks.kernels.layers needs a CUDA device", file=sys.stderr)
         return 2
     attention.TUNING = replace(attention.TUNING, **dict(args.tuning))
-    made = record.provenance(sys.argv[1:] if argv is None else argv, args.commit)
-    made["command"] = made["command"].replace("benchmarks.kernels", "benchmarks.kernels.layers", 1)
+    made = record.provenance(sys.argv[1:] if argv is None else argv, args.commit, "benchmarks.kernels.layers")
     made["timing"] = {"us": f"median over replays of a CUDA graph of {LAYERS} layers, per layer"}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="") as file:

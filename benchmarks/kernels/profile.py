@@ -142,8 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-    made = record.provenance(sys.argv[1:] if argv is None else argv, args.commit)
-    made["command"] = made["command"].replace("benchmarks.kernels", "benchmarks.kernels.profile", 1)
+    made = record.provenance(sys.argv[1:] if argv is None else argv, args.commit, "benchmarks.kernels.profile")
     made["timing"] = {
         "ncu": "one call of each case, kernel by kernel, counters read over several replays; clocks as found"
     }

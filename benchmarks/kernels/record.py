@@ -62,12 +62,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def provenance(arguments: list[str], head: str | None = None) -> dict:
+def provenance(arguments: list[str], head: str | None = None, program: str = "benchmarks.kernels") -> dict:
     """What someone needs to make the same file again."""
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     shown = [Path(a).as_posix() if not Path(a).is_absolute() else Path(a).name for a in arguments]
     return {
-        "command": " ".join(["python -m benchmarks.kernels", *shown]),
+        "command": " ".join([f"python -m {program}", *shown]),
         "commit": head if head is not None else commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "gpu": gpu.name if gpu else "",
