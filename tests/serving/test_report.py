@@ -12,7 +12,7 @@ import pytest
 from benchmarks.serving import memory
 from benchmarks.serving.record import UNFIT, UNMEASURED, Record, Row
 from benchmarks.serving.report import page, write
-from benchmarks.serving.scenarios import batches, cost, decode
+from benchmarks.serving.scenarios import Failed, Unfit, batches, cost, decode
 from benchmarks.serving.targets import TARGETS, verdicts
 
 # A module that is None cannot be imported.
@@ -191,7 +191,7 @@ def test_memory_that_grows_with_the_cache_is_not_the_servers_own():
 def test_memory_needed_holds_one_sequence(monkeypatch):
     result = {"input_len": 400, "output_len": 100, "batch_size": 1, "steady_state_output_throughput": 100.0}
     result["total_output_tokens"] = 100
-    monkeypatch.setattr(batches, "run", lambda *_: [(400, result, (8.0 * 2**30, "all"))])
+    monkeypatch.setattr(batches, "run", lambda *_: [(400, result, (8.0 * 2**30, "all"))] * 3)
     ctx = SimpleNamespace(info=server_info(4.0), sizes=SimpleNamespace(steps=99))
     ((_, values),) = decode.measure(ctx, ["400"])
     found = {v.measure: v.value for v in values}
@@ -199,6 +199,42 @@ def test_memory_needed_holds_one_sequence(monkeypatch):
     del ctx.info["internal_states"][0]["context_length"]
     ((_, values),) = decode.measure(ctx, ["400"])
     assert {v.measure for v in values} == {"step", "memory_peak"}, "what is not known is not guessed"
+
+
+def runs_of(*runs: tuple[int, float | str]) -> list:
+    """As batches.decode gives them: (length, ms a step or why not)."""
+    out = []
+    for length, ms in runs:
+        if isinstance(ms, str):
+            out.append((length, Unfit(ms)))
+            continue
+        result = {"input_len": length, "output_len": 129, "batch_size": 1, "steady_state_output_throughput": 1e3 / ms}
+        out.append((length, [result, (ms, "all")]))
+    return out
+
+
+def test_a_pause_in_one_run_of_steps_does_not_count(monkeypatch):
+    asked = []
+
+    def decode_runs(ctx, name, batch, lengths, values):
+        asked.extend(lengths)
+        return runs_of((64, 4.0), (64, 5.0), (64, 4.1), (262144, 7.0), (128, "long"), (128, "long"), (128, "long"))
+
+    monkeypatch.setattr(batches, "decode", decode_runs)
+    outcomes = list(decode.measure(SimpleNamespace(info={}), ["64", "262144", "128"]))
+    assert asked == [64] * 3 + [262144] + [128] * 3, "prompts that take minutes are read once"
+    assert [case for case, _ in outcomes] == ["64", "262144", "128"]
+    step, peak = outcomes[0][1]
+    assert step.value == pytest.approx(4.1) and step.note == "means of 128 steps: 4 5 4.1" and peak.value == 5.0
+    assert outcomes[1][1][0].value == pytest.approx(7.0) and outcomes[1][1][0].note == "mean of 128 steps"
+    assert outcomes[2][1] == Unfit("long")
+
+
+def test_a_length_that_failed_once_has_no_figure(monkeypatch):
+    runs = runs_of((64, 4.0), (64, 5.0), (64, 4.1))
+    runs[1] = (64, Failed("3 of 129 tokens were generated"))
+    monkeypatch.setattr(batches, "decode", lambda *_: runs)
+    assert list(decode.measure(SimpleNamespace(info={}), ["64"])) == [("64", runs[1][1])]
 
 
 def test_smoke_figures_are_not_judged(record):

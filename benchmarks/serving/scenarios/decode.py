@@ -3,40 +3,63 @@
 A server takes its whole cache at start, so the sampled peak is nearly the same for every length. ``memory_needed`` is
 that peak less the cache and SGLang's table of requests, plus what the sequence fills of both: what a server sized for
 it would take.
+
+A step is the mean of a run of steps, and a pause of the host in it weighs as much as ten of them: up to 128K tokens
+there are three runs, of which the middle one counts. Longer prompts take minutes to read and run once.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from statistics import median
+
 from ..counters import pool_bytes, request_table
-from . import Context, Outcomes, Plan, Value, batches
+from . import Context, Failed, Outcomes, Plan, Unfit, Value, batches
 
 NAME = "decode"
+REPEATS, REPEATED_UP_TO = 3, 131072
 
 
 def cases(plan: Plan) -> list[str]:
     return [str(length) for length in plan.sizes.decode]
 
 
+def repeats(length: int) -> int:
+    return REPEATS if length <= REPEATED_UP_TO else 1
+
+
 def measure(ctx: Context, cases: list[str]) -> Outcomes:
-    tokens, pool, table = ctx.info.get("max_total_num_tokens"), pool_bytes(ctx.info), request_table(ctx.info)
+    found: dict[int, list[tuple[dict, tuple[float | None, str]]]] = defaultdict(list)
+    kept_back: set[int] = set()
+    lengths = [length for case in cases for length in [int(case)] * repeats(int(case))]
+    for length, outcome in batches.decode(ctx, NAME, 1, lengths, lambda *run: list(run)):
+        if isinstance(outcome, Unfit | Failed):
+            if length not in kept_back:
+                yield str(length), outcome
+            kept_back.add(length)
+            continue
+        found[length].append(tuple(outcome))
+        if len(found[length]) == repeats(length):
+            yield str(length), values(ctx, found[length])
 
-    def values(result: dict, memory: tuple[float | None, str]) -> list[Value]:
-        step = step_value(result)
-        peak, what = memory
-        if peak is None:
-            return [step]
-        out = [step, Value("memory_peak", peak, "bytes", what)]
-        if tokens and pool and table:
-            filled = (result["input_len"] + result["output_len"]) * pool / tokens
-            needed = peak - pool - table[0] + filled + table[1]
-            out.append(
-                Value("memory_needed", needed, "bytes", "the cache and the table of requests for the sequence only")
-            )
+
+def values(ctx: Context, runs: list[tuple[dict, tuple[float | None, str]]]) -> list[Value]:
+    """Of one length's runs: each (result, (peak of GPU memory, what it counts))."""
+    steps = [batches.step_ms(result) for result, _ in runs]
+    result = runs[0][0]
+    count = result["output_len"] - 1
+    note = f"mean of {count} steps"
+    if len(runs) > 1:
+        note = f"means of {count} steps: {' '.join(f'{ms:.5g}' for ms in steps)}"
+    out = [Value("step", median(steps), "ms", note)]
+    peaks, (_, what) = [peak for _, (peak, _) in runs if peak is not None], runs[0][1]
+    if not peaks:
         return out
-
-    for length, outcome in batches.decode(ctx, NAME, 1, [int(case) for case in cases], values):
-        yield str(length), outcome
-
-
-def step_value(result: dict) -> Value:
-    return Value("step", batches.step_ms(result), "ms", f"mean of {result['output_len'] - 1} steps")
+    out.append(Value("memory_peak", max(peaks), "bytes", what))
+    tokens, pool, table = ctx.info.get("max_total_num_tokens"), pool_bytes(ctx.info), request_table(ctx.info)
+    if tokens and pool and table:
+        filled = (result["input_len"] + result["output_len"]) * pool / tokens
+        needed = max(peaks) - pool - table[0] + filled + table[1]
+        note = "the cache and the table of requests for the sequence only"
+        out.append(Value("memory_needed", needed, "bytes", note))
+    return out
