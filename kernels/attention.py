@@ -41,15 +41,26 @@ _ROWS_ALONE = 128  # output rows up to which each gets a merging program of its 
 class Tuning:
     """Choices of the decode kernel, measured on an H100 (docs/kernels.md)."""
 
-    block_n: int = 32  # tokens of a tile
+    block_n: int = 64  # tokens of a tile
+    short_n: int = 32  # the same where a split has no more
     stages: int = 2  # of the asynchronous copies: a tile's words are asked for at the end of the one before
-    warps_per_sm: int = 16  # programs that are wanted; a program is one warp, and all run at a time
+    warps_per_sm: int = 8  # programs that are wanted; a program is one warp, and all run at a time
     generic_per_sm: int = 4  # the same of the generic kernel, whose programs have 4 or 8 warps
-    registers: int = 128  # of a thread, so that 16 programs fit a multiprocessor
-    prefetch: int = 32  # tokens of a split that are asked for while the kernel ahead ends
+    registers: int = 255  # of a thread, so that 8 programs fit a multiprocessor
+    prefetch: int = 64  # tokens of a split that are asked for while the kernel ahead ends
 
 
 TUNING = Tuning()
+#: Where a head's keys may be of several templates: loops of which each has its place in the instruction cache.
+TEMPLATES_TUNING = Tuning(block_n=32, warps_per_sm=16, registers=128, prefetch=32)
+#: Where a tile has 16 query rows or more than 128 channels, for which no number of registers is too many.
+WIDE_TUNING = Tuning(block_n=32, warps_per_sm=16, prefetch=32)
+
+
+def _tuning(tables: DeviceTables, block_m: int) -> Tuning:
+    if block_m > 8 or max(tables.k.padded, tables.v.padded) > 128:
+        return WIDE_TUNING
+    return TUNING if len(tables.k_templates) == 1 else TEMPLATES_TUNING
 
 
 @cache
@@ -158,8 +169,8 @@ def target_splits(tables: DeviceTables, num_heads: int, q_len: int = 1) -> int:
 
     A constant of the device and the model, so that it can stand in a CUDA graph.
     """
-    _, tiles = _decode_rows(tables, num_heads // tables.heads * q_len)
-    per_sm = TUNING.generic_per_sm if tables.v_columns is None else TUNING.warps_per_sm
+    block_m, tiles = _decode_rows(tables, num_heads // tables.heads * q_len)
+    per_sm = TUNING.generic_per_sm if tables.v_columns is None else _tuning(tables, block_m).warps_per_sm
     return max(1, _multiprocessors(tables.device) * per_sm // (tables.heads * tiles))
 
 
@@ -278,7 +289,7 @@ def _decode(
         )
         return
     tables.check_rows(rows)
-    ks, v = tables.k_templates, tables.v_columns
+    ks, v, tuning = tables.k_templates, tables.v_columns, _tuning(tables, block_m)
     decode_kernel[(tables.heads * tiles, splits)](
         turned,
         rows.view(torch.int16),
@@ -317,17 +328,16 @@ def _decode(
         V_SLOPE=v.slope,
         REQUESTS=request_block(requests),
         BLOCK_M=block_m,
-        BLOCK_N=TUNING.block_n,
-        STAGES=TUNING.stages,
-        PREFETCH=TUNING.prefetch,
+        TILES=tuple(sorted({min(tuning.short_n, tuning.block_n), tuning.block_n})),
+        STAGES=tuning.stages,
+        PREFETCH=tuning.prefetch,
         NEAR=rows.numel() // 2 < _NEAR_WORDS,
         ASM=turned.is_cuda,
         DEPENDENT=dependent(tables.device),
         launch_pdl=dependent(tables.device),
         num_warps=1,
-        num_stages=TUNING.stages,
-        # The compiler spends more than it needs if it may. Twice the queries, or more channels, do need more.
-        maxnreg=TUNING.registers if block_m == 8 and max(tables.k.padded, tables.v.padded) <= 128 else None,
+        num_stages=tuning.stages,
+        maxnreg=tuning.registers,
     )
 
 
@@ -358,7 +368,7 @@ def _merge(
         merge_group_kernel[(tables.heads, tokens, side.padded // columns)](
             scratch.out, scratch.lse, side.back, kv_indptr, out, lse, requests, target, num_heads,
             out.stride(0), out.stride(1), **shared, COLUMNS=columns, ROWS=max(8, triton.next_power_of_2(group)),
-            BLOCK=max(4, min(16, triton.next_power_of_2(per_request))), num_warps=8,
+            BLOCK=max(4, min(32, triton.next_power_of_2(per_request))), num_warps=8,
         )  # fmt: skip
         return
     # With few requests a row has many splits, which 64 at a time spread over the device; with many, one program

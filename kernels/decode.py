@@ -348,7 +348,7 @@ def decode_kernel(
     V_SLOPE: tl.constexpr,
     REQUESTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    TILES: tl.constexpr,  # tokens of a tile, ascending: a split that the first holds whole takes that, others the last
     STAGES: tl.constexpr,
     PREFETCH: tl.constexpr,  # tokens of a split that are asked for before the wait
     NEAR: tl.constexpr,  # whether 32 bits are enough to count the pool's 16-bit words in
@@ -376,11 +376,15 @@ def decode_kernel(
     length = (tl.load(kv_indptr + request + 1, mask=live, other=0) - kv_start).to(tl.int32)
     end = tl.minimum(end, length)
     slots = kv_indices + kv_start
+    # What has nothing to do makes room for what waits. One program always waits, and with it the next kernel.
+    if not live:
+        if tl.program_id(0) + tl.program_id(1) > 0:
+            return
     if DEPENDENT:
         # Slots are as old as lengths, and so are all rows but the newest token's, of which the cache stays true.
-        for at in tl.static_range(0, PREFETCH, BLOCK_N):
+        for at in tl.static_range(0, PREFETCH, TILES[0]):
             if begin + at < end:
-                slot = _slots_from(slots, begin + at, end, BLOCK_N, NEAR)
+                slot = _slots_from(slots, begin + at, end, TILES[0], NEAR)
                 _prefetch_words(rows16, slot, head * K_STRIDE, pick(K_BINS, 0), ROW_BYTES, NEAR)
                 _prefetch_words(rows16, slot, V_OFFSET + head * V_STRIDE, V_BINS, ROW_BYTES, NEAR)
                 prefetch(_scales_of(rows32, slot, (NORM_OFFSET + 4 * head) * (_SLOTS // 4), ROW_BYTES, NEAR))
@@ -388,14 +392,17 @@ def decode_kernel(
     if not live:
         return
 
-    # A loop for each template: which one runs is known to the whole program before its first tile.
+    # A loop for each template and tile: which one runs is known to the whole program before its first tile.
+    short = end - begin <= TILES[0]
     for i in tl.static_range(len(K_SLOTS)):
         if len(K_SLOTS) == 1 or kind == i:
-            _attend_split(
-                q, rows16, rows32, slots, column_shifts, partial_out, partial_lse, to_log2, stride_qt, stride_qh,
-                head, first_row, split, request, begin, end, length,
-                ROW_BYTES, K_STRIDE, V_STRIDE, V_OFFSET, NORM_OFFSET, HEADS, GROUP, QUERIES, V_DIM,
-                pick(K_BINS, i), V_BINS, pick(K_REPEAT, i), V_REPEAT, pick(K_SLOTS, i), V_SLOTS,
-                pick(K_POLY, i), V_POLY, pick(K_SLOPE, i), V_SLOPE,
-                BLOCK_M, BLOCK_N, STAGES, NEAR, ASM,
-            )  # fmt: skip
+            for t in tl.static_range(len(TILES)):
+                if len(TILES) == 1 or short == (t == 0):
+                    _attend_split(
+                        q, rows16, rows32, slots, column_shifts, partial_out, partial_lse, to_log2, stride_qt,
+                        stride_qh, head, first_row, split, request, begin, end, length,
+                        ROW_BYTES, K_STRIDE, V_STRIDE, V_OFFSET, NORM_OFFSET, HEADS, GROUP, QUERIES, V_DIM,
+                        pick(K_BINS, i), V_BINS, pick(K_REPEAT, i), V_REPEAT, pick(K_SLOTS, i), V_SLOTS,
+                        pick(K_POLY, i), V_POLY, pick(K_SLOPE, i), V_SLOPE,
+                        BLOCK_M, TILES[t], STAGES, NEAR, ASM,
+                    )  # fmt: skip

@@ -26,7 +26,8 @@ from .tables import DeviceTables, SideTables
 from .turn import BLOCK as TURN_BLOCK
 
 ROWS = 64  # of a program of the kernel for many tokens
-REGISTERS = 168  # of its threads: three programs on an SM. Wide heads and several scales need more
+REGISTERS = 128  # of its threads: four programs on an SM. Wide heads and several scales need more
+FEW_REGISTERS = 168  # the same of the kernel for a few tokens, whose programs hold a matrix: three of them
 #: Channels of a batch's keys, up to which the kernel for a few tokens takes it: each of its programs reads a matrix.
 FEW_CHANNELS = 1 << 14
 
@@ -142,7 +143,7 @@ class Encoder:
             DEPENDENT=chained,
             launch_pdl=chained,
             num_warps=4,
-            maxnreg=REGISTERS if max(k.padded, v.padded) <= 128 else None,
+            maxnreg=FEW_REGISTERS if max(k.padded, v.padded) <= 128 else None,
         )
 
     def _many(self, dtype: torch.dtype, group: int) -> Launch:

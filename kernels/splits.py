@@ -13,7 +13,7 @@ import triton.language as tl
 
 SPLIT_UNIT = 32  # tokens
 _UNIT = tl.constexpr(SPLIT_UNIT)
-_STEPS = 6  # sizes that are tried: the ideal one, and up to five eighths more
+_STEPS = 6  # sizes that are tried, from the ideal one up to one that is sure to do
 _TRIES = tl.constexpr(_STEPS)
 
 
@@ -38,9 +38,12 @@ def split_lengths(lengths: torch.Tensor, target: int) -> tuple[int, torch.Tensor
     """Twin of :func:`request_splits`: tokens of a split, and how many splits each request takes."""
     total, batch = int(lengths.sum()), len(lengths)
     ideal = -(-total // target)
-    size = _unit(-(-total // (target - batch)) if target > batch else total)
+    sure = -(-total // (target - batch)) if target > batch else total
+    even = -(-int(lengths.max()) // (target // batch)) if target > batch else total
+    size = _unit(min(sure, even))
+    room = max(size - ideal, 0)
     for k in reversed(range(_STEPS)):
-        trial = _unit(ideal + ideal * k // 8)
+        trial = min(size, _unit(ideal + room * k // _STEPS))
         if int((-(-lengths // trial)).sum()) <= target:
             size = trial
     return size, -(-lengths // size)
@@ -51,7 +54,9 @@ def request_splits(kv_indptr, num_requests, target, REQUESTS: tl.constexpr):
     """Tokens of a split, and ``[REQUESTS]`` the number of splits of each request.
 
     The size is the smallest tried one under which all requests together take at most ``target`` splits, so that
-    all of them run at once. Where there are that many requests, each is one split.
+    all of them run at once. Two sizes are sure to do: one that leaves each request a split to round up with, and the
+    longest request's share of as many splits as each can have, which is the best one for requests of a length. Those
+    below it may. Where there are that many requests, each is one split.
     """
     r = tl.arange(0, REQUESTS)
     live = r < num_requests
@@ -59,11 +64,14 @@ def request_splits(kv_indptr, num_requests, target, REQUESTS: tl.constexpr):
     length = (tl.load(kv_indptr + r + 1, mask=live, other=0) - start).to(tl.int32)
     total = tl.sum(length, 0)
     ideal = tl.cdiv(total, target)
-    spare = tl.maximum(target - num_requests, 1)
-    size = tl.where(target > num_requests, tl.cdiv(total, spare), total)
+    size = total
+    if target > num_requests:
+        size = tl.minimum(tl.cdiv(total, target - num_requests), tl.cdiv(tl.max(length, 0), target // num_requests))
     size = tl.maximum(tl.cdiv(size, _UNIT), 1) * _UNIT
+    room = tl.maximum(size - ideal, 0)
     for i in tl.static_range(_TRIES):
-        trial = tl.maximum(tl.cdiv(ideal + ideal * (_TRIES - 1 - i) // 8, _UNIT), 1) * _UNIT
+        trial = tl.maximum(tl.cdiv(ideal + room * (_TRIES - 1 - i) // _TRIES, _UNIT), 1) * _UNIT
+        trial = tl.minimum(trial, size)
         size = tl.where(tl.sum(tl.cdiv(length, trial), 0) <= target, trial, size)
     return size, tl.cdiv(length, size)
 

@@ -100,7 +100,7 @@ def test_lengths_argument():
 def test_tuning_argument():
     assert cli.tuning("registers=168") == ("registers", 168)
     for wrong in ("registers", "registers=", "registers=0", "registers=a", "colour=3", "=3"):
-        with pytest.raises(cli.argparse.ArgumentTypeError, match="NAME one of block_n, stages"):
+        with pytest.raises(cli.argparse.ArgumentTypeError, match="NAME one of block_n, short_n, stages"):
             cli.tuning(wrong)
 
 

@@ -193,37 +193,49 @@ def loops_of(ttgir: str) -> list[str]:
     return loops
 
 
-def main_loop(ttgir: str) -> str:
-    """The loop over tokens: the longest."""
-    return max(loops_of(ttgir), key=len)
+def token_loops(file: Path) -> list[str]:
+    """The loops over tokens."""
+    return [loop for loop in loops_of(file.with_suffix(".ttgir").read_text()) if "tt.dot" in loop]
 
 
-COPIED = "32x16x!tt.ptr<i16>", "16x32x!tt.ptr<i16>", "32x!tt.ptr<i32>"  # words of K and V, scales
+def copied(tile: int) -> list[str]:
+    """Words of K and V, and scales."""
+    return [f"{tile}x16x!tt.ptr<i16>", f"16x{tile}x!tt.ptr<i16>", f"{tile}x!tt.ptr<i32>"]
+
+
+TILES = 32, 64  # of splits of one tile, and of the others
 
 
 @pytest.fixture(scope="module", params=[90, 80], ids=["sm90", "sm80"])
-def decode(request, folder) -> tuple[str, str, Path]:
-    """The loop's TTGIR, the PTX and the cubin of decode for one query per request."""
+def decode_file(request, folder) -> Path:
+    """Of decode for one query per request: TTGIR, PTX and cubin."""
     launches = compiled(folder, *TEMPLATE, request.param)
-    file = next(Path(launch["file"]) for launch in launches if launch["name"] == "decode_kernel")
-    return main_loop(file.with_suffix(".ttgir").read_text()), file.with_suffix(".ptx").read_text(), file
+    return next(Path(launch["file"]) for launch in launches if launch["name"] == "decode_kernel")
 
 
-def assert_operands_stay(loop: str) -> None:
+@pytest.fixture(scope="module", params=TILES)
+def decode(request, decode_file) -> tuple[int, str, str]:
+    """Tokens of a tile, the TTGIR of its loop and the PTX of both."""
+    loops = token_loops(decode_file)
+    assert len(loops) == len(TILES)
+    return request.param, loops[TILES.index(request.param)], decode_file.with_suffix(".ptx").read_text()
+
+
+def assert_operands_stay(loop: str, tile: int) -> None:
     """No level changes its layout in a loop, nor does the query, the same for all tiles: only the weights do."""
     converted = re.findall(r"ttg.convert_layout .*-> tensor<(\w+)xf16, #ttg.dot_op<\{opIdx = (\d)", loop)
-    assert converted == [("32x8", "1")], converted
+    assert converted == [(f"{tile}x8", "1")], converted
 
 
 def test_decode_makes_levels_where_the_tensor_core_wants_them(decode):
     """Words come from shared memory in the operand's layout; no level is moved between threads or stored."""
-    loop, ptx, _ = decode
+    tile, loop, ptx = decode
     dots = re.findall(r"tt\.dot %\w+, ", loop)
     assert len(dots) == 16, "8 slots of K and 8 of V"
-    assert_operands_stay(loop)
+    assert_operands_stay(loop, tile)
     assert not [line for line in loop.splitlines() if re.search(r"ttg.local_(alloc|store)", line)]
     words = [line for line in loop.splitlines() if "ttg.local_load" in line and "xi16" in line.split("->")[1]]
-    whole = [line for line in words if "32x16xi16" in line or "16x32xi16" in line]
+    whole = [line for line in words if f"{tile}x16xi16" in line or f"16x{tile}xi16" in line]
     assert len(whole) == 2 and all("#ttg.dot_op<{opIdx = 0" in line for line in whole)
     assert "mma.sync.aligned.m16n8k16" in ptx
     assert "fma.rn.f16x2" in ptx and "lop3.b32" in ptx
@@ -231,13 +243,13 @@ def test_decode_makes_levels_where_the_tensor_core_wants_them(decode):
 
 def test_decode_copies_words_asynchronously(decode):
     """Words of both sides' full bins, and scales: they go past the registers, of which there are few."""
-    loop, ptx, _ = decode
+    tile, loop, ptx = decode
     copies = [line for line in loop.splitlines() if "ttg.async_copy_global_to_local" in line]
-    for kind in COPIED:
+    for kind in copied(tile):
         assert [line for line in copies if f"tensor<{kind}" in line], kind
     assert ptx.count("cp.async.cg.shared.global") + ptx.count("cp.async.ca.shared.global") >= len(copies)
     plain = [re.search(r"tensor<([^>]+>)", line)[1] for line in loop.splitlines() if "tt.load" in line]
-    assert sorted(plain) == ["32x!tt.ptr<i32>", "8x32x!tt.ptr<i16>"], "slots, and the narrow bin of V"
+    assert sorted(plain) == [f"{tile}x!tt.ptr<i32>", f"8x{tile}x!tt.ptr<i16>"], "slots, and the narrow bin of V"
     assert "contiguity = 8" in loop, "16 bytes at a time"
 
 
@@ -250,8 +262,8 @@ def tool(name: str, *args: str) -> str:
 
 
 def machine_loops(cubin: Path) -> list[list[str]]:
-    """The instructions of each loop with tensor products in it, from the target of a branch back to the branch."""
-    code, labels, loops = [], {}, []
+    """The instructions of each loop with a tile's tensor products in it, from the target of a branch to the branch."""
+    code, labels, spans = [], {}, []
     for line in tool("nvdisasm", "-c", str(cubin)).splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(code)
@@ -259,19 +271,21 @@ def machine_loops(cubin: Path) -> list[list[str]]:
             code.append(found[1])
     for i, instruction in enumerate(code):
         branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction)
-        # Longer ones are branches back from code that was moved to the end.
-        if branch and 0 < i - labels.get(branch[1], i) < 1500:
-            loops.append(code[labels[branch[1]] : i + 1])
-    return [loop for loop in loops if any("HMMA" in x for x in loop)]
+        first = labels.get(branch[1], i) if branch else i
+        if sum("HMMA" in x for x in code[first:i]) >= 32:
+            spans.append((first, i + 1))
+    # What has a loop in it is a branch back from code that was moved to the end.
+    inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
+    return [code[a:b] for a, b in inner]
 
 
-def assert_fits_registers(file: Path, reloads: int, loops: int = 1) -> None:
-    """128 registers, so that sixteen programs share a multiprocessor. What does not fit goes to local memory, which is
-    memory: before and behind the loop, where it is little, but not for each tile, save that up to ``reloads`` addresses
-    are read again."""
+def assert_fits_registers(file: Path, most: int, reloads: int, loops: int) -> None:
+    """At most so many registers, which decide how many programs share a multiprocessor. What does not fit goes to local
+    memory, which is memory: before and behind the loop, where it is little, but not for each tile, save that up to
+    ``reloads`` addresses are read again."""
     cubin = file.with_suffix(".cubin")
     usage = tool("cuobjdump", "-res-usage", str(cubin))
-    assert int(re.search(r"REG:(\d+)", usage)[1]) <= 128, usage
+    assert int(re.search(r"REG:(\d+)", usage)[1]) <= most, usage
     found = machine_loops(cubin)
     assert len(found) == loops
     for loop in found:
@@ -279,22 +293,23 @@ def assert_fits_registers(file: Path, reloads: int, loops: int = 1) -> None:
         assert sum(re.search(r"\bLDL\b", x) is not None for x in loop) <= reloads
 
 
-def test_decode_keeps_its_loop_in_registers(decode):
-    assert_fits_registers(decode[2], reloads=0 if decode[2].parent.name.endswith("-90") else 8)
+def test_decode_keeps_its_loops_in_registers(decode_file):
+    """Eight programs on a multiprocessor."""
+    assert_fits_registers(decode_file, 255, reloads=0, loops=len(TILES))
 
 
 def test_every_template_has_a_loop_like_the_only_one(folder):
-    """Of heads of four templates: as many copies, dots and conversions in each loop, as few registers."""
+    """Of heads of four templates: as many copies, dots and conversions in each loop; sixteen programs at a time."""
     file = next(Path(x["file"]) for x in compiled(folder, *SLOTS, 90) if x["name"] == "decode_kernel")
-    loops = [loop for loop in loops_of(file.with_suffix(".ttgir").read_text()) if "tt.dot" in loop]
+    loops = token_loops(file)
     assert len(loops) == 4 and len(set(loops)) == 4
     for loop in loops:
         assert len(re.findall(r"tt\.dot %\w+, ", loop)) == 16
         copies = [line for line in loop.splitlines() if "ttg.async_copy_global_to_local" in line]
-        for kind in COPIED:
+        for kind in copied(32):
             assert [line for line in copies if f"tensor<{kind}" in line], kind
-        assert_operands_stay(loop)
-    assert_fits_registers(file, reloads=2, loops=4)
+        assert_operands_stay(loop, 32)
+    assert_fits_registers(file, 128, reloads=2, loops=4)
 
 
 if __name__ == "__main__":
