@@ -8,7 +8,8 @@ and are turned into levels there, slot by slot (:mod:`.fields`). No level is eve
 
 The loop is compiled for the widths of a head's keys. Heads of a model may have up to four kinds of them
 (templates), and so the kernel up to four loops, of which a program runs one. A loop is 16 KB of instructions, so the
-programs of a multiprocessor should run the same.
+programs of a multiprocessor should run the same. Where there is one template, there is a second loop for splits
+that a smaller tile holds whole.
 
 K's scales touch the logits, V's the probabilities. What the loop leaves is merged in :mod:`.merge_splits`.
 """

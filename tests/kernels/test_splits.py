@@ -72,6 +72,18 @@ def test_splits_fill_what_is_wanted():
             assert 0.3 * wanted <= int(counts.sum()) <= max(target, len(lengths))
 
 
+@pytest.mark.parametrize("target", [132, 264, 528])
+@pytest.mark.parametrize("lengths", [[32768] * 8, [32768] * 19, [8192] * 32, [131072, 500, 500], [100, 9000, 30000, 7]])
+def test_no_split_is_much_longer_than_the_share_of_each(lengths, target):
+    """What all programs wait for is the longest split: requests of a length get an even share, and no others get more
+    than what leaves each of them a split to round up with."""
+    size, counts = split_lengths(torch.tensor(lengths), target)
+    assert int(counts.sum()) <= target
+    sure = -(-sum(lengths) // (target - len(lengths)))
+    even = -(-max(lengths) // (target // len(lengths)))
+    assert size < min(sure, even) + SPLIT_UNIT
+
+
 def scratch_and_twin(case, lengths, target, q_len):
     """Random partial results, poisoned where no split lies, and their merge by a plain softmax."""
     d = data(case)
