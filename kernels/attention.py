@@ -33,6 +33,7 @@ MAX_Q_LEN = 8
 _QUERY_BYTES = 1 << 16  # of shared memory
 _LOG2E = 1.4426950408889634
 _GROUPS_AT_ONCE = 128  # tokens times KV heads up to which one launch merges and turns
+_GROUP_PARTS = 256  # rows of splits that such a launch takes at a time: what 8 warps hold in registers
 _NEAR_WORDS = 1 << 31  # 16-bit words of a layer's pool that 32 bits count, the sign left out
 _ROWS_ALONE = 128  # output rows up to which each gets a merging program of its own
 
@@ -364,11 +365,11 @@ def _merge(
     per_request, narrow = target // requests, side.padded <= 128
     spread = narrow and tokens * num_heads <= _ROWS_ALONE and target > CHUNK * requests
     if narrow and not spread and tokens * tables.heads <= _GROUPS_AT_ONCE:
-        columns = min(64, side.padded)
+        columns, rows = min(64, side.padded), max(8, triton.next_power_of_2(group))
         merge_group_kernel[(tables.heads, tokens, side.padded // columns)](
             scratch.out, scratch.lse, side.back, kv_indptr, out, lse, requests, target, num_heads,
-            out.stride(0), out.stride(1), **shared, COLUMNS=columns, ROWS=max(8, triton.next_power_of_2(group)),
-            BLOCK=max(4, min(32, triton.next_power_of_2(per_request))), num_warps=8,
+            out.stride(0), out.stride(1), **shared, COLUMNS=columns, ROWS=rows,
+            BLOCK=max(4, min(_GROUP_PARTS // rows, triton.next_power_of_2(per_request))), num_warps=8,
         )  # fmt: skip
         return
     # With few requests a row has many splits, which 64 at a time spread over the device; with many, one program
