@@ -38,12 +38,13 @@ def split_lengths(lengths: torch.Tensor, target: int) -> tuple[int, torch.Tensor
     """Twin of :func:`request_splits`: tokens of a split, and how many splits each request takes."""
     total, batch = int(lengths.sum()), len(lengths)
     ideal = -(-total // target)
-    sure = -(-total // (target - batch)) if target > batch else total
-    even = -(-int(lengths.max()) // (target // batch)) if target > batch else total
-    size = _unit(min(sure, even))
-    room = max(size - ideal, 0)
+    size = total
+    if target > batch:
+        size = min(-(-total // (target - batch)), -(-int(lengths.max()) // (target // batch)))
+    size = _unit(size)
+    room = size - ideal
     for k in reversed(range(_STEPS)):
-        trial = min(size, _unit(ideal + room * k // _STEPS))
+        trial = _unit(ideal + room * k // _STEPS)
         if int((-(-lengths // trial)).sum()) <= target:
             size = trial
     return size, -(-lengths // size)
@@ -68,10 +69,9 @@ def request_splits(kv_indptr, num_requests, target, REQUESTS: tl.constexpr):
     if target > num_requests:
         size = tl.minimum(tl.cdiv(total, target - num_requests), tl.cdiv(tl.max(length, 0), target // num_requests))
     size = tl.maximum(tl.cdiv(size, _UNIT), 1) * _UNIT
-    room = tl.maximum(size - ideal, 0)
+    room = size - ideal  # not negative: a share of no more splits than are wanted
     for i in tl.static_range(_TRIES):
         trial = tl.maximum(tl.cdiv(ideal + room * (_TRIES - 1 - i) // _TRIES, _UNIT), 1) * _UNIT
-        trial = tl.minimum(trial, size)
         size = tl.where(tl.sum(tl.cdiv(length, trial), 0) <= target, trial, size)
     return size, tl.cdiv(length, size)
 
