@@ -9,6 +9,7 @@ from ..models import Model
 from ..server_steps import TOKEN_IDS, prompt
 
 
+@cache
 def check_prompt(model: Model, tokens: int) -> list[int]:
     """Real weights read English, random ones random tokens. FileNotFoundError where SGLang's text is missing."""
     if model.tokenizer:

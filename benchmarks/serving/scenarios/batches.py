@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from ..bench import Skipped, one_batch, one_batch_command
 from ..memory import Sampler
@@ -38,6 +40,26 @@ def decode(
             yield length, Failed("there was no time in which all requests of the batch were decoding")
         else:
             yield length, values(result, memory)
+
+
+Measured = TypeVar("Measured")
+
+
+def together(
+    runs: Iterable[tuple[int, Measured | Unfit | Failed]], times: Callable[[int], int]
+) -> Iterator[tuple[int, list[Measured] | Unfit | Failed]]:
+    """Of a length that runs ``times(length)`` times, all that was measured, once it is there; or what kept it, once."""
+    found: dict[int, list[Measured]] = defaultdict(list)
+    refused: set[int] = set()
+    for length, run in runs:
+        if isinstance(run, Unfit | Failed):
+            if length not in refused:
+                yield length, run
+            refused.add(length)
+            continue
+        found[length].append(run)
+        if len(found[length]) == times(length):
+            yield length, found[length]
 
 
 def step_ms(result: dict) -> float:

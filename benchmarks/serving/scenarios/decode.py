@@ -10,7 +10,6 @@ there are three runs, of which the middle one counts. Longer prompts take minute
 
 from __future__ import annotations
 
-from collections import defaultdict
 from statistics import median
 
 from ..counters import pool_bytes, request_table
@@ -29,22 +28,14 @@ def repeats(length: int) -> int:
 
 
 def measure(ctx: Context, cases: list[str]) -> Outcomes:
-    found: dict[int, list[tuple[dict, tuple[float | None, str]]]] = defaultdict(list)
-    kept_back: set[int] = set()
     lengths = [length for case in cases for length in [int(case)] * repeats(int(case))]
-    for length, outcome in batches.decode(ctx, NAME, 1, lengths, lambda *run: list(run)):
-        if isinstance(outcome, Unfit | Failed):
-            if length not in kept_back:
-                yield str(length), outcome
-            kept_back.add(length)
-            continue
-        found[length].append(tuple(outcome))
-        if len(found[length]) == repeats(length):
-            yield str(length), values(ctx, found[length])
+    runs = batches.decode(ctx, NAME, 1, lengths, lambda *run: list(run))
+    for length, outcome in batches.together(runs, repeats):
+        yield str(length), outcome if isinstance(outcome, Unfit | Failed) else values(ctx, outcome)
 
 
-def values(ctx: Context, runs: list[tuple[dict, tuple[float | None, str]]]) -> list[Value]:
-    """Of one length's runs: each (result, (peak of GPU memory, what it counts))."""
+def values(ctx: Context, runs: list[list]) -> list[Value]:
+    """Of one length's runs: each result and (peak of GPU memory, what it counts)."""
     steps = [batches.step_ms(result) for result, _ in runs]
     result = runs[0][0]
     count = result["output_len"] - 1
