@@ -104,6 +104,18 @@ def test_tuning_argument():
             cli.tuning(wrong)
 
 
+def test_tuning_is_taken_for_every_loop(monkeypatch):
+    """Else the rows of some models would be recorded under a tuning that they did not run with."""
+    names = "TUNING", "TEMPLATES_TUNING", "WIDE_TUNING"
+    before = {name: getattr(cli.attention, name) for name in names}
+    for name in names:
+        monkeypatch.setattr(cli.attention, name, before[name])
+    recorded = cli.retune([("stages", 3)])
+    for name in names:
+        assert getattr(cli.attention, name) == cli.replace(before[name], stages=3)
+        assert recorded[name.lower()]["stages"] == 3
+
+
 def test_command_line_without_a_device(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["--out", str(tmp_path / "a.csv")]) == 2

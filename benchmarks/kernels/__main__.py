@@ -37,6 +37,14 @@ def tuning(text: str) -> tuple[str, int]:
     raise argparse.ArgumentTypeError(f"{text}: NAME=NUMBER is needed, NAME one of {', '.join(names)}")
 
 
+def retune(changes: list[tuple[str, int]]) -> dict[str, dict]:
+    """Take the changes of ``--tuning`` for every loop of decode. What each has then, for the record."""
+    names = "TUNING", "TEMPLATES_TUNING", "WIDE_TUNING"
+    for name in names:
+        setattr(attention, name, replace(getattr(attention, name), **dict(changes)))
+    return {name.lower(): asdict(getattr(attention, name)) for name in names}
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="CSV to write; a .json of the same name tells how")
@@ -75,11 +83,11 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("benchmarks.kernels needs a CUDA device", file=sys.stderr)
         return 2
-    attention.TUNING = replace(attention.TUNING, **dict(args.tuning))
+    tuned = retune(args.tuning)
     torch.backends.cuda.matmul.allow_tf32 = False  # the reference is float32
     gc.freeze()  # a collection before each capture is then quick
     provenance = record.provenance(sys.argv[1:] if argv is None else argv, args.commit)
-    provenance["tuning"] = asdict(attention.TUNING)
+    provenance |= tuned
     table = record.Table(args.out)
     if not args.check:
         copy, num_bytes = timing.copy_gbps()

@@ -13,19 +13,18 @@ import argparse
 import csv
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from sglang_blockgtq.kernels import attention
 from sglang_blockgtq.kernels.attention import DecodeScratch, decode_attention
 from sglang_blockgtq.kernels.encode import Encoder
 from sglang_blockgtq.kernels.tables import DeviceTables
 
 from ..models import SHAPES
 from . import cases, record, timing
-from .__main__ import lengths, tuning
+from .__main__ import lengths, retune, tuning
 from .data import Index, make_codec
 
 LAYERS = 8
@@ -130,8 +129,8 @@ def main(argv: list[str] | None = None, timer: Timer = timing.measure, device: s
     if device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.kernels.layers needs a CUDA device", file=sys.stderr)
         return 2
-    attention.TUNING = replace(attention.TUNING, **dict(args.tuning))
-    made = record.provenance(sys.argv[1:] if argv is None else argv, args.commit, "benchmarks.kernels.layers")
+    tuned = retune(args.tuning)
+    made = record.provenance(sys.argv[1:] if argv is None else argv, args.commit, "benchmarks.kernels.layers") | tuned
     made["timing"] = {"us": f"median over replays of a CUDA graph of {LAYERS} layers, per layer"}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="") as file:
