@@ -1,0 +1,431 @@
+"""Merges of partial attentions over disjoint keys, exact by their log-sum-exp.
+
+Definition: :func:`..reference.merge_states`. :func:`merge_splits` merges decode attention's splits and rotates the
+result by ``v_out``. Both are linear in the splits' outputs, so the rotation comes last and once. Where each request has
+a few splits, one launch does it all: a program merges them for the heads of one group, which share the matrix. Where
+requests are few and each has many splits, a first launch merges 64 at a time, in the place of the first of them, which
+spreads them over the GPU; where requests are many, all of a row's. A second launch then merges what is left and
+rotates it: one program for each row where rows are few, else 16 rows at a time, so that the matrix is read a sixteenth
+as often.
+
+:func:`merge_into` merges attention over a piece of a prefix into what there is.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..device.dependent import dependent, wait_and_release
+from ..device.launch import Launch
+from ..device.tables import Side
+from .splits import request_block, request_splits, splits_of
+
+CHUNK = 64  # splits that are merged into one by the first launch
+
+_GROUPS_AT_ONCE = 128  # tokens times KV heads up to which one launch merges and rotates
+_GROUP_PARTS = 256  # rows of splits that such a launch takes at a time: what 8 warps hold in registers
+_ROWS_ALONE = 128  # output rows up to which each gets a merging program of its own
+_ELEMENTS = 4096  # of an output tile of merge_into
+_CHUNK = tl.constexpr(CHUNK)
+_PARTS = tl.constexpr(16)  # that the second launch takes at a time
+
+
+@triton.jit
+def _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM: tl.constexpr):
+    """Take the parts at ``row [S, ...]`` into running softmaxes: peak and total ``[...]``, merged ``[..., PADDED]``."""
+    state = tl.load(partial_lse + row, mask=live, other=float("-inf"))
+    mask = tl.expand_dims(live, -1) & (channel < DIM)
+    part = tl.load(partial_out + tl.expand_dims(row, -1) * DIM + channel, mask=mask, other=0.0).to(tl.float32)
+    new_peak = tl.maximum(peak, tl.max(state, 0))
+    share = tl.exp(state - new_peak)
+    keep = tl.exp(peak - new_peak)
+    kept = merged * tl.expand_dims(keep, -1)
+    return new_peak, total * keep + tl.sum(share, 0), kept + tl.sum(part * tl.expand_dims(share, -1), 0)
+
+
+@triton.jit
+def _finish(peak, total, merged):
+    """What :func:`_fold` leaves, as an output and its log-sum-exp; zeros and -inf of no part."""
+    safe_total = tl.where(total > 0, total, 1.0)
+    return merged / tl.expand_dims(safe_total, -1), tl.where(total > 0, peak + tl.log(safe_total), float("-inf"))
+
+
+@triton.jit
+def _weights(matrix, head, channel, column, PADDED: tl.constexpr):
+    """Rows ``channel`` and columns ``column`` of a KV head's matrix. Asked for before the wait: in a server they come
+    from memory each time."""
+    return tl.load(matrix + head.to(tl.int64) * PADDED * PADDED + channel[:, None] * PADDED + column[None, :])
+
+
+@triton.jit
+def _merge_run(partial_out, partial_lse, first, begin, end, token, j, num_heads, QUERIES: tl.constexpr,
+               DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Splits ``begin .. end - 1`` of a request whose first one is ``first``, into the place of ``begin``."""
+    channel = tl.arange(0, PADDED)
+    peak = -1e30
+    total = 0.0
+    merged = tl.zeros([PADDED], tl.float32)
+    for start in range(begin, end, BLOCK):
+        split = start + tl.arange(0, BLOCK)
+        live = split < end
+        row = ((first + split).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
+        peak, total, merged = _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM)
+    merged, lse = _finish(peak, total, merged)
+    to = ((first + begin).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
+    tl.store(partial_out + to * DIM + channel, merged, mask=channel < DIM)
+    tl.store(partial_lse + to, lse)
+
+
+@triton.jit(
+    do_not_specialize=["num_requests", "target", "num_heads"],
+    do_not_specialize_on_alignment=["kv_indptr"],
+)
+def merge_chunk_kernel(
+    partial_out,  # float16 or float32 [splits, QUERIES, Hq, DIM]
+    partial_lse,  # float32 [splits, QUERIES, Hq]
+    kv_indptr,
+    num_requests,
+    target,
+    num_heads,
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    BLOCK: tl.constexpr,  # splits taken at a time
+    WHOLE: tl.constexpr,  # all splits of the row; else 64
+    DEPENDENT: tl.constexpr,
+):
+    """The splits of a request and row, or each 64 of them, into the place of the first."""
+    j, token, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS)
+    wait_and_release(DEPENDENT)
+    if WHOLE:
+        if count > 0:
+            _merge_run(partial_out, partial_lse, first, 0, count, token, j, num_heads, QUERIES, DIM, PADDED, BLOCK)
+    else:
+        # A request that is much longer than the others has more chunks than it has programs.
+        for i in range(chunk, tl.cdiv(count, _CHUNK), tl.num_programs(2)):
+            end = tl.minimum((i + 1) * _CHUNK, count)
+            _merge_run(
+                partial_out, partial_lse, first, i * _CHUNK, end, token, j, num_heads, QUERIES, DIM, PADDED, BLOCK
+            )
+
+
+@triton.jit(
+    do_not_specialize=["num_requests", "target", "num_heads"],
+    do_not_specialize_on_alignment=["kv_indptr"],
+)
+def merge_group_kernel(
+    partial_out,
+    partial_lse,
+    matrix,  # float32 [H, PADDED, PADDED] (in, out)
+    kv_indptr,
+    out,
+    lse,
+    num_requests,
+    target,
+    num_heads,
+    stride_ot,
+    stride_oh,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,  # at least GROUP
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr,  # of the output, per program
+    REQUESTS: tl.constexpr,
+    BLOCK: tl.constexpr,  # splits taken at a time
+    DEPENDENT: tl.constexpr,
+):
+    """All splits of a request, for the query heads of one KV head, and the rotation: the only launch."""
+    head, token, first_column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * COLUMNS
+    channel = tl.arange(0, PADDED)
+    column = first_column + tl.arange(0, COLUMNS)
+    weights = _weights(matrix, head, channel, column, PADDED)
+    first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS)
+    wait_and_release(DEPENDENT)
+    g = tl.arange(0, ROWS)
+    j = head * GROUP + g
+    # Within a request 32 bits are enough to count in.
+    base = (first.to(tl.int64) * QUERIES + token % QUERIES) * num_heads
+    parts, states = partial_out + base * DIM, partial_lse + base
+    peak = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    merged = tl.zeros([ROWS, PADDED], tl.float32)
+    for start in range(0, count, BLOCK):
+        split = start + tl.arange(0, BLOCK)
+        live = (split < count)[:, None] & (g < GROUP)[None, :]
+        row = (split * (QUERIES * num_heads))[:, None] + j[None, :]
+        peak, total, merged = _fold(parts, states, row, live, channel, peak, total, merged, DIM)
+    merged, merged_lse = _finish(peak, total, merged)
+    rotated = tl.dot(tl.trans(weights), tl.trans(merged), input_precision="tf32x3")
+    to = out + token.to(tl.int64) * stride_ot + j[None, :] * stride_oh + column[:, None]
+    live_row = g < GROUP
+    tl.store(to, rotated.to(out.dtype.element_ty), mask=live_row[None, :] & (column < DIM)[:, None])
+    if first_column == 0:
+        tl.store(lse + token * num_heads + j, merged_lse, mask=live_row)
+
+
+@triton.jit(
+    do_not_specialize=["num_requests", "target", "num_heads"],
+    do_not_specialize_on_alignment=["kv_indptr"],
+)
+def merge_row_kernel(
+    partial_out,
+    partial_lse,
+    matrix,  # float32 [H, PADDED, PADDED] (in, out)
+    kv_indptr,
+    out,
+    lse,
+    num_requests,
+    target,
+    num_heads,
+    stride_ot,
+    stride_oh,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr,  # of the output, per program: they share the reading of the matrix
+    REQUESTS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    j, token, first_column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * COLUMNS
+    channel = tl.arange(0, PADDED)
+    column = first_column + tl.arange(0, COLUMNS)
+    weights = _weights(matrix, j // GROUP, channel, column, PADDED)
+    first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS)
+    wait_and_release(DEPENDENT)
+    peak = -1e30
+    total = 0.0
+    merged = tl.zeros([PADDED], tl.float32)
+    for start in range(0, count, _PARTS * _CHUNK):
+        split = start + tl.arange(0, _PARTS) * _CHUNK
+        live = split < count
+        row = ((first + split).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
+        peak, total, merged = _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM)
+    merged, merged_lse = _finish(peak, total, merged)
+    rotated = tl.sum(merged[:, None] * weights, 0)
+    to = out + token.to(tl.int64) * stride_ot + j * stride_oh
+    tl.store(to + column, rotated.to(out.dtype.element_ty), mask=column < DIM)
+    if first_column == 0:
+        tl.store(lse + token * num_heads + j, merged_lse)
+
+
+@triton.jit(
+    do_not_specialize=["num_rows", "num_requests", "target", "num_heads"],
+    do_not_specialize_on_alignment=["kv_indptr"],
+)
+def merge_tile_kernel(
+    partial_out,
+    partial_lse,
+    matrix,
+    kv_indptr,
+    out,
+    lse,
+    num_rows,  # tokens * GROUP
+    num_requests,
+    target,
+    num_heads,
+    stride_ot,
+    stride_oh,
+    GROUP: tl.constexpr,
+    QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr,  # of the output, per program
+    ROWS: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    BLOCK_K: tl.constexpr = 32 if PADDED >= 32 else PADDED
+    head, first_column = tl.program_id(1), tl.program_id(2) * COLUMNS
+    column = first_column + tl.arange(0, COLUMNS)
+    weights = ()
+    for i in tl.static_range(PADDED // BLOCK_K):
+        channel = i * BLOCK_K + tl.arange(0, BLOCK_K)
+        weights += (_weights(matrix, head, channel, column, PADDED),)
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = r < num_rows
+    token, j = r // GROUP, head * GROUP + r % GROUP
+    # Behind merge_chunk_kernel each row has one part, at its first split.
+    request = tl.where(live, token // QUERIES, -1)
+    index = tl.arange(0, REQUESTS)
+    _, count = request_splits(kv_indptr, num_requests, target, REQUESTS)
+    some = tl.sum(tl.where(index[None, :] == request[:, None], count[None, :], 0), 1) > 0
+    firsts = tl.sum(tl.where(index[None, :] < request[:, None], count[None, :], 0), 1)
+    state_at = (firsts.to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
+    wait_and_release(DEPENDENT)
+    state = tl.load(partial_lse + state_at, mask=some, other=float("-inf"))
+    some = some & (state > float("-inf"))
+
+    tile = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for i in tl.static_range(PADDED // BLOCK_K):
+        channel = i * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask = some[:, None] & (channel < DIM)[None, :]
+        merged = tl.load(partial_out + state_at[:, None] * DIM + channel[None, :], mask=mask, other=0.0)
+        tile = tl.dot(merged.to(tl.float32), weights[i], tile, input_precision="tf32x3")
+    to = out + (token.to(tl.int64) * stride_ot + j * stride_oh)[:, None] + column[None, :]
+    tl.store(to, tile.to(out.dtype.element_ty), mask=live[:, None] & (column < DIM)[None, :])
+    if first_column == 0:
+        tl.store(lse + token * num_heads + j, state, mask=live)
+
+
+def merge_splits(
+    side: Side,
+    partial_out: torch.Tensor,
+    partial_lse: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    q_len: int,
+    target: int,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Splits ``[S, q_len, Hq, Dv]`` with lse ``[S, q_len, Hq]`` into ``out [B * q_len, Hq, Dv]`` and ``lse``.
+
+    side: of the values. target: see :mod:`.splits`. The partial results are overwritten.
+    """
+    tokens, num_heads = lse.shape
+    heads, requests = side.back.shape[0], kv_indptr.shape[0] - 1
+    group = num_heads // heads
+    shared = {
+        "QUERIES": q_len,
+        "DIM": side.dim,
+        "PADDED": side.padded,
+        "REQUESTS": request_block(requests),
+        "DEPENDENT": dependent(out.device),
+        "launch_pdl": dependent(out.device),
+    }
+    per_request, narrow = target // requests, side.padded <= 128
+    spread = narrow and tokens * num_heads <= _ROWS_ALONE and target > CHUNK * requests
+    if narrow and not spread and tokens * heads <= _GROUPS_AT_ONCE:
+        columns, rows = min(64, side.padded), max(8, triton.next_power_of_2(group))
+        merge_group_kernel[(heads, tokens, side.padded // columns)](
+            partial_out, partial_lse, side.back, kv_indptr, out, lse, requests, target, num_heads,
+            out.stride(0), out.stride(1), **shared, GROUP=group, COLUMNS=columns, ROWS=rows,
+            BLOCK=max(4, min(_GROUP_PARTS // rows, triton.next_power_of_2(per_request))), num_warps=8,
+        )  # fmt: skip
+        return
+    # With few requests a row has many splits, which 64 at a time spread over the device; with many, one program
+    # goes through them. The row that has more than its share, a long request among short ones, is slower then.
+    # Twice the share of each: a program too many costs as much to start as one that is needed.
+    chunks = triton.cdiv(min(target, 2 * per_request), CHUNK) if spread else 1
+    block = max(4, min(CHUNK, triton.next_power_of_2(2 * per_request)))
+    merge_chunk_kernel[(num_heads, tokens, chunks)](
+        partial_out, partial_lse, kv_indptr, requests, target, num_heads, **shared,
+        BLOCK=block, WHOLE=not spread, num_warps=4 if block > 8 else 1,
+    )  # fmt: skip
+    if spread:
+        columns = min(32, side.padded)  # few rows share the matrix' columns out, to fill the device
+        merge_row_kernel[(num_heads, tokens, side.padded // columns)](
+            partial_out, partial_lse, side.back, kv_indptr, out, lse, requests, target, num_heads,
+            out.stride(0), out.stride(1), **shared, GROUP=group, COLUMNS=columns, num_warps=4,
+        )  # fmt: skip
+    else:
+        columns = min(64, side.padded)
+        merge_tile_kernel[(triton.cdiv(tokens * group, 16), heads, side.padded // columns)](
+            partial_out, partial_lse, side.back, kv_indptr, out, lse, tokens * group, requests, target, num_heads,
+            out.stride(0), out.stride(1), **shared, GROUP=group, COLUMNS=columns, ROWS=16, num_warps=4,
+        )  # fmt: skip
+
+
+# Numbers that differ between calls are not specialised on: one binary serves them all.
+@triton.jit(
+    do_not_specialize=["num_tokens", "stride_lh", "stride_plh"],
+    do_not_specialize_on_alignment=["lse", "part_lse"],
+)
+def _merge_into_kernel(
+    out,
+    lse,
+    part,
+    part_lse,
+    num_tokens,
+    stride_ot,
+    stride_oh,
+    stride_lt,
+    stride_lh,
+    stride_pt,
+    stride_ph,
+    stride_plt,
+    stride_plh,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    head = tl.program_id(1)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    live = token < num_tokens
+    token = token.to(tl.int64)
+    lse_at = lse + token * stride_lt + head * stride_lh
+    a = tl.load(lse_at, mask=live, other=float("-inf"))
+    b = tl.load(part_lse + token * stride_plt + head * stride_plh, mask=live, other=float("-inf"))
+    # FlashAttention calls the LSE of no keys +inf where it leaves the kernel out.
+    b = tl.where(b == float("inf"), float("-inf"), b)
+    peak = tl.maximum(a, b)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    a = tl.exp(a - peak)
+    b = tl.exp(b - peak)
+    total = a + b
+    safe = tl.where(total > 0, total, 1.0)
+
+    channel = tl.arange(0, PADDED)
+    inside = (channel < DIM)[None, :]
+    out_at = out + (token * stride_ot + head * stride_oh)[:, None] + channel[None, :]
+    part_at = part + (token * stride_pt + head * stride_ph)[:, None] + channel[None, :]
+    # A part without keys is not read: its output may be anything.
+    x = tl.load(out_at, mask=(live & (a > 0))[:, None] & inside, other=0.0)
+    y = tl.load(part_at, mask=(live & (b > 0))[:, None] & inside, other=0.0).to(tl.float32)
+    merged = x * (a / safe)[:, None] + y * (b / safe)[:, None]
+    tl.store(out_at, merged, mask=live[:, None] & inside)
+    tl.store(lse_at, tl.where(total > 0, peak + tl.log(safe), float("-inf")), mask=live)
+
+
+def merge_into(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
+    """Merge ``part [T, Hq, Dv]`` with ``part_lse [T, Hq]`` into float32 ``out`` and ``lse`` of those shapes.
+
+    LSE is in natural logarithm and -inf where there were no keys; any strides but contiguous channels.
+    """
+    if out.dtype != torch.float32 or lse.dtype != torch.float32 or part_lse.dtype != torch.float32:
+        raise ValueError(f"out {out.dtype}, lse {lse.dtype}, part_lse {part_lse.dtype}: float32 is needed")
+    if not (out.shape == part.shape and lse.shape == part_lse.shape == out.shape[:2]):
+        raise ValueError(
+            f"out {tuple(out.shape)}, lse {tuple(lse.shape)}, part {tuple(part.shape)}, part_lse "
+            f"{tuple(part_lse.shape)}: [T, Hq, Dv] and [T, Hq] of one size are needed"
+        )
+    tokens, heads, dim = out.shape
+    if not tokens:
+        return
+    launch, block = _prepared(_merge_into_kernel, dim)
+    stride_ot, stride_oh, _ = out.stride()
+    stride_pt, stride_ph, _ = part.stride()
+    stride_lt, stride_lh = lse.stride()
+    stride_plt, stride_plh = part_lse.stride()
+    launch(
+        (-(-tokens // block), heads, 1),
+        out=out,
+        lse=lse,
+        part=part,
+        part_lse=part_lse,
+        num_tokens=tokens,
+        stride_ot=stride_ot,
+        stride_oh=stride_oh,
+        stride_lt=stride_lt,
+        stride_lh=stride_lh,
+        stride_pt=stride_pt,
+        stride_ph=stride_ph,
+        stride_plt=stride_plt,
+        stride_plh=stride_plh,
+    )
+
+
+@cache
+def _prepared(kernel: Any, dim: int) -> tuple[Launch, int]:
+    """The launch for heads of ``dim`` channels, and the tokens of a program."""
+    padded = triton.next_power_of_2(dim)
+    block = max(1, _ELEMENTS // padded)
+    return Launch(kernel, DIM=dim, PADDED=padded, TOKENS=block), block

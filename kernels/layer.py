@@ -1,0 +1,171 @@
+"""A layer of the cache as one object: its layout, its rows, and what writes and reads them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from itertools import pairwise
+
+import torch
+
+from . import reference
+from .any_layout.encode import AnyEncoder
+from .any_layout.tables import AnyTables
+from .decode.attention import DecodeScratch, decode_attention
+from .device.tables import ColumnTables
+from .encode.encoder import Encoder
+from .format.codec import LayerCodec
+from .format.layout import CodeLayout, gather_rows, num_slots, scatter_rows
+from .host.decode import HostReader
+from .host.encode import MOST_TOKENS, HostEncoder
+from .unpack.task import UnpackTask
+from .unpack.unpacker import Unpacker
+
+
+class PackedLayer(ABC):
+    """Rows ``[slots, row_bytes]`` uint8 of one layer. T tokens, H KV heads, Hq query heads, D and Dv channels.
+
+    Made before the cache is sized, with everything but its rows; :meth:`bind` gives it those.
+    """
+
+    rows: torch.Tensor
+
+    def __init__(self, codec: LayerCodec):
+        self.layout = codec.layout
+        self.heads, self.head_dim, self.v_head_dim = codec.layout.heads, codec.head_dim, codec.v_head_dim
+
+    @property
+    @abstractmethod
+    def table_bytes(self) -> int:
+        """Bytes of everything but the rows."""
+
+    def new_rows(self, slots: int, device: torch.device | str) -> torch.Tensor:
+        """Zeros for at least ``slots`` slots: what pads a batch reads slot 0, where a NaN scale would spread."""
+        return torch.zeros(num_slots(slots), self.layout.row_bytes, dtype=torch.uint8, device=device)
+
+    def bind(self, rows: torch.Tensor) -> None:
+        """Write to and read from ``rows`` of :meth:`new_rows` from now on."""
+        self.rows = rows
+
+    @abstractmethod
+    def encode(
+        self, k: torch.Tensor, v: torch.Tensor, loc: torch.Tensor, q: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Post-RoPE keys ``[T, H, D]`` and values ``[T, H, Dv]`` into the rows ``loc [T]``.
+
+        The step's queries ``q [T, Hq, D]`` may be rotated in the same launch: then they are returned, for decode.
+        """
+
+    @abstractmethod
+    def decode(
+        self,
+        q: torch.Tensor,
+        kv_indptr: torch.Tensor,
+        kv_indices: torch.Tensor,
+        sm_scale: float,
+        *,
+        rotated: torch.Tensor | None = None,
+        scratch: DecodeScratch | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention ``[B, Hq, Dv]`` of one query ``q [B, Hq, D]`` per request over the rows of its slots."""
+
+    @abstractmethod
+    def dense(self, slots: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys ``[N, H, D]`` and values ``[N, H, Dv]`` as the rows at ``slots [N]`` hold them."""
+
+    @abstractmethod
+    def gather(self, slots: torch.Tensor) -> torch.Tensor:
+        """Rows ``[N, row_bytes]`` at ``slots [N]``, bytes in a row's own order."""
+
+    @abstractmethod
+    def scatter(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write ``rows [N, row_bytes]``, bytes in a row's own order, at ``slots [N]``."""
+
+
+class TritonLayer(PackedLayer):
+    """Rows that Triton kernels read: in columns and interleaved where they can be, else of any layout."""
+
+    def __init__(self, codec: LayerCodec, device: torch.device | str, templates: tuple[CodeLayout, ...]):
+        """templates: layouts of the whole model's keys, so that one binary of each kernel serves all layers."""
+        super().__init__(codec)
+        self.fast = codec.layout.in_columns
+        self.tables = ColumnTables.of(codec, device, templates) if self.fast else AnyTables.of(codec, device)
+        self.unpacker = Unpacker(self.tables)
+
+    @property
+    def table_bytes(self) -> int:
+        return self.tables.nbytes + self.unpacker.nbytes
+
+    def bind(self, rows: torch.Tensor) -> None:
+        super().bind(rows)
+        self.encoder = Encoder(self.tables, rows) if self.fast else AnyEncoder(self.tables, rows)
+        self.unpacker.bind(rows)
+
+    def encode(
+        self, k: torch.Tensor, v: torch.Tensor, loc: torch.Tensor, q: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        rotated = torch.empty_like(q, dtype=torch.float32) if q is not None and self.fast else None
+        if rotated is None:
+            self.encoder(k, v, loc)
+        else:
+            self.encoder(k, v, loc, q, rotated)
+        return rotated
+
+    def decode(self, q, kv_indptr, kv_indices, sm_scale, *, rotated=None, scratch=None, out=None):
+        options = {"rotated": rotated, "scratch": scratch, "out": out}
+        return decode_attention(self.tables, q, self.rows, kv_indptr, kv_indices, sm_scale, **options)[0]
+
+    def dense(self, slots: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        k = torch.empty(len(slots), self.heads, self.head_dim, dtype=dtype, device=self.rows.device)
+        v = torch.empty(len(slots), self.heads, self.v_head_dim, dtype=dtype, device=self.rows.device)
+        self.unpacker(UnpackTask(slots, k, v))
+        return k, v
+
+    def gather(self, slots: torch.Tensor) -> torch.Tensor:
+        return gather_rows(self.layout, self.rows, slots.long())
+
+    def scatter(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        scatter_rows(self.layout, self.rows, slots.long(), rows)
+
+
+class TorchLayer(PackedLayer):
+    """Rows one after another, written and read by PyTorch: for hosts without a GPU."""
+
+    def __init__(self, codec: LayerCodec):
+        super().__init__(codec)
+        self.codec = codec
+        self.reader = HostReader(codec) if codec.layout.in_columns else None
+        self.encoder = HostEncoder(codec) if codec.layout.in_columns else None
+
+    @property
+    def table_bytes(self) -> int:
+        return sum(x.nbytes for x in vars(self.codec).values() if isinstance(x, torch.Tensor))
+
+    def encode(
+        self, k: torch.Tensor, v: torch.Tensor, loc: torch.Tensor, q: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        few = self.encoder is not None and len(k) <= MOST_TOKENS
+        self.scatter(loc, self.encoder(k, v) if few else reference.encode(self.codec, k, v))
+        return None
+
+    def decode(self, q, kv_indptr, kv_indices, sm_scale, *, rotated=None, scratch=None, out=None):
+        """kv_indices: also a slice, of one request's neighbouring slots."""
+        rows = self.gather(kv_indices)
+        if self.reader is None:
+            return reference.decode_attention(self.codec, q, rows, kv_indptr, sm_scale)[0].to(q.dtype)
+        out = q.new_empty(*q.shape[:2], self.v_head_dim) if out is None else out
+        for b, (start, stop) in enumerate(pairwise(kv_indptr.tolist())):
+            out[b] = self.reader.attend(q[b], rows[start:stop], sm_scale) if stop > start else 0
+        return out
+
+    def dense(self, slots: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = self.gather(slots)
+        k, v = reference.decode(self.codec, rows) if self.reader is None else self.reader.dense(rows)
+        return k.to(dtype), v.to(dtype)
+
+    def gather(self, slots: torch.Tensor | slice) -> torch.Tensor:
+        """A slice of neighbouring slots costs no copy."""
+        return self.rows[slots] if isinstance(slots, slice) else self.rows.index_select(0, slots)
+
+    def scatter(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        self.rows[slots.long()] = rows

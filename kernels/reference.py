@@ -1,0 +1,299 @@
+"""Every kernel in plain PyTorch. Slow and plain: what is computed here is the definition.
+
+Shapes: T tokens, H KV heads, Hq = G * H query heads, D head_dim, Dv v_head_dim.
+Query head j belongs to KV head ``j // G``. Source: TurboQuant-MSE as used by Block-GTQ
+(arXiv 2606.24033), with one transform per head and scales per norm group.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+
+import torch
+
+from .format.codebook import boundaries, codebook_table
+from .format.codec import NO_SEARCH, SCALE_MAX, V_SCALE_MAX, LayerCodec
+from .format.layout import CodeLayout
+from .format.pack import pack, unpack
+
+
+def _count_below(x: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    """Number of thresholds below each element, uint8: the index of the nearest level."""
+    if len(thresholds) > 15:
+        return torch.bucketize(x.contiguous(), thresholds, out_int32=True).to(torch.uint8)
+    count = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)  # far faster than a search per element
+    for threshold in thresholds:
+        count += x > threshold
+    return count
+
+
+def _nearest(unit: torch.Tensor, layout: CodeLayout, member: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (uint8) and codewords of ``unit [..., D]`` in the channels of ``member [D]``; zero elsewhere."""
+    codes = torch.zeros(unit.shape, dtype=torch.uint8, device=unit.device)
+    value = torch.zeros_like(unit)
+    for start, stop, bits in layout.groups:
+        if bits and bool(member[start:stop].any()):
+            book = codebook_table(unit.device)[bits, : 1 << bits]
+            code = _count_below(unit[..., start:stop], boundaries(book))
+            codes[..., start:stop] = code
+            value[..., start:stop] = book.index_select(0, code.flatten().int()).view(code.shape)
+    return codes * member, value * member
+
+
+def corrected_scale(rule: str, yy: torch.Tensor, yc: torch.Tensor, cc: torch.Tensor) -> torch.Tensor:
+    """The corrected scale from weighted sums of y*y, y*c and c*c; see codec.SCALE_RULES."""
+    return (yy / cc).sqrt() if rule == "norm" else yy / yc
+
+
+def quantize(
+    y: torch.Tensor,
+    layout: CodeLayout,
+    scale_rule: str = "norm",
+    scale_search: tuple[float, ...] = NO_SEARCH,
+    weight: torch.Tensor | None = None,
+    scale_max: float = SCALE_MAX,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nearest codes and corrected scales of transformed vectors.
+
+    y ``[..., D]`` float32; weight broadcastable to y, or None (ones).
+    Returns codes ``[..., D]`` uint8 and scales ``[..., num_norms]`` float16, with
+    ``y ~ scale[norm_index] * level[code]``. A zero vector gives scale zero.
+    """
+    y = y.float()
+    weight = torch.ones_like(y) if weight is None else weight
+    index = torch.tensor(layout.norm_index, device=y.device)
+    stored = torch.tensor(layout.widths, device=y.device) > 0
+    factors = torch.tensor(scale_search, device=y.device).view(-1, *[1] * (y.dim() - 1))
+    codes = torch.zeros(y.shape, dtype=torch.uint8, device=y.device)
+    scales = []
+    for n in range(layout.num_norms):
+        member = (index == n) & stored
+        # float64: the packed bytes must not depend on the batch a token came in with.
+        square = (y * member).double().square().sum(-1)
+        rms = (square / member.sum().clamp(min=1)).sqrt().float()
+        live = rms > 0
+        unit = torch.where(live, rms, 1.0) * factors
+        trial, value = _nearest(y / unit[..., None], layout, member)
+        w = weight * member
+        yy, yc, cc = (w * y * y).sum(-1), (w * y * value).sum(-1), (w * value * value).sum(-1)
+        scale = corrected_scale(scale_rule, yy, yc, cc)
+        # As squared residuals: the expanded square cancels in float32 from 6 bits on and picks a worse factor.
+        residual = y - scale[..., None] * value
+        best = (w * residual * residual).sum(-1).argmin(0, keepdim=True)
+        codes |= trial.gather(0, best[..., None].expand(1, *y.shape))[0]
+        scales.append(torch.where(live, scale.gather(0, best)[0], 0.0))
+    return codes, torch.stack(scales, -1).clamp(max=scale_max).to(torch.float16)
+
+
+def dequantize(codes: torch.Tensor, scales: torch.Tensor, layout: CodeLayout) -> torch.Tensor:
+    """Codes ``[..., D]`` and scales ``[..., num_norms]`` back to transformed vectors ``[..., D]`` float32."""
+    levels, value = codebook_table(codes.device), torch.zeros(codes.shape, device=codes.device)
+    for start, stop, bits in layout.groups:
+        if bits:
+            part = codes[..., start:stop].int()
+            value[..., start:stop] = levels[bits].index_select(0, part.flatten()).view(part.shape)
+    if layout.num_norms == 1:
+        return value * scales[..., :1].float()
+    index = torch.tensor(layout.norm_index, device=codes.device)
+    return value * scales.float()[..., index]
+
+
+def _transform(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """``[T, H, D]`` by per-head ``[H, D', D]`` in float64: independent of T to the last float32 bit."""
+    return torch.einsum("thd,hed->the", x.double(), matrix.double()).float()
+
+
+def encode(codec: LayerCodec, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Post-RoPE keys ``[T, H, D]`` and values ``[T, H, Dv]`` to packed rows ``[T, row_bytes]`` uint8."""
+    row = codec.layout
+    out = torch.zeros(k.shape[0], row.row_bytes, dtype=torch.uint8, device=k.device)
+    k_codes = out[:, : row.v_offset].view(-1, row.heads, row.k_code_bytes)
+    v_end = row.v_offset + row.heads * row.v_code_bytes
+    v_codes = out[:, row.v_offset : v_end].view(-1, row.heads, row.v_code_bytes)
+    norms = torch.zeros(k.shape[0], row.heads, row.norms, dtype=torch.float16, device=k.device)
+
+    y = _transform(k, codec.k_in)
+    if row.uniform_heads and row.k[0].num_norms == 1:
+        heads = [(slice(None), row.k[0])]
+    else:
+        heads = [(slice(h, h + 1), layout) for h, layout in enumerate(row.k)]
+    for h, layout in heads:
+        codes, scales = quantize(y[:, h], layout, codec.scale_rule, codec.scale_search, codec.k_weight[h])
+        k_codes[:, h, : layout.code_bytes] = pack(layout, codes, row.in_columns)
+        norms[:, h, : layout.num_norms] = scales
+
+    y = _transform(v, codec.v_in)
+    codes, scales = quantize(y, row.v, codec.scale_rule, codec.scale_search, scale_max=V_SCALE_MAX)
+    v_codes[:] = pack(row.v, codes, row.in_columns)
+    norms[:, :, row.k_norms :] = scales
+    out[:, row.norm_offset : row.pad_offset] = norms.flatten(1).view(torch.uint8)
+    return out
+
+
+def _norms(codec: LayerCodec, rows: torch.Tensor) -> torch.Tensor:
+    """Scales ``[T, H, norms]`` float16 of packed rows."""
+    row = codec.layout
+    data = rows[:, row.norm_offset : row.pad_offset].contiguous().view(torch.float16)
+    return data.view(-1, row.heads, row.norms)
+
+
+def decode_transformed(codec: LayerCodec, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows ``[T, row_bytes]`` to K ``[T, H, D]`` and V ``[T, H, Dv]`` in stored channels, float32.
+
+    This is what attention reads: the query comes to the codes, not the codes to the query.
+    """
+    row = codec.layout
+    norms = _norms(codec, rows)
+    k_bytes = rows[:, : row.v_offset].view(-1, row.heads, row.k_code_bytes)
+    v_end = row.v_offset + row.heads * row.v_code_bytes
+    v_bytes = rows[:, row.v_offset : v_end].view(-1, row.heads, row.v_code_bytes)
+    if row.uniform_heads:
+        layout = row.k[0]
+        k = dequantize(unpack(layout, k_bytes, row.in_columns), norms[..., : layout.num_norms], layout)
+    else:
+        k = torch.stack(
+            [
+                dequantize(unpack(layout, k_bytes[:, h], row.in_columns), norms[:, h, : layout.num_norms], layout)
+                for h, layout in enumerate(row.k)
+            ],
+            dim=1,
+        )
+    v = dequantize(unpack(row.v, v_bytes, row.in_columns), norms[..., row.k_norms :], row.v)
+    return k, v
+
+
+def decode(codec: LayerCodec, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows ``[T, row_bytes]`` to approximate keys ``[T, H, D]`` and values ``[T, H, Dv]``, float32."""
+    k, v = decode_transformed(codec, rows)
+    # q_in is the inverse transpose of k_in, so its transpose undoes k_in.
+    return torch.einsum("the,hed->thd", k, codec.q_in), torch.einsum("the,hde->thd", v, codec.v_out)
+
+
+def round_trip(codec: LayerCodec, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values as they will be read back."""
+    return decode(codec, encode(codec, k, v))
+
+
+def gather_slots(
+    req_to_token: torch.Tensor, requests: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``kv_indptr [B + 1]`` and ``kv_indices``: the first ``lengths [B]`` slots of the rows ``requests [B]``."""
+    slots = [req_to_token[row, :n] for row, n in zip(requests.tolist(), lengths.tolist(), strict=True)]
+    indptr = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return indptr, torch.cat(slots) if slots else req_to_token.new_empty(0)
+
+
+def merge_states(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact merge of two partial attentions over disjoint keys. out ``[..., Dv]``, lse ``[...]`` (natural log)."""
+    top = torch.maximum(lse_a, lse_b)
+    safe = torch.where(top == -torch.inf, 0.0, top)
+    a, b = torch.exp(lse_a - safe), torch.exp(lse_b - safe)
+    total = a + b
+    out = (out_a * a[..., None] + out_b * b[..., None]) / torch.where(total > 0, total, 1.0)[..., None]
+    return out, safe + torch.log(total)
+
+
+def _softmax_attend(logits: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits ``[H, G, M, N]`` (-inf = masked), v ``[N, H, Dv]`` to out ``[M, H, G, Dv]`` and lse ``[M, H, G]``."""
+    lse = torch.logsumexp(logits, -1)
+    prob = torch.exp(logits - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
+    return torch.einsum("hgmn,nhd->mhgd", prob, v), lse.permute(2, 0, 1)
+
+
+def prefix_attention(
+    codec: LayerCodec,
+    q: torch.Tensor,
+    rows: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    sm_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every query of a request against all its packed rows (no causal mask: the prefix lies before the queries).
+
+    q ``[T, Hq, D]``; rows ``[kv_indptr[-1], row_bytes]`` uint8, request after request; qo_indptr, kv_indptr
+    ``[B + 1]``. Returns out ``[T, Hq, Dv]`` float32 and lse ``[T, Hq]`` float32 (natural log; -inf and zeros for an
+    empty prefix). Decode attention is the case of one query per request.
+    """
+    heads = codec.layout.heads
+    group = q.shape[1] // heads
+    out = torch.zeros(q.shape[0], q.shape[1], codec.v_head_dim, dtype=torch.float32, device=q.device)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
+    qo, kv = qo_indptr.tolist(), kv_indptr.tolist()
+    for b in range(len(qo) - 1):
+        if qo[b] == qo[b + 1] or kv[b] == kv[b + 1]:
+            continue
+        k, v = decode_transformed(codec, rows[kv[b] : kv[b + 1]])
+        qb = q[qo[b] : qo[b + 1]].float().unflatten(1, (heads, group))
+        q_in = torch.einsum("mhgd,hed->mhge", qb, codec.q_in)
+        logits = torch.einsum("mhge,nhe->hgmn", q_in, k) * sm_scale
+        o, l = _softmax_attend(logits, v)
+        o = torch.einsum("mhge,hde->mhgd", o, codec.v_out)
+        out[qo[b] : qo[b + 1]] = o.flatten(1, 2)
+        lse[qo[b] : qo[b + 1]] = l.flatten(1, 2)
+    return out, lse
+
+
+def decode_attention(
+    codec: LayerCodec,
+    q: torch.Tensor,
+    rows: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    sm_scale: float,
+    q_len: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``q_len`` queries ``[B * q_len, Hq, D]`` of each request against its packed rows.
+
+    The queries are the request's last tokens: each sees the rows up to its own. See :func:`prefix_attention`.
+    """
+    seen = []
+    for a, b in pairwise(kv_indptr.tolist()):
+        seen += [rows[a : max(a, b - later)] for later in reversed(range(q_len))]
+    indptr = torch.tensor([0, *accumulate(map(len, seen))])
+    qo_indptr = torch.arange(q.shape[0] + 1)
+    return prefix_attention(codec, q, torch.cat(seen), qo_indptr, indptr, sm_scale)
+
+
+def chunk_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, qo_indptr: torch.Tensor, sm_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of each request's new tokens to themselves, dense.
+
+    q ``[T, Hq, D]``, k ``[T, H, D]``, v ``[T, H, Dv]``, qo_indptr ``[B + 1]``.
+    Returns out ``[T, Hq, Dv]`` and lse ``[T, Hq]`` as :func:`prefix_attention` does.
+    """
+    heads = k.shape[1]
+    group = q.shape[1] // heads
+    out = torch.zeros(q.shape[0], q.shape[1], v.shape[-1], dtype=torch.float32, device=q.device)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
+    qo = qo_indptr.tolist()
+    for a, b in zip(qo, qo[1:], strict=False):
+        if a == b:
+            continue
+        qb = q[a:b].float().unflatten(1, (heads, group))
+        logits = torch.einsum("mhgd,nhd->hgmn", qb, k[a:b].float()) * sm_scale
+        future = torch.ones(b - a, b - a, dtype=torch.bool, device=q.device).triu(1)
+        o, l = _softmax_attend(logits.masked_fill(future, -torch.inf), v[a:b].float())
+        out[a:b], lse[a:b] = o.flatten(1, 2), l.flatten(1, 2)
+    return out, lse
+
+
+def extend_attention(
+    codec: LayerCodec,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    sm_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """New tokens against their packed prefix ``rows`` plus, causally, themselves.
+
+    k, v are the chunk's own keys and values as it shall see them: raw, or after
+    :func:`round_trip` for answers that do not depend on how a prompt was cut.
+    """
+    prefix = prefix_attention(codec, q, rows, qo_indptr, kv_indptr, sm_scale)
+    chunk = chunk_attention(q, k, v, qo_indptr, sm_scale)
+    return merge_states(*prefix, *chunk)
