@@ -11,12 +11,13 @@ from typing import NoReturn
 from .allocate import ALLOCATORS
 from .build import check_budget
 from .device import device
-from .slots import GRANULARITIES
+from .segments import GRANULARITIES
 from .table import AllocationTable
 from .text import DEFAULT_TOKENS, TextError, check_tokens
 
 PROGRAM = "python -m sglang_blockgtq.calibrate"
 BAD_INPUT = 2  # exit code
+GRANULARITY_HELP = "block: for paper and product, a width for each RoPE block; default: segment (of 16 channels)"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -52,6 +53,10 @@ def _tokens(text: str) -> int:
     return tokens
 
 
+def _granularity(text: str) -> str:
+    return "segment" if text == "slot" else text
+
+
 def _device(text: str) -> str:
     return text if text == "auto" else device(text)
 
@@ -83,11 +88,12 @@ def _calibrate_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model-path", required=True, help="folder or hub id of a Hugging Face causal language model")
+    add("--revision", metavar="NAME", help="branch, tag or commit of a hub model; default: main")
     add("--out", required=True, type=Path, help="file to write, e.g. table.safetensors")
     add("--k-bits", type=_bits("--k-bits"), default=3.0, help="average bits per key channel, 1 to 8; default: 3")
     add("--v-bits", type=_bits("--v-bits"), default=3.0, help="average bits per value channel; default: 3")
     add("--allocator", choices=tuple(ALLOCATORS), default="template", help="default: template")
-    add("--granularity", choices=GRANULARITIES, default="block", help="slot: for paper and product; default: block")
+    add("--granularity", type=_granularity, choices=GRANULARITIES, default="segment", help=GRANULARITY_HELP)
     add("--calibration-text", metavar="FILE", help="UTF-8 text; default: CPython's documentation")
     add("--calibration-tokens", type=_tokens, default=DEFAULT_TOKENS, metavar="N", help=f"default: {DEFAULT_TOKENS}")
     add("--device", type=_device, default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda:1, ...")
@@ -119,6 +125,7 @@ def _calibrate(argv: list[str]) -> None:
         device=args.device,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
+        revision=args.revision,
     )
     table.save(args.out)
     h, packed = table.header, table.bytes_per_token_head()

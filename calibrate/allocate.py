@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.codebook import MAX_BITS, MIN_BITS, distortion
-from ..kernels.codec import NO_SEARCH, SCALE_SEARCH
-from ..kernels.columns import COLUMNS, columns_of
+from ..kernels.format.codebook import MAX_BITS, MIN_BITS, distortion
+from ..kernels.format.codec import NO_SEARCH, SCALE_SEARCH
+from ..kernels.format.columns import COLUMNS, columns_of
 from .moments import Moments
 
-TEMPLATE_UNITS = 8  # a template divides the head in at most so many equal parts, of whole slots of 16 channels
+#: In the name of a cached table. Raise it when a rule, here or in segments.py, gives other widths for the same moments.
+ALLOCATOR_VERSION = 1
+TEMPLATE_UNITS = 8  # a template divides the head in at most so many equal parts, of whole segments of 16 channels
 TEMPLATE_WIDTHS = 4  # and uses at most so many different widths
 #: The paper's distortion at each width. 4^-b - 4^-(b+1) = 3/4 * 4^-b: the same argmax.
 PAPER_RATE = [4.0**-b for b in range(MAX_BITS + 1)]
@@ -87,18 +89,20 @@ def _product(moments: Moments, bits: float) -> torch.Tensor:
     return per_head(moments, bits, moments.q * moments.k, rate)
 
 
-def template_candidates(budget: int, units: int = TEMPLATE_UNITS, slots: int = 1) -> list[tuple[int, ...]]:
-    """Non-increasing widths of ``units`` equal parts of ``slots`` slots of 16 channels that spend ``budget``.
+def template_candidates(budget: int, units: int = TEMPLATE_UNITS, segments: int = 1) -> list[tuple[int, ...]]:
+    """Non-increasing widths of ``units`` equal parts of ``segments`` segments of 16 channels that spend ``budget``.
 
-    Only those that fill 16-bit words without a gap (see kernels.columns), which the fast kernels read; all of them
-    if ``slots`` is 0.
+    Only those that fill 16-bit words without a gap (see kernels.format.columns), which the fast kernels read; all of
+    them if ``segments`` is 0.
     """
     out: list[tuple[int, ...]] = []
 
     def extend(prefix: tuple[int, ...], left: int) -> None:
         room = units - len(prefix)
         if room == 0:
-            if left == 0 and (slots == 0 or columns_of(tuple(w for w in prefix for _ in range(slots))) is not None):
+            if left == 0 and (
+                segments == 0 or columns_of(tuple(w for w in prefix for _ in range(segments))) is not None
+            ):
                 out.append(prefix)
             return
         top = min(prefix[-1] if prefix else MAX_BITS, left - MIN_BITS * (room - 1))
@@ -148,16 +152,18 @@ def template_widths(moments: Moments, bits: float) -> list[int]:
     ranked = (moments.q * moments.k).sqrt().sort(-1, descending=True).values
     floor_width = max(budget // blocks, MIN_BITS)
     base = template_error(ranked, [floor_width] * blocks).clamp(min=1e-300)
-    slot = COLUMNS // 2
-    if blocks % slot:
+    segment = COLUMNS // 2
+    if blocks % segment:
         return _spread_rest([MIN_BITS] * blocks, budget - MIN_BITS * blocks, ranked, base)
-    slots = blocks // slot
-    units = max(n for n in range(1, TEMPLATE_UNITS + 1) if slots % n == 0)
+    segments = blocks // segment
+    units = max(n for n in range(1, TEMPLATE_UNITS + 1) if segments % n == 0)
     # What does not make a bit more for a whole unit is not spent: it would cost the rows their columns.
     unit = blocks // units
-    candidates = template_candidates(budget // unit, units, slots // units)
-    if not candidates:  # 15 bits a column, as 80 channels at 3 bits have, fill no words: any widths then, in planes
-        candidates = template_candidates(budget // unit, units, slots=0)
+    candidates = template_candidates(budget // unit, units, segments // units)
+    if (
+        not candidates
+    ):  # 15 bits a column, as 80 channels at 3 bits have, fill no words: any widths then, in rows of any layout
+        candidates = template_candidates(budget // unit, units, segments=0)
 
     def cost(widths: list[int]) -> float:
         layers = (template_error(ranked, widths) / base).mean(-1)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from ..kernels.codebook import codebook_table
 from .allocate import Allocator, block_budget
 from .moments import Moments
 from .rope import RopeBlocks, check_head_dim
-from .slots import rule_of
+from .segments import rule_of
 from .table import AllocationTable, TableHeader
 
 ROTATION_SEED = 0x6774
+#: In the name of a cached table. Raise it when moments or what is here give another table for the same widths, so that
+#: tables of earlier builds are made anew (see allocate.ALLOCATOR_VERSION for the widths).
+BUILDER_VERSION = 1
+#: Blocks below this share of their head's mean energy count as so much; heads, of the model's (see _floored).
+FLOOR, HEAD_FLOOR = 1e-6, 1e-3
+V_GAIN_FLOOR = 1e-3  # of the mean over all heads: format.codec.V_SCALE_MAX of it is the mean again
 
 
 def haar_rotation(n: int, seed: int = ROTATION_SEED) -> torch.Tensor:
@@ -28,6 +33,16 @@ def check_budget(name: str, bits: float, blocks: int) -> None:
     assert block_budget(blocks, bits) >= blocks
 
 
+def _floored(energy: torch.Tensor) -> torch.Tensor:
+    """Block energies ``[layers, heads, blocks]`` that may be divided by: what calibration hardly saw may come alive.
+
+    Of a live head a block counts as FLOOR of the mean block, of a dead one as FLOOR * HEAD_FLOOR of the model's: as
+    loud as that, its keys are 3e4 times their gain, which a float16 scale holds.
+    """
+    head = energy.mean(-1, keepdim=True)
+    return energy.clamp(min=1e-30).maximum(FLOOR * head.maximum(HEAD_FLOOR * energy.mean()))
+
+
 def build_table(
     moments: Moments,
     rope: list[RopeBlocks],
@@ -35,7 +50,7 @@ def build_table(
     k_bits: float,
     v_bits: float,
     allocator: str = "template",
-    granularity: str = "block",
+    granularity: str = "segment",
     v_head_dim: int | None = None,
     model_id: str = "",
     config_hash: str = "",
@@ -46,9 +61,9 @@ def build_table(
 ) -> AllocationTable:
     """Allocate bits and build the table. ``rope`` has one entry per layer.
 
-    granularity: "block", or "slot" for ``paper`` and ``product`` (see :mod:`.slots`). rule: in place of the allocator's
-    own, for experiments. Raises ValueError for an unknown allocator or granularity, a budget outside 1..8 bits, an
-    unsupported head_dim, or slots that do not fit it.
+    granularity: "segment", or "block" for ``paper`` and ``product`` (see :mod:`.segments`). rule: in place of the
+    allocator's own, for experiments. Raises ValueError for an unknown allocator or granularity, a budget outside 1..8
+    bits, an unsupported head_dim, or segments that do not fit it.
     """
     rule = rule or rule_of(allocator, granularity)
     layers, heads, blocks = moments.k.shape
@@ -57,10 +72,7 @@ def build_table(
     check_budget("k_bits", k_bits, blocks)
     check_budget("v_bits", v_bits, v_head_dim // 2)
 
-    # A block that calibration hardly saw must not be balanced or scaled without bound: it may come alive.
-    floor = 1e-6
-    q = moments.q.clamp(min=1e-30).maximum(floor * moments.q.mean(-1, keepdim=True))
-    k = moments.k.clamp(min=1e-30).maximum(floor * moments.k.mean(-1, keepdim=True))
+    q, k = _floored(moments.q), _floored(moments.k)
     safe = Moments(q, k, moments.v, moments.tokens)
 
     widths = rule.widths(safe, k_bits)
@@ -97,6 +109,7 @@ def build_table(
     weight = weight / weight.mean(-1, keepdim=True)
 
     v_gain = (moments.v / v_head_dim).clamp(min=1e-30).sqrt()
+    v_gain = v_gain.maximum(V_GAIN_FLOOR * v_gain.mean())
     tensors = {
         "widths": widths,
         "order": order.to(torch.int16),
@@ -106,7 +119,6 @@ def build_table(
         "k_gain": gain.float(),
         "k_weight": weight.float(),
         "v_gain": v_gain.float(),
-        "codebooks": codebook_table(),
         "v_rotation": haar_rotation(v_head_dim, seed + 1).float(),
         **{f"rotation.{n}": haar_rotation(n, seed).float() for n in sorted(sizes)},
     }

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..kernels.codebook import MAX_BITS
+from ..kernels.format.codebook import MAX_BITS
 from .inspect import width_name, width_shares
 from .table import AllocationTable
 

@@ -6,13 +6,13 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-from .allocate import ALLOCATORS
 from .build import build_table, check_budget
 from .model import (
     ModelError,
@@ -23,22 +23,20 @@ from .model import (
     rope_blocks,
     text_config,
     v_head_dim,
-    weights_hash,
 )
 from .moments import Moments, MomentSums
 from .rope import RopeBlocks
-from .slots import check_slots, rule_of
+from .rope_check import check_swings, probe_positions, swing
+from .segments import SEGMENT_ALLOCATORS, check_segments, rule_of
 from .table import AllocationTable
-from .text import MAX_SEQUENCE, check_tokens, read_text, text_hash, token_sequences
+from .text import MAX_SEQUENCE, check_text_size, check_tokens, read_text, text_hash, token_sequences
+from .weights import weights_hash
 
 logger = logging.getLogger(__name__)
 
 Take = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 _NAME = "blockgtq_capture"
-_PROBE_TOKENS = 48
-_PROBE_STRIDE = 7  # in positions; far enough for most blocks to turn, inside any context
-_PROBE_LIMIT = 0.15  # relative swing of a block's energy: bf16 rounding gives 0.02, a wrong pairing about 1
 
 
 def _attention(take: Take, heads: int, dim: int, v_dim: int) -> Callable:
@@ -94,36 +92,25 @@ def _check_all_seen(config: PretrainedConfig, seen: set[int]) -> None:
         )
 
 
-def check_rope(model: torch.nn.Module, rope: Sequence[RopeBlocks], token: int) -> None:
-    """ModelError if the model turns other channel pairs than ``rope`` says.
+def _context(config: PretrainedConfig) -> int:
+    return getattr(text_config(config), "max_position_embeddings", None) or MAX_SEQUENCE
 
-    One token repeated gives every position the same hidden state in all layers, so its keys are one
-    vector turned by RoPE, and the energy of a true block is the same at all positions.
-    """
-    energies: dict[int, torch.Tensor] = {}
+
+def check_rope(model: torch.nn.Module, rope: Sequence[RopeBlocks], token: int) -> None:
+    """ModelError if the model turns other channel pairs than ``rope`` says (see :mod:`.rope_check`)."""
+    swings: dict[int, float] = {}
 
     def take(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        pairs = rope[layer].channels().to(k.device)
-        energies[layer] = k.float().square()[..., pairs].sum(-1).cpu()
+        swings[layer] = swing(k, rope[layer])
 
     device = next(model.parameters()).device
-    ids = torch.full((1, _PROBE_TOKENS), token, device=device)
-    rotary = any(r.rotary_dim for r in rope)
-    stride = _PROBE_STRIDE if rotary else 1
-    positions = torch.arange(0, _PROBE_TOKENS * stride, stride, device=device)[None]
+    positions = probe_positions(_context(model.config))
+    ids = torch.full((1, len(positions)), token, device=device)
     with _captured(model, take):
-        model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
-    _check_all_seen(model.config, set(energies))
-    if not rotary:
-        return  # learned positions, if any, change the keys themselves
-    for layer, energy in energies.items():
-        swing = (energy.amax(0) - energy.amin(0)) / energy.mean(0).clamp(min=1e-30)
-        if float(swing.mean()) > _PROBE_LIMIT:
-            r = rope[layer]
-            raise ModelError(
-                f"layer {layer}: block energies change with position under rotary_dim {r.rotary_dim}, "
-                f"{'neox' if r.neox else 'interleaved'} pairing: the model pairs its channels otherwise"
-            )
+        model.base_model(input_ids=ids, position_ids=torch.tensor([positions], device=device), use_cache=False)
+    _check_all_seen(model.config, set(swings))
+    if any(r.rotary_dim for r in rope):  # else learned positions, if any, change the keys themselves
+        check_swings([swings[layer] for layer in range(len(rope))], rope)
 
 
 def collect(
@@ -157,10 +144,10 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
-def load_config(model_path: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """A model's config, checked to be one that can be calibrated. Raises ModelError."""
+def load_config(model_path: str, **options: Any) -> PretrainedConfig:
+    """A model's config, checked to be one that can be calibrated. options: of from_pretrained. Raises ModelError."""
     try:
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(model_path, **options)
     except (OSError, ValueError, KeyError) as e:
         raise ModelError(f"--model-path {model_path}: no model config can be read there ({_first_line(e)})") from e
     check_model(config)
@@ -173,43 +160,45 @@ def calibrate_model(
     k_bits: float,
     v_bits: float,
     allocator: str,
-    granularity: str = "block",
+    granularity: str = "segment",
     text_path: str | None,
     tokens: int,
     device: str,
     dtype: str,
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> AllocationTable:
     """Load a model, calibrate it, build its table. What can be checked without the weights is checked first.
 
     device: "auto" (CUDA if there is one), or a torch device. dtype: "auto" (the checkpoint's) or a torch dtype's name.
-    A model without RoPE gets ``uniform`` widths, with a notice.
+    revision: of a hub model; None is main. A model without RoPE gets ``uniform`` widths, with a notice.
     """
     check_tokens(tokens)
     text = read_text(text_path)
-    config = load_config(model_path, trust_remote_code)
+    check_text_size(tokens, text_path)
+    options = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    config = load_config(model_path, **options)
     check_budget("k_bits", k_bits, head_dim(config) // 2)
     check_budget("v_bits", v_bits, v_head_dim(config) // 2)
-    if rule_of(allocator, granularity) is not ALLOCATORS[allocator]:
-        check_slots(head_dim(config), k_bits)
+    if rule_of(allocator, granularity) in SEGMENT_ALLOCATORS.values():
+        check_segments(head_dim(config), k_bits)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model_path, **options)
     except (OSError, ValueError) as e:
         raise ModelError(f"--model-path {model_path}: no tokenizer can be read there ({_first_line(e)})") from e
-    context = getattr(text_config(config), "max_position_embeddings", None) or MAX_SEQUENCE
-    sequences = token_sequences(tokenizer, text, tokens, context)
+    sequences = token_sequences(tokenizer, text, tokens, _context(config))
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, **options)
     except (OSError, ValueError) as e:
         raise ModelError(f"--model-path {model_path}: its weights cannot be loaded ({_first_line(e)})") from e
     model = model.to(device).eval()
     rope = rope_blocks(config, sys.modules[type(model).__module__])
     if allocator != "uniform" and not any(r.rotary_dim for r in rope):
         logger.warning("no layer of %s has RoPE: there are no blocks to rank, so widths are uniform", model_path)
-        allocator, granularity = "uniform", "block"
+        allocator, granularity = "uniform", "segment"
     return build_table(
         collect(model, sequences, rope),
         rope,
@@ -220,6 +209,6 @@ def calibrate_model(
         v_head_dim=v_head_dim(config),
         model_id=str(model_path),
         config_hash=config_hash(config),
-        weights_hash=weights_hash(model_path),
+        weights_hash=weights_hash(model_path, revision),
         text_hash=text_hash(sequences),
     )

@@ -6,7 +6,8 @@ from itertools import groupby
 
 import torch
 
-from ..kernels.codebook import MAX_BITS
+from ..kernels.format.codebook import MAX_BITS
+from .segments import SEGMENT_ALLOCATORS
 from .table import AllocationTable
 
 LAYER_GROUPS = 4
@@ -36,7 +37,7 @@ def templates_of(table: AllocationTable) -> list[tuple[list[int], float]]:
     ranked = table.tensors["widths"].flatten(0, 1).sort(-1, descending=True).values
     kinds, counts = ranked.unique(dim=0, return_counts=True)
     shares = zip(kinds.tolist(), (counts.double() / len(ranked)).tolist(), strict=True)
-    return sorted(shares, reverse=True) if len(kinds) == 1 or table.header.granularity == "slot" else []
+    return sorted(shares, reverse=True) if len(kinds) == 1 or table.header.granularity == "segment" else []
 
 
 def _multiset(widths: list[int]) -> str:
@@ -82,7 +83,7 @@ def summary(table: AllocationTable) -> str:
         ("attention", f"{h.layers} layers, {h.kv_heads} KV heads, head_dim {h.head_dim} (values {h.v_head_dim})"),
         ("RoPE", _rope(table)),
         ("bits", f"K {h.k_bits:g}, V {h.v_bits:g} on average"),
-        ("allocator", h.allocator + (" by slots" if h.granularity == "slot" else "")),
+        ("allocator", h.allocator + (f" by {h.granularity}s" if h.allocator in SEGMENT_ALLOCATORS else "")),
         ("scale rule", f"{h.scale_rule}, search over {', '.join(f'{s:g}' for s in h.scale_search)}"),
         *(("template", name) for name in named or ["none: widths differ from head to head"]),
         ("calibration", f"{h.tokens} tokens"),

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import torch
 from transformers import PretrainedConfig
 
 from .rope import RopeBlocks, check_head_dim
-
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
-_MIB = 1 << 20
 
 
 class ModelError(ValueError):
@@ -91,43 +86,6 @@ def config_hash(config: PretrainedConfig) -> str:
     fields["rope"] = rope_parameters(config)
     fields["rotary_dim"] = getattr(text, "rotary_dim", None)
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _cached_snapshot(model_path: str) -> Path | None:
-    """Folder of a hub model in the local Hugging Face cache; never asks the network."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(model_path, "config.json")
-    except HFValidationError:
-        return None
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def weights_hash(model_path: str) -> str:
-    """sha256 (hex) over name, size, first and last MiB of every weight file, ``""`` if there is none to see.
-
-    A fingerprint, not a checksum: it tells a fine-tuned model from its base in milliseconds.
-    model_path: a folder, one file (GGUF), or a hub id that is in the local cache.
-    """
-    path = Path(model_path)
-    if not path.exists():
-        path = _cached_snapshot(model_path)
-        if path is None:
-            return ""
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in WEIGHT_SUFFIXES)
-    if not files:
-        return ""
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with open(file, "rb") as f:
-            digest.update(f.read(_MIB))
-            f.seek(max(size - _MIB, 0), os.SEEK_SET)
-            digest.update(f.read(_MIB))
-    return digest.hexdigest()
 
 
 def check_model(config: PretrainedConfig) -> None:

@@ -69,18 +69,20 @@ class MomentSums:
             ],
             dim=1,
         )
-        if not bool(torch.isfinite(part).all()):
-            raise ValueError(f"layer {layer}: queries, keys or values are not finite during calibration")
         self.flat[layer, first_head : first_head + heads] += part.to(self.flat.device)
         assert part.shape[1] == 2 * n + 3
 
     def mean(self, tokens: int) -> Moments:
-        """Divide by the counts. Every layer and head must have been seen."""
+        """Divide by the counts. ValueError where a layer or head was not seen, or had values that are not finite."""
         n = self.num_blocks
         q_count, k_count = self.flat[..., -2:-1], self.flat[..., -1:]
         if bool((k_count == 0).any()):
             missing = (k_count[..., 0] == 0).nonzero().tolist()
             raise ValueError(f"no calibration data for (layer, KV head) {missing[:8]}")
+        # Not found out in add(): ranks would not agree there, and wait for the one that stopped.
+        if bool((broken := ~torch.isfinite(self.flat).all(-1).all(-1)).any()):
+            layer = int(broken.nonzero()[0])
+            raise ValueError(f"layer {layer}: queries, keys or values are not finite during calibration")
         return Moments(
             q=self.flat[..., :n] / q_count,
             k=self.flat[..., n : 2 * n] / k_count,

@@ -1,4 +1,4 @@
-"""RoPE blocks: which two channels turn together (method: Block-GTQ, section 3)."""
+"""RoPE blocks: which two channels rotate together (method: Block-GTQ, section 3)."""
 
 from __future__ import annotations
 

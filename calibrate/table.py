@@ -5,26 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+import secrets
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from ..kernels.codec import LayerCodec
-from ..kernels.layout import CodeLayout, RowLayout, uniform_layout
-from ..kernels.tables import templates_of
+from ..kernels.device.tables import templates_of
+from ..kernels.format.codec import LayerCodec
+from ..kernels.format.layout import CodeLayout, RowLayout, uniform_layout
+from .files import file_problem
 from .rope import RopeBlocks
+from .validate import TableError, check_fields, validate
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+AGAIN = "make it again with python -m sglang_blockgtq.calibrate"
 _METADATA_KEY = "blockgtq"
-
-
-class TableError(ValueError):
-    """A table that cannot be used; the message says why and what would work."""
 
 
 @dataclass(frozen=True)
@@ -45,28 +46,48 @@ class TableHeader:
     head_dim: int
     v_head_dim: int
     rope: tuple[tuple[int, bool], ...]  # per layer (rotary_dim, neox)
-    granularity: str = "block"  # what gets a width of its own: "block", or for paper and product "slot"
+    granularity: str = "segment"  # what gets a width of its own; "block" only for paper and product
     weights_hash: str = ""  # "" when the weights could not be fingerprinted
     format_version: int = FORMAT_VERSION
     table_hash: str = ""  # over all tensors and this header without the hash
 
     def to_json(self) -> str:
-        values = asdict(self)
-        if self.granularity == "block":
-            del values["granularity"]  # so that tables from before there was a choice are what they were
-        return json.dumps(values, sort_keys=True)
+        return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> TableHeader:
-        data = json.loads(text)
-        data["scale_search"] = tuple(data["scale_search"])
-        data["rope"] = tuple((int(d), bool(neox)) for d, neox in data["rope"])
-        return cls(**data)
+        """Raises TableError for another version and for missing or unknown fields; values are left to validate()."""
+        try:
+            data = json.loads(text)
+        except ValueError as e:
+            raise TableError(f"its header is not readable JSON ({e})") from None
+        check_version(data)
+        check_fields(data, [f.name for f in fields(cls)])
+        return cls(**{name: _with_tuples(value) for name, value in data.items()})
+
+
+def _with_tuples(value: Any) -> Any:
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def check_version(header: Any) -> None:
+    """TableError for a header, as read from JSON, of another format version than this build's."""
+    version = header.get("format_version") if isinstance(header, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise TableError(f"its header has no format version ({version!r} is no whole number)")
+    if version < FORMAT_VERSION:
+        raise TableError(
+            f"format version {version} holds other tensors than version {FORMAT_VERSION}, which this build reads"
+        )
+    if version > FORMAT_VERSION:
+        raise TableError(
+            f"format version {version} is of a newer sglang-blockgtq, this build reads version {FORMAT_VERSION}"
+        )
 
 
 @dataclass(frozen=True)
 class AllocationTable:
-    """Widths, channel order, rotations, codebooks and gains of every layer and KV head.
+    """Widths, channel order, rotations and gains of every layer and KV head.
 
     tensors (L layers, H KV heads of the whole model, B blocks, D head_dim):
         widths      [L, H, B] uint8    bits per channel of each RoPE block, by block index
@@ -77,7 +98,6 @@ class AllocationTable:
         k_gain      [L, H, D] float32  static gain of each stored channel after rotation
         k_weight    [L, H, D] float32  energy of each transformed query channel (scale rule)
         v_gain      [L, H]    float32  static gain of the value vector
-        codebooks   [9, 256]  float32  row b: the 2^b levels
         rotation.N  [N, N]    float32  one rotation for every group of N channels
         v_rotation  [Dv, Dv]  float32
     """
@@ -103,9 +123,10 @@ class AllocationTable:
 
     @cached_property
     def k_templates(self) -> tuple[CodeLayout, ...]:
-        """The distinct layouts of all key heads, in one order for every rank and layer."""
+        """The distinct layouts in columns of all key heads, in one order for every rank and layer."""
         shape = self.tensors["widths"].shape[:2]
-        return templates_of(self.k_layout(*at) for at in product(*map(range, shape)))
+        layouts = (self.k_layout(*at) for at in product(*map(range, shape)))
+        return templates_of(layout for layout in layouts if layout.columns is not None)
 
     def bytes_per_token_head(self) -> float:
         """Mean over layers of bytes per token and KV head, scales included, row padding not."""
@@ -144,7 +165,6 @@ class AllocationTable:
             v_in=(v_rotation / v_gain).float(),
             v_out=(v_rotation.T * v_gain).float(),
             k_weight=t["k_weight"][layer, heads].clone(),
-            levels=t["codebooks"],
             scale_rule=head.scale_rule,
             scale_search=head.scale_search,
         )
@@ -157,7 +177,7 @@ class AllocationTable:
         for name in sorted(self.tensors):
             tensor = self.tensors[name].contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def sealed(self) -> AllocationTable:
@@ -166,47 +186,39 @@ class AllocationTable:
         return AllocationTable(header, self.tensors)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write atomically: a reader sees the whole file or none."""
+        """Write atomically: a reader sees the whole file or none. Raises OSError, and leaves nothing behind then."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        # Random, not a process id: machines and containers may share the folder.
+        scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        contiguous = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         try:
-            contiguous = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-            save_file(contiguous, scratch, metadata={_METADATA_KEY: self.header.to_json()})
+            # Not safetensors' own writing of files, which leaves them readable to this user alone.
+            scratch.write_bytes(save(contiguous, metadata={_METADATA_KEY: self.header.to_json()}))
             os.replace(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> AllocationTable:
-        """Read and verify a table. Raises TableError naming the file and what is wrong with it."""
-        if not Path(path).is_file():
-            raise TableError(f"table {path}: no such file; make one with python -m sglang_blockgtq.calibrate")
+        """Read and verify a table. Raises TableError naming the file, what is wrong with it, and what to do."""
+        if problem := file_problem(path):
+            raise TableError(f"table {path}: {problem}; make one with python -m sglang_blockgtq.calibrate")
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as e:
-            raise TableError(f"table {path}: damaged or not a safetensors file ({e}); make it again") from e
+            raise TableError(f"table {path}: damaged or not a safetensors file ({e}); {AGAIN}") from e
         if _METADATA_KEY not in metadata:
-            raise TableError(f"table {path}: a safetensors file, but not an allocation table")
-        try:
-            version = json.loads(metadata[_METADATA_KEY]).get("format_version")
-        except (ValueError, AttributeError) as e:
-            raise TableError(f"table {path}: its header is not readable JSON ({e}); make it again") from e
-        if version != FORMAT_VERSION:
-            raise TableError(
-                f"table {path}: format version {version}, this build reads version {FORMAT_VERSION}; "
-                "make it again or install the matching sglang-blockgtq"
-            )
+            raise TableError(f"table {path}: a safetensors file, but not an allocation table; {AGAIN}")
         try:
             table = cls(TableHeader.from_json(metadata[_METADATA_KEY]), tensors)
-        except (KeyError, TypeError, ValueError) as e:
-            raise TableError(f"table {path}: its header is incomplete ({e!r}); make it again") from e
-        found = table.computed_hash()
-        if found != table.header.table_hash:
-            raise TableError(
-                f"table {path}: contents hash to {found[:12]}, the header says {table.header.table_hash[:12]}; "
-                "the file was changed or damaged, make it again"
-            )
+            found = table.computed_hash()
+            if found != table.header.table_hash:
+                said = str(table.header.table_hash)[:12]
+                raise TableError(f"contents hash to {found[:12]}, the header says {said}: it was changed or damaged")
+            validate(table)
+        except TableError as e:
+            raise TableError(f"table {path}: {e}; {AGAIN}") from e
         return table

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from .files import file_problem
 
 DEFAULT_TOKENS = 2048
 MIN_TOKENS = 2048
@@ -24,7 +27,7 @@ def read_text(path: str | None) -> str:
 
     The default is ``pydoc_data.topics`` in alphabetical order of topics. It comes with every
     full Python, so a server can calibrate without network; it may differ between Python versions.
-    Raises TextError if the file is missing, unreadable, blank or not UTF-8.
+    Raises TextError if it is no regular file, unreadable, blank or not UTF-8.
     """
     if path is None:
         try:
@@ -35,10 +38,10 @@ def read_text(path: str | None) -> str:
                 f"name a UTF-8 text file with {TEXT_OPTION}"
             ) from e
         return "\n\n".join(topics[name] for name in sorted(topics))
+    if problem := file_problem(path):
+        raise TextError(f"{TEXT_OPTION} {path}: {problem}; name a UTF-8 text file")
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError as e:
-        raise TextError(f"{TEXT_OPTION} {path}: no such file; name a UTF-8 text file") from e
     except UnicodeDecodeError as e:
         raise TextError(f"{TEXT_OPTION} {path}: not UTF-8 (byte {e.start}); convert it or name another file") from e
     except OSError as e:
@@ -52,6 +55,22 @@ def check_tokens(tokens: int) -> None:
     """TextError unless ``tokens`` is a whole number, at least MIN_TOKENS."""
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < MIN_TOKENS:
         raise TextError(f"{TOKENS_OPTION} {tokens}: a whole number of tokens, {MIN_TOKENS} or more, is needed")
+
+
+def check_text_size(tokens: int, path: str | None) -> None:
+    """TextError if the text of :func:`read_text` has too few bytes for ``tokens`` tokens of any model.
+
+    A token takes at least one byte, all but the special ids that a sequence starts with, of which four in MIN_SEQUENCE
+    are allowed for. A file is not read for it.
+    """
+    size = len(read_text(None).encode()) if path is None else os.path.getsize(path)
+    if tokens - tokens // (MIN_SEQUENCE // 4) > size:
+        name = "the built-in text" if path is None else path
+        fewer = f"ask for about {size // 4}, or " if size // 4 >= MIN_TOKENS else ""
+        raise TextError(
+            f"{TOKENS_OPTION} {tokens}: {name} has {size} bytes, and a token takes one or more; "
+            f"{fewer}name a longer text with {TEXT_OPTION}"
+        )
 
 
 def _encode(tokenizer, text: str, wanted: int) -> list[int]:
