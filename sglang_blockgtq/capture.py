@@ -7,6 +7,7 @@ attention and adds up energies is all it takes. Every TP and PP rank walks the s
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,8 +26,10 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang.srt.runtime_context import get_parallel
 from tqdm import tqdm
 
+from .calibrate.model import ModelError, rope_parameters
 from .calibrate.moments import Moments, MomentSums
 from .calibrate.rope import RopeBlocks
+from .calibrate.rope_check import check_swings, probe_positions, swing
 from .options import NAME, KVQuantError
 
 
@@ -63,14 +66,14 @@ def rope_of(model: torch.nn.Module, head_dim: int) -> dict[int, RopeBlocks]:
 
 
 class CaptureBackend(AttentionBackend):
-    """Dense causal attention over one batch of whole sequences; adds every layer's q, k, v to the sums."""
+    """Dense causal attention over one batch of whole sequences; ``take(layer_id, q, k, v)`` sees ``[T, heads, D]``."""
 
-    def __init__(self, sums: MomentSums, first_head: int):
+    def __init__(self, take: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]):
         super().__init__()
         # uint8 keeps fused RoPE-and-store kernels off: there is no pool to store into.
         self.token_to_kv_pool = SimpleNamespace(dtype=torch.uint8)
         self.req_to_token_pool = None
-        self.sums, self.first_head = sums, first_head
+        self.take = take
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         pass
@@ -82,7 +85,7 @@ class CaptureBackend(AttentionBackend):
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
         v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
-        self.sums.add(layer.layer_id, self.first_head, q, k, v)
+        self.take(layer.layer_id, q, k, v)
         out = q.new_empty(q.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         start = 0
         for n in forward_batch.extend_seq_lens_cpu:
@@ -103,11 +106,11 @@ def refuse_extras(kwargs: dict[str, Any]) -> None:
             )
 
 
-def _batch(runner: Any, ids: list[int]) -> ForwardBatch:
+def _batch(runner: Any, ids: list[int], positions: Sequence[int]) -> ForwardBatch:
     """An extend batch of one whole sequence, without cache slots behind it."""
     device, n = runner.device, len(ids)
     length = torch.tensor([n], dtype=torch.int64, device=device)
-    positions = torch.arange(n, device=device)
+    positions = torch.tensor(positions, dtype=torch.int64, device=device)
     batch = ForwardBatch(
         forward_mode=ForwardMode.EXTEND,
         batch_size=1,
@@ -135,32 +138,67 @@ def _batch(runner: Any, ids: list[int]) -> ForwardBatch:
     return batch
 
 
+def _forward(runner: Any, backend: CaptureBackend, ids: list[int], positions: Sequence[int]) -> None:
+    """One sequence through this rank's part of the model."""
+    pp, batch, extra = get_pp_group(), _batch(runner, ids, positions), {}
+    with torch.inference_mode(), forward_context(ForwardContext(attn_backend=backend)):
+        if pp.world_size > 1 and not pp.is_first_rank:
+            extra["pp_proxy_tensors"] = PPProxyTensors(pp.recv_tensor_dict())
+        out = runner.model.forward(batch.input_ids, batch.positions, batch, **extra)
+        if pp.world_size > 1 and not pp.is_last_rank:
+            pp.send_tensor_dict(out.tensors)
+
+
+def _reduce(values: torch.Tensor, op: torch.distributed.ReduceOp = torch.distributed.ReduceOp.SUM) -> torch.Tensor:
+    """``values`` (CPU) over the ranks that hold parts of the model."""
+    for group in (get_attn_tp_group(), get_pp_group()):
+        if group.world_size > 1:
+            torch.distributed.all_reduce(values, op, group=group.cpu_group)
+    return values
+
+
+def model_rope(runner: Any) -> list[RopeBlocks]:
+    """RoPE pairing of every layer of the model, the same on all ranks: pipeline stages hold disjoint layers."""
+    config = runner.model_config
+    here, layers = rope_of(runner.model, config.head_dim), range(config.num_hidden_layers)
+    found = _reduce(torch.tensor([[here[i].rotary_dim, here[i].neox, 1] if i in here else [0, 0, 0] for i in layers]))
+    ranks = found[:, 2].clamp(min=1)  # that hold the layer
+    return [RopeBlocks(config.head_dim, int(d // n), bool(x)) for (d, x, _), n in zip(found, ranks, strict=True)]
+
+
+def check_rope(runner: Any, rope: list[RopeBlocks], token: int) -> None:
+    """KVQuantError, on every rank, if the model turns other channel pairs than ``rope`` says (calibrate.rope_check)."""
+    config = runner.model_config
+    if not any(r.rotary_dim for r in rope) and not rope_parameters(config.hf_config):
+        return  # no RoPE; learned positions, if any, change the keys themselves
+    swings = torch.zeros(len(rope), dtype=torch.float64)
+
+    def take(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        swings[layer] = swing(k, rope[layer])
+
+    positions = probe_positions(config.context_len)
+    _forward(runner, CaptureBackend(take), [token] * len(positions), positions)
+    try:
+        check_swings(_reduce(swings, torch.distributed.ReduceOp.MAX).tolist(), rope)
+    except ModelError as e:
+        raise KVQuantError(f"--kv-quant {NAME}: {e}; serve this model without --kv-quant") from None
+
+
 def collect_moments(runner: Any, sequences: list[list[int]]) -> tuple[Moments, list[RopeBlocks]]:
     """Moments of the whole model and the RoPE pairing of every layer, identical on all ranks.
 
-    runner: a ModelRunner with weights loaded. sequences: token ids, the same on every rank.
+    runner: a ModelRunner with weights loaded. sequences: token ids, the same on every rank. Raises KVQuantError if the
+    pairing is not the model's own.
     """
-    config = runner.model_config
-    layers, heads = config.num_hidden_layers, config.get_total_num_kv_heads()
-    here = rope_of(runner.model, config.head_dim)
-    sums = MomentSums(layers, heads, [here.get(i, RopeBlocks(config.head_dim, 0)) for i in range(layers)])
-    backend = CaptureBackend(sums, local_heads(heads).start)
-    pp = get_pp_group()
-    show = get_parallel().tp_rank == 0 and pp.is_first_rank
-    with torch.inference_mode(), forward_context(ForwardContext(attn_backend=backend)):
-        for ids in tqdm(sequences, desc="Calibrating KV quantization", unit="seq", disable=not show):
-            batch, extra = _batch(runner, ids), {}
-            if pp.world_size > 1 and not pp.is_first_rank:
-                extra["pp_proxy_tensors"] = PPProxyTensors(pp.recv_tensor_dict())
-            out = runner.model.forward(batch.input_ids, batch.positions, batch, **extra)
-            if pp.world_size > 1 and not pp.is_last_rank:
-                pp.send_tensor_dict(out.tensors)
-    # Replicated heads are counted once a replica, in the counts too; pipeline stages hold disjoint layers.
-    rope = torch.tensor([[here[i].rotary_dim, here[i].neox, 1] if i in here else [0, 0, 0] for i in range(layers)])
-    for group in (get_attn_tp_group(), pp):
-        if group.world_size > 1:
-            torch.distributed.all_reduce(sums.flat, group=group.cpu_group)
-            torch.distributed.all_reduce(rope, group=group.cpu_group)
-    counts = rope[:, 2].clamp(min=1)
-    pairing = [RopeBlocks(config.head_dim, int(d // n), bool(x)) for (d, x, _), n in zip(rope, counts, strict=True)]
-    return sums.mean(sum(map(len, sequences))), pairing
+    rope, heads = model_rope(runner), runner.model_config.get_total_num_kv_heads()
+    check_rope(runner, rope, sequences[0][-1])
+    sums, first = MomentSums(len(rope), heads, rope), local_heads(heads).start
+    backend = CaptureBackend(lambda layer, q, k, v: sums.add(layer, first, q, k, v))
+    show = get_parallel().tp_rank == 0 and get_pp_group().is_first_rank
+    for ids in tqdm(sequences, desc="Calibrating KV quantization", unit="seq", disable=not show):
+        _forward(runner, backend, ids, range(len(ids)))
+    _reduce(sums.flat)  # replicated heads are counted once a replica, in the counts too
+    try:
+        return sums.mean(sum(map(len, sequences))), rope
+    except ValueError as e:
+        raise KVQuantError(f"--kv-quant {NAME}: {e}; serve this model without --kv-quant") from None

@@ -1,4 +1,4 @@
-"""Structural self-check: does the installed SGLang still have the seams this plugin hooks?
+"""Does the installed SGLang have the seams this plugin hooks?
 
 SGLang logs and swallows whatever a plugin raises, so silence would be the default failure. What
 is found here is kept and raised as soon as somebody asks for --kv-quant.
@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+from .conflicts import NEEDS_TABLE, REFUSALS
+from .options import NAME
 
 SUPPORTED_SGLANG = "0.5.23"
 
@@ -15,9 +20,19 @@ SUPPORTED_SGLANG = "0.5.23"
 SIGNATURES = {
     "server_args.ServerArgs.add_cli_args": ["parser"],
     "server_args.ServerArgs.from_cli_args": ["args"],
+    "server_args.ServerArgs.resolve_once": ["self"],
+    "plugins.load_plugins": [],
     "model_executor.model_runner.ModelRunner.load_model": ["self"],
     "model_executor.model_runner.ModelRunner.alloc_memory_pool": ["self", "memory_pool_config"],
-    "model_executor.model_runner.ModelRunner.update_model_fields": ["self"],
+    **{
+        f"model_executor.model_runner_components.weight_updater.WeightUpdater.{name}": ["self"]
+        for name in (
+            "update_weights_from_disk",
+            "update_weights_from_tensor",
+            "update_weights_from_ipc",
+            "load_weights_from_distributed",
+        )
+    },
     "model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size": ["self", "kvc", "num_layers"],
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool": [
         "self",
@@ -83,6 +98,9 @@ CALLS = {
         "_run_in_graph_metadata_prep("
     ),
     "layers.attention.base_attn_backend.AttentionBackend.shared_read_ends": "SharedReadEnds.IN_REPLAY",
+    "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.update_weights_from_distributed": (
+        "load_weights_from_distributed("
+    ),
 }
 
 
@@ -98,6 +116,16 @@ def resolve(target: str):
             found = getattr(found, name)
         return found
     raise ModuleNotFoundError(f"sglang.srt.{target}")
+
+
+def in_place(target: str, hook: Callable) -> bool:
+    """Whether a call of ``target`` goes through ``hook``, also where other plugins wrapped it again."""
+    found = resolve(target)
+    while found is not None:
+        if any(cell.cell_contents is hook for cell in getattr(found, "__closure__", None) or ()):
+            return True
+        found = getattr(found, "__wrapped__", None)
+    return False
 
 
 def _parameters(function) -> set[str]:
@@ -134,17 +162,43 @@ def find_drift() -> list[str]:
             drift.append("ForwardContext lost the field attn_backend")
         if len(resolve("mem_cache.memory_pool.unwrap_write_loc")(0)) != 3:
             drift.append("unwrap_write_loc no longer returns three locations")
+        updater = resolve("model_executor.model_runner_components.weight_updater.WeightUpdater")
+        if missing := {"tp_rank", "get_model_runner"} - set(updater.__dataclass_fields__):
+            drift.append(f"WeightUpdater lost the field(s) {', '.join(sorted(missing))}")
+        # A refusal of an option that was renamed would never be heard.
+        known = set(resolve("server_args.ServerArgs").__struct_fields__)
+        if missing := {r.option for r in (*REFUSALS, *NEEDS_TABLE) if not r.is_variable} - known:
+            drift.append(f"ServerArgs lost the field(s) {', '.join(sorted(missing))}")
+        known = set(vars(resolve("environ.Envs")))
+        if missing := {r.option for r in REFUSALS if r.is_variable} - known:
+            drift.append(f"the environment variable(s) {', '.join(sorted(missing))} are gone")
     except (ImportError, AttributeError) as e:
         drift.append(f"a class the cache builds on is gone ({e})")
     return drift
 
 
-def incompatibility(drift: list[str]) -> str:
-    """One line that names the installed SGLang, what drifted and what would work."""
-    from importlib.metadata import version
+def installed_sglang() -> str:
+    """Version of the installed SGLang."""
+    try:
+        return version("sglang")
+    except PackageNotFoundError:
+        return "without a version"
 
+
+def other_version() -> str | None:
+    """One line that names both versions where the installed SGLang is another one; None where it is not."""
+    installed = installed_sglang()
+    if installed.split("+")[0] == SUPPORTED_SGLANG:
+        return None
+    return f"sglang {installed} is installed, this build is for {SUPPORTED_SGLANG}"
+
+
+def incompatibility(drift: list[str]) -> str:
+    """One line: which SGLang is installed and which is wanted, what drifted and what would work."""
     shown = "; ".join(drift[:3]) + (f"; and {len(drift) - 3} more" if len(drift) > 3 else "")
-    return (
-        f"--kv-quant blockgtq: this build does not fit sglang {version('sglang')}: {shown}; "
-        f"install sglang=={SUPPORTED_SGLANG}"
-    )
+    other = other_version()
+    if other is None:
+        what = f"the installed sglang {installed_sglang()} is not as it was released: {shown}; reinstall it"
+    else:
+        what = f"{other}, and they differ: {shown}; install sglang=={SUPPORTED_SGLANG}"
+    return f"--kv-quant {NAME}: {what}"

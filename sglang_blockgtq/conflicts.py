@@ -1,30 +1,36 @@
-"""Engine features this cache does not serve yet, each refused at start-up with its reason.
+"""Engine features this cache does not serve, each refused at start-up with its reason.
 
-Two moments: what the user typed, before anything is loaded (check_user_args), and what the
-model turns out to be, before or after its weights are loaded (check_config, check_model).
+What the user typed is checked before anything is loaded (check_user_args), what SGLang makes of it once it
+has (check_resolved), and the model by its config (check_config) and its loaded layers (check_runner, check_layers).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from .options import NAME, KVQuantError, KVQuantOptions
+from .options import BY_SEGMENTS, NAME, KVQuantError, KVQuantOptions
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """An option value that is refused. ``refuses(value)`` sees the value the user gave."""
+    """An option value that is refused."""
 
-    option: str  # ServerArgs field
+    option: str  # ServerArgs field, or an environment variable of SGLang
     refuses: Callable[[Any], bool]
     reason: str
     instead: str
+    part: Callable[[Any], Any] = lambda value: value  # of the value: what ``refuses`` sees and the message shows
+
+    @property
+    def is_variable(self) -> bool:
+        return self.option.isupper()
 
     @property
     def flag(self) -> str:
-        return "--" + self.option.replace("_", "-")
+        return self.option if self.is_variable else "--" + self.option.replace("_", "-")
 
 
 def _set(value: Any) -> bool:
@@ -35,7 +41,16 @@ def _above_one(value: Any) -> bool:
     return value is not None and int(value) > 1
 
 
+def _prefill_graph(config: Any) -> str:
+    """The prefill part of a --cuda-graph-config, as typed (a dict) or as resolved."""
+    phase = config.get("prefill") if isinstance(config, dict) else getattr(config, "prefill", None)
+    backend = phase.get("backend") if isinstance(phase, dict) else getattr(phase, "backend", None)
+    return f"prefill.backend={backend}"
+
+
 _LEAVE_OUT = "leave the option out"
+_NO_FULL_GRAPH = "prefill attention over packed rows runs between graph segments"
+_OTHER_GRAPH = "use breakable (the default) or disabled"
 
 REFUSALS = (
     Refusal(
@@ -56,6 +71,7 @@ REFUSALS = (
     Refusal("hicache_storage_backend", _set, "HiCache storage cannot hold packed rows yet", _LEAVE_OUT),
     Refusal("enable_lmcache", _set, "LMCache copies dense K and V", _LEAVE_OUT),
     Refusal("enable_flexkv", _set, "FlexKV copies dense K and V", _LEAVE_OUT),
+    Refusal("radix_cache_backend", lambda v: v == "flexkv", "FlexKV copies dense K and V", _LEAVE_OUT),
     Refusal("enable_hisparse", _set, "HiSparse keeps its own pool layout", _LEAVE_OUT),
     Refusal("enable_unified_memory", _set, "the unified memory pool has its own row layout", _LEAVE_OUT),
     Refusal("enable_unified_cache_external_linker", _set, "the external linker copies dense K and V", _LEAVE_OUT),
@@ -85,19 +101,21 @@ REFUSALS = (
     Refusal("enable_two_batch_overlap", _set, "two-batch overlap over packed rows is not tested", _LEAVE_OUT),
     Refusal("dllm_algorithm", _set, "diffusion language models attend in both directions", "drop --kv-quant"),
     Refusal("enable_torch_compile", _set, "compiled decode over packed rows is not tested", _LEAVE_OUT),
+    Refusal("enable_nvidia_megakernel", _set, "its kernels read dense K and V", _LEAVE_OUT),
+    Refusal("enable_amd_monokernel", _set, "its kernels read dense K and V", _LEAVE_OUT),
     Refusal(
         "quantization_param_path",
         _set,
         "scales for an fp8 cache mean nothing to packed codes",
         "leave it out, or drop --kv-quant and use --kv-cache-dtype fp8_e4m3",
     ),
-    Refusal(
-        "cuda_graph_backend_prefill",
-        lambda v: v == "full",
-        "prefill attention over packed rows runs between graph segments",
-        "use breakable (the default) or disabled",
-    ),
+    Refusal("cuda_graph_backend_prefill", lambda v: v == "full", _NO_FULL_GRAPH, _OTHER_GRAPH),
+    Refusal("cuda_graph_config", lambda v: v == "prefill.backend=full", _NO_FULL_GRAPH, _OTHER_GRAPH, _prefill_graph),
     Refusal("encoder_only", _set, "an encoder has no decode cache", "drop --kv-quant"),
+    Refusal(
+        "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", _set, "packed pools are sized before graphs are captured", "unset it"
+    ),
+    Refusal("SGLANG_USE_HND_KVCACHE", _set, "packed rows have their own layout", "unset it"),
 )
 
 #: Refused only when the table has to be computed: one file then serves every replica.
@@ -126,48 +144,87 @@ NEEDS_TABLE = (
         "weights are not there yet when calibration runs",
         "give a table with --kv-quant-table",
     ),
+    Refusal(
+        "checkpoint_engine_wait_weights_before_ready",
+        _set,
+        "weights are not there yet when calibration runs",
+        "give a table with --kv-quant-table",
+    ),
 )
+
+
+def _check(get: Callable[[str], Any], has_table: bool, resolved: str = "") -> None:
+    from sglang.srt.environ import envs
+
+    for refusal in REFUSALS if has_table else REFUSALS + NEEDS_TABLE:
+        value = getattr(envs, refusal.option).get() if refusal.is_variable else get(refusal.option)
+        value = refusal.part(value)
+        if refusal.refuses(value):
+            shown = refusal.flag if value is True else f"{refusal.flag} {value}"
+            raise KVQuantError(f"{shown}{resolved}: not with --kv-quant {NAME}: {refusal.reason}; {refusal.instead}")
+    device = get("device")
+    if device is not None and str(device).split(":")[0] not in ("cuda", "cpu"):
+        raise KVQuantError(
+            f"--device {device}{resolved}: not with --kv-quant {NAME}: kernels exist for cuda and cpu; use one"
+        )
 
 
 def check_user_args(get: Callable[[str], Any], has_table: bool) -> None:
     """Refuse conflicting options. ``get(field)`` gives the user's value or None. Raises KVQuantError."""
-    for refusal in REFUSALS if has_table else REFUSALS + NEEDS_TABLE:
-        value = get(refusal.option)
-        if refusal.refuses(value):
-            shown = refusal.flag if value is True else f"{refusal.flag} {value}"
-            raise KVQuantError(f"{shown}: not with --kv-quant {NAME}: {refusal.reason}; {refusal.instead}")
-    device = get("device")
-    if device is not None and str(device).split(":")[0] not in ("cuda", "cpu"):
-        raise KVQuantError(f"--device {device}: not with --kv-quant {NAME}: kernels exist for cuda and cpu; use one")
+    _check(get, has_table)
+
+
+def check_resolved(server_args: Any = None) -> None:
+    """Refuse what SGLang, the model or a variable turned on though nobody typed the option. Raises KVQuantError.
+
+    server_args: resolved, and carrying the options; by default this process's published configuration.
+    """
+    from sglang.srt.arg_groups.overrides import resolution_result
+    from sglang.srt.runtime_context import get_context
+
+    if server_args is None:
+        server_args, get = get_context().server_args, get_context().config_leaf
+    else:
+        get = partial(resolution_result, server_args)
+    asked = KVQuantOptions.of(server_args)
+    _check(get, has_table=asked.table is not None, resolved=" (as SGLang resolves the arguments)")
+
+
+_HYBRID_KEYS = ("mamba_d_state", "ssm_state_size", "linear_num_value_heads", "linear_attn_config")
 
 
 def _refuse_model(what: str, reason: str) -> KVQuantError:
     return KVQuantError(f"--kv-quant {NAME}: {what}: {reason}; serve this model without --kv-quant")
 
 
+def _text_config(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def check_config(config: Any) -> None:
-    """What a Hugging Face config alone tells, before weights are loaded. Raises KVQuantError."""
+    """What a Hugging Face config tells of a model that cannot be served. Raises KVQuantError."""
     from .calibrate.rope import HeadDimError, check_head_dim
 
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    name = getattr(text, "model_type", "model")
+    text = _text_config(config)
+    name = f"model type {getattr(text, 'model_type', 'unknown')}"
+    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
+        raise _refuse_model(name, "encoder-decoder attention is not supported")
     if getattr(text, "kv_lora_rank", None):
-        raise _refuse_model(f"model type {name}", "MLA keeps one latent vector, not keys and values")
-    if getattr(text, "is_encoder_decoder", False):
-        raise _refuse_model(f"model type {name}", "encoder-decoder attention is not supported")
-    for key in ("mamba_d_state", "ssm_state_size", "linear_num_value_heads", "linear_attn_config"):
-        if getattr(text, key, None):
-            raise _refuse_model(f"model type {name}", "hybrid linear-attention or state-space layers are not supported")
+        raise _refuse_model(name, "MLA keeps one latent vector, not keys and values")
+    if any(getattr(text, key, None) for key in _HYBRID_KEYS):
+        raise _refuse_model(name, "hybrid linear-attention or state-space layers are not supported")
+    if others := sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention", "attention"}):
+        raise _refuse_model(
+            f"{name} with {', '.join(others)} layers",
+            "every layer must have full attention (no sliding window, no linear or state-space layers)",
+        )
+    if getattr(text, "attn_logit_softcapping", None):
+        raise _refuse_model(name, "capped attention logits are not supported")
     if head_dim := _head_dim(text):
         try:
             check_head_dim(head_dim)
         except HeadDimError as e:
             raise KVQuantError(f"--kv-quant {NAME}: {e}; serve this model without --kv-quant") from None
-    layer_types = set(getattr(text, "layer_types", None) or ())
-    if "sliding_attention" in layer_types or "chunked_attention" in layer_types:
-        raise _refuse_model(f"model type {name}", "sliding-window attention layers are not supported")
-    if getattr(text, "attn_logit_softcapping", None):
-        raise _refuse_model(f"model type {name}", "capped attention logits are not supported")
     if kv_scheme := _checkpoint_kv_scheme(config):
         raise _refuse_model(f"checkpoint with {kv_scheme}", "its scales are made for an fp8 cache")
 
@@ -179,14 +236,14 @@ def _head_dim(text: Any) -> int | None:
 
 
 def check_granularity(config: Any, options: KVQuantOptions) -> None:
-    """Slots must fit the heads of a model that will be calibrated. Raises KVQuantError."""
-    from .calibrate.slots import check_slots
+    """Segments must fit the heads of a model that will be calibrated. Raises KVQuantError."""
+    from .calibrate.segments import check_segments
 
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    head_dim = _head_dim(text)
-    if head_dim and options.granularity == "slot" and options.table is None:
+    head_dim = _head_dim(_text_config(config))
+    by_segments = options.allocator in BY_SEGMENTS and options.granularity == "segment"
+    if head_dim and by_segments and options.table is None:
         try:
-            check_slots(head_dim, options.k_bits)
+            check_segments(head_dim, options.k_bits)
         except ValueError as e:
             raise KVQuantError(str(e)) from None
 
@@ -203,15 +260,13 @@ def _checkpoint_kv_scheme(config: Any) -> str | None:
 
 
 def check_runner(runner: Any) -> None:
-    """What the loaded model runner tells. Raises KVQuantError."""
+    """What the loaded model runner tells beyond :func:`check_config`. Raises KVQuantError."""
     import torch
 
-    if runner.use_mla_backend:
+    if runner.use_mla_backend:  # SGLang knows MLA by the architecture's name
         raise _refuse_model("MLA attention", "it keeps one latent vector, not keys and values")
     if runner.is_hybrid_swa:
         raise _refuse_model("a split sliding-window pool", "only one full-attention pool is supported")
-    if runner.model_config.is_encoder_decoder:
-        raise _refuse_model("encoder-decoder model", "cross attention is not supported")
     if runner.kv_cache_dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise _refuse_model(f"cache dtype {runner.kv_cache_dtype} from the checkpoint", "its scales are for fp8")
     if runner.device.split(":")[0] == "cuda" and torch.version.hip:

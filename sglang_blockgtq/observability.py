@@ -6,6 +6,7 @@ from typing import Any
 
 from . import __version__
 from .options import KVQuantOptions
+from .pool import packed_pool
 from .runtime import Runtime, current
 
 
@@ -14,11 +15,14 @@ def server_info(scheduler: Any) -> dict[str, Any] | None:
     if KVQuantOptions.of(scheduler.server_args) is None:
         return None
     runner = scheduler.tp_worker.model_runner
+    pool, info = packed_pool(runner.token_to_kv_pool), current().summary()
+    rows = sum(pool.get_kv_size_bytes())
     return {
-        **current().summary(),
-        "pool": type(runner.token_to_kv_pool).__name__,
-        "pool_bytes": sum(runner.token_to_kv_pool.get_kv_size_bytes()),
-        "page_size": runner.token_to_kv_pool.page_size,
+        **info,
+        "memory": {"rows": rows, **info["memory"]},
+        "pool": type(pool).__name__,
+        "pool_bytes": rows,
+        "page_size": pool.page_size,
         "max_total_num_tokens": int(runner.max_total_num_tokens),
         "version": __version__,
     }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ NAME = "blockgtq"
 ATTRIBUTE = "_kvq"
 PREFIX = "kv_quant"
 ALLOCATORS = ("uniform", "paper", "product", "template")
-GRANULARITIES = ("block", "slot")
-BY_SLOTS = ("paper", "product")  # allocators that have a choice
+GRANULARITIES = ("block", "segment")
+SPELLINGS = {"slot": "segment"}  # of a granularity
+BY_SEGMENTS = ("paper", "product")  # allocators that have a choice
 CHUNK_ATTENTION = ("raw", "quantized")
 #: name -> options that it stands for; those that are given beside it win. What each costs a model: make quality.
 #: Keys need a bit more than values do: K3V2 loses a third of what K2V2 does (benchmarks/results/split_smollm2.csv).
@@ -39,12 +42,12 @@ def default_cache_dir() -> str:
 
 @dataclass(frozen=True)
 class KVQuantOptions:
-    """Parsed options. Plain values only: they travel to the scheduler processes inside ServerArgs.
+    """Parsed options. They travel inside ServerArgs, and a process that unpickles them learns that it serves with them.
 
     k_bits, v_bits: average bits per channel, may be fractional. None with a table: the table's.
-    granularity: what ``paper`` and ``product`` give a width of its own. "block": each RoPE block, as in the paper.
-        "slot": whole slots of 16 channels, at most four kinds of heads in a model, which the fast kernels read.
-        None with a table: the table's.
+    granularity: what ``paper`` and ``product`` give a width of its own. "segment": whole segments of 16 channels,
+        at most four kinds of heads in a model, which the fast kernels read. "block": each RoPE block, as in the
+        paper. None with a table: the table's.
     table: allocation table file, or None to calibrate at model load.
     calibration_text: text file, or None for the built-in text.
     chunk_attention: what the keys and values of the running chunk look like to the chunk itself.
@@ -55,7 +58,7 @@ class KVQuantOptions:
     k_bits: float | None = DEFAULT_BITS
     v_bits: float | None = DEFAULT_BITS
     allocator: str | None = DEFAULT_ALLOCATOR
-    granularity: str | None = "block"
+    granularity: str | None = "segment"
     table: str | None = None
     calibration_text: str | None = None
     calibration_tokens: int = 2048
@@ -65,70 +68,108 @@ class KVQuantOptions:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def __reduce__(self) -> tuple:
+        return _unpickle, (self.to_dict(),)
+
     @classmethod
     def of(cls, server_args: Any) -> KVQuantOptions | None:
         """The options a ServerArgs carries, or None when --kv-quant was not asked for."""
-        values = getattr(server_args, ATTRIBUTE, None)
-        return None if values is None else cls(**values)
+        return getattr(server_args, ATTRIBUTE, None)
+
+
+_arrived = False
+_on_arrival: Callable[[], None] | None = None
+
+
+def _unpickle(values: dict[str, Any]) -> KVQuantOptions:
+    global _arrived
+    _arrived = True
+    if _on_arrival is not None:
+        _on_arrival()
+    return KVQuantOptions(**values)
+
+
+def have_arrived() -> bool:
+    """Whether options were unpickled in this process: then it was started to serve with them."""
+    return _arrived
+
+
+def on_arrival(action: Callable[[], None]) -> None:
+    """Run ``action`` whenever options are unpickled in this process."""
+    global _on_arrival
+    _on_arrival = action
 
 
 FLAGS = (PREFIX, f"{PREFIX}_preset", *(f"{PREFIX}_{f.name}" for f in fields(KVQuantOptions)))
 
 
+def _flag_of(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
 def flag(name: str) -> str:
     """Python name of an option to its flag: ``k_bits`` to ``--kv-quant-k-bits``."""
-    return f"--{PREFIX}_{name}".replace("_", "-")
+    return _flag_of(f"{PREFIX}_{name}")
 
 
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
     """Add the flags. Values stay text: :func:`parse` checks them, so that Engine gives the same messages."""
     group = parser.add_argument_group("KV-cache quantization (sglang-blockgtq)")
-    add = group.add_argument
-    add("--kv-quant", default="none", help="'blockgtq' packs the KV cache to mixed 1-8 bit codes; 'none' (default).")
-    add(
-        flag("preset"),
-        default=None,
-        metavar="NAME",
-        help=f"Bits by name: {', '.join(PRESETS)} (balanced is the default).",
-    )
-    add(
-        flag("k_bits"), default=None, metavar="BITS", help="Average bits per key channel, 1 to 8, e.g. 2.5 (default 3)."
-    )
-    add(flag("v_bits"), default=None, metavar="BITS", help="Average bits per value channel, 1 to 8 (default 3).")
-    add(
-        flag("allocator"),
-        default=None,
-        metavar="NAME",
-        help=f"How bits are given to RoPE blocks: {', '.join(ALLOCATORS)} (default {DEFAULT_ALLOCATOR}).",
-    )
-    add(
-        flag("granularity"),
-        default=None,
-        metavar="NAME",
-        help="For paper and product: 'block' (default) gives each RoPE block a width, 'slot' each 16 channels, which "
-        "decodes at the speed of uniform.",
-    )
-    add(
-        flag("table"),
-        default=None,
-        metavar="FILE",
-        help="Allocation table made by python -m sglang_blockgtq.calibrate; without it the server calibrates at load.",
-    )
-    add(flag("calibration_text"), default=None, metavar="FILE", help="UTF-8 text to calibrate on (default: built in).")
-    add(flag("calibration_tokens"), default=None, metavar="N", help="Tokens to calibrate on, at least 2048 (default).")
-    add(
-        flag("cache_dir"),
-        default=None,
-        metavar="DIR",
-        help=f"Where computed tables are kept (default {default_cache_dir()}).",
-    )
-    add(
-        flag("chunk_attention"),
-        default=None,
+
+    def add(name: str, metavar: str, text: str) -> None:
+        group.add_argument(flag(name), default=None, metavar=metavar, help=text.replace("%", "%%"))
+
+    group.add_argument(
+        "--kv-quant",
+        default="none",
         metavar="MODE",
-        help="'raw' (default): a prefill chunk sees its own keys and values exactly. 'quantized': as they are stored, "
-        "so that a cold prompt and its repetition from the cache agree.",
+        help=f"'{NAME}' packs the KV cache to mixed 1-8 bit codes; 'none' (default).",
     )
+    add("preset", "NAME", f"Bits by name: {', '.join(PRESETS)} (balanced is the default).")
+    add("k_bits", "BITS", "Average bits per key channel, 1 to 8, e.g. 2.5 (default 3).")
+    add("v_bits", "BITS", "Average bits per value channel, 1 to 8 (default 3).")
+    add(
+        "allocator",
+        "NAME",
+        f"How bits are given to RoPE blocks: {', '.join(ALLOCATORS)} (default {DEFAULT_ALLOCATOR}).",
+    )
+    add(
+        "granularity",
+        "NAME",
+        "For paper and product: 'segment' (default) gives each 16 channels a width, and decodes at the speed of "
+        "uniform; 'block' gives each RoPE block one, as in the paper, and is far slower.",
+    )
+    add(
+        "table",
+        "FILE",
+        "Allocation table made by python -m sglang_blockgtq.calibrate; without it the server calibrates at load.",
+    )
+    add("calibration_text", "FILE", "UTF-8 text to calibrate on (default: built in).")
+    add("calibration_tokens", "N", "Tokens to calibrate on, at least 2048 (default).")
+    add("cache_dir", "DIR", f"Where computed tables are kept (default {default_cache_dir()}).")
+    add(
+        "chunk_attention",
+        "MODE",
+        "'raw' (default): a prefill chunk sees its own keys and values exactly. 'quantized': as they are stored.",
+    )
+    _refuse_abbreviations(parser)
+
+
+def _refuse_abbreviations(parser: argparse.ArgumentParser) -> None:
+    """SGLang's own flags keep argparse's abbreviations; ours have none, or --kv-quant-k would be --kv-quant-k-bits."""
+    parse_known_args = parser.parse_known_args
+    flags = [_flag_of(field) for field in FLAGS]
+
+    def checked(args: Any = None, namespace: Any = None) -> Any:
+        args = sys.argv[1:] if args is None else list(args)
+        for token in args[: args.index("--")] if "--" in args else args:
+            name = str(token).split("=", 1)[0]
+            meant = [x for x in flags if x.startswith(name)]
+            if name.startswith(flags[0]) and meant and name not in meant:
+                raise SystemExit(f"error: {name}: these options are not abbreviated; write {' or '.join(meant)}")
+        return parse_known_args(args, namespace)
+
+    parser.parse_known_args = checked
 
 
 def _number(name: str, value: Any) -> float:
@@ -149,12 +190,41 @@ def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
 
 
 def _file(name: str, value: Any, make: str) -> str:
-    path = Path(os.path.expanduser(str(value)))
-    if not path.is_file():
-        raise KVQuantError(f"{flag(name)} {value}: no such file; {make}")
-    if not os.access(path, os.R_OK):
-        raise KVQuantError(f"{flag(name)} {value}: not readable by this user; {make}")
-    return str(path.resolve())
+    """Absolute path of a regular file that can be read; every process opens it again."""
+    from .calibrate.files import file_problem
+
+    path = os.path.expanduser(str(value))
+    if not path:
+        raise KVQuantError(f"{flag(name)} '': empty; {make}")
+    if problem := file_problem(path):
+        raise KVQuantError(f"{flag(name)} {value}: {problem}; {make}")
+    return str(Path(path).resolve())
+
+
+def _folder(name: str, value: Any) -> str:
+    path = os.path.expanduser(str(value))
+    if not path:
+        raise KVQuantError(f"{flag(name)} '': empty; name a folder that is or can be made, or leave the option out")
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise KVQuantError(f"{flag(name)} {value}: not a folder; name one that is or can be made")
+    return os.path.abspath(path)
+
+
+def _tokens(name: str, value: Any, text: str | None) -> int:
+    """text: file to calibrate on, or None for the built-in text."""
+    from .calibrate.text import MIN_TOKENS, TextError, check_text_size
+
+    try:
+        tokens = int(str(value))
+    except ValueError:
+        raise KVQuantError(f"{flag(name)} {value}: not a whole number; {MIN_TOKENS} or more works") from None
+    if tokens < MIN_TOKENS:
+        raise KVQuantError(f"{flag(name)} {value}: too few to estimate moments; {MIN_TOKENS} or more works")
+    try:
+        check_text_size(tokens, text)
+    except TextError as e:
+        raise KVQuantError(str(e)) from None
+    return tokens
 
 
 def parse(values: dict[str, Any]) -> KVQuantOptions | None:
@@ -185,35 +255,25 @@ def parse(values: dict[str, Any]) -> KVQuantOptions | None:
     if "allocator" in given:
         out["allocator"] = _choice("allocator", given["allocator"], ALLOCATORS)
     if "granularity" in given:
-        out["granularity"] = _choice("granularity", given["granularity"], GRANULARITIES)
+        typed = given["granularity"]
         allocator = out.get("allocator", None if "table" in given else DEFAULT_ALLOCATOR)
-        if out["granularity"] == "slot" and allocator not in (None, *BY_SLOTS):
+        out["granularity"] = _choice("granularity", SPELLINGS.get(str(typed), typed), GRANULARITIES)
+        if allocator not in (None, *BY_SEGMENTS):
             raise KVQuantError(
-                f"{flag('granularity')} slot: has no effect on {flag('allocator')} {allocator}; leave it out, or "
-                f"choose {flag('allocator')} {' or '.join(BY_SLOTS)}"
+                f"{flag('granularity')} {typed}: has no effect on {flag('allocator')} {allocator}; leave it out, or "
+                f"choose {flag('allocator')} {' or '.join(BY_SEGMENTS)}"
             )
     if "chunk_attention" in given:
         out["chunk_attention"] = _choice("chunk_attention", given["chunk_attention"], CHUNK_ATTENTION)
     if "cache_dir" in given:
-        out["cache_dir"] = os.path.abspath(os.path.expanduser(str(given["cache_dir"])))
-        if os.path.exists(out["cache_dir"]) and not os.path.isdir(out["cache_dir"]):
-            raise KVQuantError(
-                f"{flag('cache_dir')} {given['cache_dir']}: not a folder; name one that is or can be made"
-            )
-    if "calibration_tokens" in given:
-        try:
-            out["calibration_tokens"] = int(str(given["calibration_tokens"]))
-        except ValueError:
-            value = given["calibration_tokens"]
-            raise KVQuantError(
-                f"{flag('calibration_tokens')} {value}: not a whole number; 2048 or more works"
-            ) from None
-        if out["calibration_tokens"] < 2048:
-            value = given["calibration_tokens"]
-            raise KVQuantError(f"{flag('calibration_tokens')} {value}: too few to estimate moments; 2048 or more works")
+        out["cache_dir"] = _folder("cache_dir", given["cache_dir"])
     if "calibration_text" in given:
         out["calibration_text"] = _file(
             "calibration_text", given["calibration_text"], "name a UTF-8 text file, or leave the option out"
+        )
+    if "calibration_tokens" in given:
+        out["calibration_tokens"] = _tokens(
+            "calibration_tokens", given["calibration_tokens"], out.get("calibration_text")
         )
     if "table" in given:
         for name in ("calibration_text", "calibration_tokens"):
@@ -221,7 +281,7 @@ def parse(values: dict[str, Any]) -> KVQuantOptions | None:
                 raise KVQuantError(
                     f"{flag(name)} {given[name]}: a table is already calibrated; leave it or {flag('table')} out"
                 )
-        out["table"] = _file("table", given["table"], "make one with python -m sglang_blockgtq.calibrate")
+        out["table"] = _file("table", given["table"], "name a file made by python -m sglang_blockgtq.calibrate")
         # Unset here means "what the table has"; set means "and it must be this".
         for name in ("k_bits", "v_bits", "allocator", "granularity"):
             out.setdefault(name, None)

@@ -1,123 +1,88 @@
 """Entry point of the ``sglang.srt.plugins`` group: every hook into SGLang, in one file.
 
-SGLang runs ``register`` in each of its processes. Without --kv-quant every hook passes through.
-docs/structure.md walks one request through what these hooks put in place.
+SGLang runs ``register`` in each of its processes. It adds the --kv-quant options and nothing else: the hooks below
+are imported and installed once a process knows that it serves with them, because they were given there or came out
+of a pickled ServerArgs. docs/structure.md walks one request through what these hooks put in place.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any
 
-from . import compat, options
+from . import compat, options, preflight
+from .conflicts import check_config, check_resolved, check_user_args
 from .options import ATTRIBUTE, FLAGS, NAME, KVQuantError, KVQuantOptions
 
 logger = logging.getLogger(__name__)
 
 _ROOT = "sglang.srt."
-_broken: str | None = None  # why the hooks could not be registered; raised once --kv-quant is used
+_installed = False
+_broken: str | None = None  # why the hooks could not be installed; raised once --kv-quant is used
+_make_server_args: Callable[..., Any] | None = None  # what Engine builds its ServerArgs with, but for us
 
 
 # --- options -------------------------------------------------------------------------------------
 
 
-def _add_cli_args(result: Any, parser: Any) -> None:
+def _add_cli_args(result: Any, parser: Any, *args: Any, **kwargs: Any) -> None:
     options.add_cli_args(parser)
 
 
-def _from_cli_args(orig: Any, cls: type, args: Any) -> Any:
-    values = {name: getattr(args, name, None) for name in FLAGS}
+def _from_cli_args(orig: Any, cls: type, args: Any, *more: Any, **kwargs: Any) -> Any:
     try:
-        asked = options.parse(values)
+        asked = options.parse({name: getattr(args, name, None) for name in FLAGS})
         if asked is None:
-            return orig(cls, args)
-        _prepare(asked, lambda field: getattr(args, field, None))
+            return orig(cls, args, *more, **kwargs)
+        _check(asked, lambda field: getattr(args, field, None))
     except KVQuantError as e:
         raise SystemExit(f"error: {e}") from None
     args.attention_backend = NAME
     if getattr(args, "device", None) is None:
-        args.device = _default_device()
-    server_args = orig(cls, args)
-    setattr(server_args, ATTRIBUTE, asked.to_dict())
+        args.device = preflight.default_device()
+    server_args = orig(cls, args, *more, **kwargs)
+    setattr(server_args, ATTRIBUTE, asked)
     return server_args
 
 
-def engine_server_args(**kwargs: Any) -> Any:
+def engine_server_args(*args: Any, **kwargs: Any) -> Any:
     """What ``sgl.Engine(**kwargs)`` builds its ServerArgs with. Raises KVQuantError."""
-    from sglang.srt.server_args import ServerArgs
-
     asked = options.parse({name: kwargs.pop(name, None) for name in FLAGS})
     if asked is None:
-        return ServerArgs(**kwargs)
-    _prepare(asked, kwargs.get)
+        return _make_server_args(*args, **kwargs)
+    _check(asked, kwargs.get)
     kwargs["attention_backend"] = NAME
     if kwargs.get("device") is None:
-        kwargs["device"] = _default_device()
-    server_args = ServerArgs(**kwargs)
-    setattr(server_args, ATTRIBUTE, asked.to_dict())
+        kwargs["device"] = preflight.default_device()
+    server_args = _make_server_args(*args, **kwargs)
+    setattr(server_args, ATTRIBUTE, asked)
     return server_args
 
 
-def _default_device() -> str | None:
-    """None leaves the choice to SGLang; a host without any accelerator gets the CPU, and is told."""
-    import torch
+def _give_engine_our_factory(*args: Any, **kwargs: Any) -> None:
+    """Engine takes the options once it is loaded: it loads plugins, again or not, before it makes its ServerArgs."""
+    global _make_server_args
+    engine = sys.modules.get("sglang.srt.entrypoints.engine")
+    if engine is not None and engine.Engine.server_args_class is not engine_server_args:
+        _make_server_args = engine.Engine.server_args_class
+        engine.Engine.server_args_class = staticmethod(engine_server_args)
 
-    if torch.accelerator.is_available():
-        return None
-    logger.warning("%s: no accelerator found, serving on the CPU", NAME)
-    return "cpu"
 
-
-def _prepare(asked: KVQuantOptions, get: Any) -> None:
-    """Everything that can be refused before a process is spawned or a weight read. Raises KVQuantError."""
-    _require_hooks()
-    from .conflicts import check_config, check_granularity, check_user_args
-
+def _check(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
+    """Everything that can be refused where --kv-quant is given, the quick ones first. Raises KVQuantError."""
+    if other := compat.other_version():
+        logger.warning("%s: %s: nothing was tested with it", NAME, other)
     check_user_args(get, has_table=asked.table is not None)
-    config = _read_config(get)
-    if config is not None:
-        check_config(config)
-        check_granularity(config, asked)
-        if asked.table is not None:
-            from .calibrate.model import config_hash
-            from .runtime import load_named_table
-
-            load_named_table(asked, config_hash(config))
-    if asked.calibration_text is not None:
-        _check_text(asked, get)
+    _install_now()
+    _require_hooks()
+    preflight.check(asked, get)
 
 
-def _read_config(get: Any) -> Any:
-    """The model's Hugging Face config, or None when it cannot be read: SGLang then says why itself."""
-    from sglang.srt.utils.hf_transformers_utils import get_config
-
-    try:
-        return get_config(get("model_path"), trust_remote_code=bool(get("trust_remote_code")), revision=get("revision"))
-    except Exception as e:
-        logger.debug("%s: config of %s not readable yet: %s", NAME, get("model_path"), e)
-        return None
-
-
-def _check_text(asked: KVQuantOptions, get: Any) -> None:
-    """A user's text must hold enough tokens; found out now, not after the weights are loaded."""
-    from sglang.srt.utils.hf_transformers_utils import get_tokenizer
-
-    from .calibrate.text import TextError, read_text
-    from .runtime import calibration_sequences
-
-    try:
-        read_text(asked.calibration_text)
-    except TextError as e:
-        raise KVQuantError(str(e)) from None
-    try:
-        tokenizer = get_tokenizer(
-            get("tokenizer_path") or get("model_path"), trust_remote_code=bool(get("trust_remote_code"))
-        )
-    except Exception as e:
-        logger.debug("%s: tokenizer not readable yet: %s", NAME, e)
-        return
-    calibration_sequences(tokenizer, asked, context_len=asked.calibration_tokens)
+def _resolve_once(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    if KVQuantOptions.of(self) is not None:
+        check_resolved(self)
 
 
 # --- model runner --------------------------------------------------------------------------------
@@ -126,8 +91,6 @@ def _check_text(asked: KVQuantOptions, get: Any) -> None:
 def _load_model(orig: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     if KVQuantOptions.of(self.server_args) is not None and not self.is_draft_worker:
         _require_hooks()
-        from .conflicts import check_config
-
         check_config(self.model_config.hf_config)
         if self.device.split(":")[0] == "cpu":
             _enable_cpu_host()
@@ -158,29 +121,40 @@ def _alloc_memory_pool(orig: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _after_update(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    if KVQuantOptions.of(self.server_args) is not None:
-        logger.warning("%s: weights were replaced; the allocation table still describes the old ones", NAME)
+    """self: a WeightUpdater; result: (success, message)."""
+    runner = self.get_model_runner()
+    if KVQuantOptions.of(runner.server_args) is None or runner.is_draft_worker:
+        return
+    if result[0] and self.tp_rank == 0:
+        logger.warning(
+            "%s: weights were replaced, and the allocation table is still that of the weights at start-up; "
+            "restart the server to have one made for these",
+            NAME,
+        )
 
 
 # --- capacity and pool ---------------------------------------------------------------------------
 
 
-def _compute_cell_size(orig: Any, self: Any, kvc: Any, num_layers: int) -> int:
+def _compute_cell_size(orig: Any, self: Any, kvc: Any, *args: Any, **kwargs: Any) -> int:
     if KVQuantOptions.of(kvc.server_args) is None or kvc.is_draft_worker:
-        return orig(self, kvc, num_layers)
+        return orig(self, kvc, *args, **kwargs)
     from .runtime import UNCOUNTED_BYTES_PER_TOKEN, current
 
     # The same integer on every tensor-parallel rank: rows take the maximum over all heads of a layer.
     return current().bytes_per_token + UNCOUNTED_BYTES_PER_TOKEN
 
 
-def _build_mha_kv_pool(orig: Any, self: Any, *, max_total_num_tokens: int, mha_pool_class: type, quant_method=None):
+def _build_mha_kv_pool(
+    orig: Any, self: Any, *, max_total_num_tokens: int, mha_pool_class: type, quant_method: Any = None, **kwargs: Any
+) -> Any:
     if KVQuantOptions.of(self.server_args) is None or self.is_draft_worker:
         return orig(
             self,
             max_total_num_tokens=max_total_num_tokens,
             mha_pool_class=mha_pool_class,
             quant_method=quant_method,
+            **kwargs,
         )
     if mha_pool_class.__name__ != "MHATokenToKVPool" or quant_method is not None or self.post_capture_kv_active:
         raise KVQuantError(
@@ -195,7 +169,7 @@ def _build_mha_kv_pool(orig: Any, self: Any, *, max_total_num_tokens: int, mha_p
     return PackedKVPool(
         max_total_num_tokens,
         self.pool_page_size,
-        runtime=current(),
+        layers=current().layers,
         device=self.device,
         enable_memory_saver=get_exec().features.enable_memory_saver,
         start_layer=self.layer_info.start_layer,
@@ -203,12 +177,12 @@ def _build_mha_kv_pool(orig: Any, self: Any, *, max_total_num_tokens: int, mha_p
     )
 
 
-def _check_pool(result: Any, self: Any, **kwargs: Any) -> None:
+def _check_pool(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     if KVQuantOptions.of(self.server_args) is None or self.is_draft_worker:
         return
-    from .pool import PackedKVPool
+    from .pool import packed_pool
 
-    if not isinstance(result, PackedKVPool):
+    if packed_pool(result) is None:
         raise KVQuantError(
             f"--kv-quant {NAME}: the engine built a {type(result).__name__} for this model, which cannot be packed; "
             "serve it without --kv-quant"
@@ -218,8 +192,10 @@ def _check_pool(result: Any, self: Any, **kwargs: Any) -> None:
 def _fused_set_kv_buffer(orig: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> bool:
     from sglang.srt.model_executor.forward_context import get_token_to_kv_pool, has_forward_context
 
-    # Fused kernels write bf16 rows; the uint8 dtype of the pool keeps them off too.
-    if has_forward_context() and type(get_token_to_kv_pool()).__name__ == "PackedKVPool":
+    from .pool import packed_pool
+
+    # Fused kernels write bf16 rows. The uint8 dtype of the pool keeps them off too, but not that of a wrapper.
+    if has_forward_context() and packed_pool(get_token_to_kv_pool()) is not None:
         return False
     return orig(forward_batch, *args, **kwargs)
 
@@ -227,7 +203,7 @@ def _fused_set_kv_buffer(orig: Any, forward_batch: Any, *args: Any, **kwargs: An
 # --- observability -------------------------------------------------------------------------------
 
 
-def _init_info(result: dict, self: Any) -> None:
+def _init_info(result: dict, self: Any, *args: Any, **kwargs: Any) -> None:
     from .observability import server_info
 
     info = server_info(self)
@@ -246,24 +222,30 @@ def _emit_constants(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     emit_gauges(dict(self.labels), served)
 
 
-def _support_triton(orig: Any, backend: str) -> bool:
+def _support_triton(orig: Any, backend: str, *args: Any, **kwargs: Any) -> bool:
     if backend == NAME:
         import torch
 
         return torch.cuda.is_available()
-    return orig(backend)
+    return orig(backend, *args, **kwargs)
 
 
 # --- registration --------------------------------------------------------------------------------
 
-_CLI_HOOKS = {
+_UPDATER = "model_executor.model_runner_components.weight_updater.WeightUpdater."
+_OPTION_HOOKS = {
     "server_args.ServerArgs.add_cli_args": ("AFTER", _add_cli_args),
     "server_args.ServerArgs.from_cli_args": ("AROUND", _from_cli_args),
+    "plugins.load_plugins": ("AFTER", _give_engine_our_factory),
 }
 _HOOKS = {
+    "server_args.ServerArgs.resolve_once": ("AFTER", _resolve_once),
     "model_executor.model_runner.ModelRunner.load_model": ("AROUND", _load_model),
     "model_executor.model_runner.ModelRunner.alloc_memory_pool": ("AROUND", _alloc_memory_pool),
-    "model_executor.model_runner.ModelRunner.update_model_fields": ("AFTER", _after_update),
+    _UPDATER + "update_weights_from_disk": ("AFTER", _after_update),
+    _UPDATER + "update_weights_from_tensor": ("AFTER", _after_update),
+    _UPDATER + "update_weights_from_ipc": ("AFTER", _after_update),
+    _UPDATER + "load_weights_from_distributed": ("AFTER", _after_update),
     "model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size": ("AROUND", _compute_cell_size),
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool": ("AROUND", _build_mha_kv_pool),
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool": ("AFTER", _check_pool),
@@ -274,42 +256,67 @@ _HOOKS = {
 }
 
 
+def _hook(table: dict[str, tuple[str, Callable]]) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+
+    for target, (kind, function) in table.items():
+        HookRegistry.register(_ROOT + target, function, HookType[kind], source=HookSource(NAME, "sglang-blockgtq"))
+
+
 def _require_hooks() -> None:
     """KVQuantError unless every hook is in place: a stock cache must never pass for a packed one."""
     if _broken is not None:
         raise KVQuantError(_broken)
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
-    missing = [target for target in _HOOKS if _ROOT + target not in HookRegistry._patched]
+    missing = [target for target, (_, function) in _HOOKS.items() if not compat.in_place(target, function)]
     if missing:
         raise KVQuantError(compat.incompatibility([f"{target} could not be hooked" for target in missing]))
 
 
-def register() -> None:
-    """Register all hooks. What goes wrong is kept and raised when --kv-quant is used."""
-    global _broken
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    def hook(table: dict) -> None:
-        for target, (kind, function) in table.items():
-            HookRegistry.register(_ROOT + target, function, HookType[kind])
-
-    hook(_CLI_HOOKS)
-    engine = sys.modules.get("sglang.srt.entrypoints.engine")  # loaded only where somebody builds an Engine
-    if engine is not None:
-        engine.Engine.server_args_class = staticmethod(engine_server_args)
+def _install() -> None:
+    """Register the backend and the hooks of a process that serves with --kv-quant. What goes wrong is kept."""
+    global _installed, _broken
+    if _installed:
+        return
+    _installed = True
     try:
-        drift = compat.find_drift()
-        if drift:
+        if drift := compat.find_drift():
             _broken = compat.incompatibility(drift)
-            return
-        from sglang.srt.layers.attention.attention_registry import register_attention_backend
-        from sglang.srt.server_args import add_attention_backend_choices
+        else:
+            from sglang.srt.layers.attention.attention_registry import register_attention_backend
+            from sglang.srt.server_args import add_attention_backend_choices
 
-        from . import backend
+            from . import backend
 
-        add_attention_backend_choices([NAME])
-        register_attention_backend(NAME)(backend.create)
-        hook(_HOOKS)
+            add_attention_backend_choices([NAME])
+            register_attention_backend(NAME)(backend.create)
+            _hook(_HOOKS)
     except Exception as e:  # SGLang would log and swallow it, and serve bf16
-        _broken = compat.incompatibility([f"registration failed with {type(e).__name__}: {e}"])
+        _broken = compat.incompatibility([f"installing the hooks failed with {type(e).__name__}: {e}"])
+    if _broken is not None and options.have_arrived():
+        # Nobody asks a scheduler's hooks: it dies of the attention backend blockgtq, which it does not know.
+        logger.error(_broken)
+
+
+def _install_now() -> None:
+    """:func:`_install` after SGLang has applied what plugins registered when it loaded them."""
+    if _installed:
+        return
+    _install()
+    if _broken is not None:
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    HookRegistry.apply_hooks()
+    for target, (_, function) in _HOOKS.items():
+        if not compat.in_place(target, function):  # another plugin hooks it too, and a target is applied once
+            hooks = HookRegistry._hooks[_ROOT + target]
+            HookRegistry._apply_target(_ROOT + target, [hook for hook in hooks if hook[1] is function])
+
+
+def register() -> None:
+    """Add the options. Install the hooks if options came with this process, else when they come."""
+    _hook(_OPTION_HOOKS)
+    _give_engine_our_factory()
+    options.on_arrival(_install_now)
+    if options.have_arrived():
+        _install()

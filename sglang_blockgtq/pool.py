@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.mem_cache.memory_pool import KVCache, unwrap_write_loc
+from sglang.srt.platforms import current_platform
 
-from .kernels import naive
-from .kernels.codec import LayerCodec
-from .kernels.layout import gather_rows, num_slots, scatter_rows
-from .options import NAME
-from .runtime import Runtime
+from .kernels.layer import PackedLayer
+from .options import NAME, KVQuantError
 
 
 class PackedKVPool(KVCache):
-    """One uint8 tensor ``[slots, row_bytes]`` a layer, rows interleaved in blocks of 16 slots (kernels.layout).
+    """The rows of some layers. Not a subclass of MHATokenToKVPool: whatever would copy dense K and V finds no such
+    buffer and fails loudly. Rows do not depend on the request, so the radix cache shares slots as ever.
 
-    Not a subclass of MHATokenToKVPool: whatever would copy dense K and V finds no such buffer and
-    fails loudly. Rows do not depend on position or request, so the radix cache shares slots as ever.
+    layers: by layer id; any ids, any shapes.
     """
 
     def __init__(
@@ -28,49 +27,29 @@ class PackedKVPool(KVCache):
         size: int,
         page_size: int,
         *,
-        runtime: Runtime,
+        layers: Mapping[int, PackedLayer],
         device: str,
         enable_memory_saver: bool,
         start_layer: int,
         end_layer: int,
     ):
         # uint8 keeps fused kernels away that would write bf16 rows.
-        super().__init__(
-            size, page_size, torch.uint8, len(runtime.layer_ids), device, enable_memory_saver, start_layer, end_layer
-        )
-        header = runtime.table.header
-        self.runtime = runtime
-        self.head_num = len(range(header.kv_heads)[runtime.heads])
-        self.head_dim, self.v_head_dim = header.head_dim, header.v_head_dim
-        self.codecs: list[LayerCodec] = [
-            runtime.table.layer_codec(i, runtime.heads).to(device) for i in runtime.layer_ids
-        ]
-        self.tables = self._device_tables() if torch.device(device).type == "cuda" else None
-        # Zeros, not empty: graph-padded requests read slot 0, and a NaN scale there would spread.
+        super().__init__(size, page_size, torch.uint8, len(layers), device, enable_memory_saver, start_layer, end_layer)
+        self.layers = dict(layers)
+        first = next(iter(self.layers.values()))
+        self.head_num, self.head_dim, self.v_head_dim = first.heads, first.head_dim, first.v_head_dim
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
-            self.rows = [
-                torch.zeros(num_slots(size + page_size), codec.layout.row_bytes, dtype=torch.uint8, device=device)
-                for codec in self.codecs
-            ]
-        self.encoders = self._encoders() if self.tables is not None else None
+            for layer in self.layers.values():
+                layer.bind(layer.new_rows(size + page_size, device))
         self._probing = False
         self._finalize_allocation_log(size)
 
-    def _device_tables(self) -> list[Any]:
-        from .kernels.tables import DeviceTables
-
-        # The whole model's, so that one binary of each kernel serves all layers.
-        templates = self.runtime.table.k_templates
-        return [DeviceTables.of(codec, self.device, templates) for codec in self.codecs]
-
-    def _encoders(self) -> list[Any]:
-        from .kernels.encode import Encoder
-
-        return [Encoder(tables, rows) for tables, rows in zip(self.tables, self.rows, strict=True)]
-
-    def local(self, layer_id: int) -> int:
-        """Index of a layer in this pool's lists."""
-        return layer_id - self.start_layer
+    def layer(self, layer_id: int) -> PackedLayer:
+        """KVQuantError for a layer that this pool does not hold."""
+        if layer_id not in self.layers:
+            held = sorted(self.layers)
+            raise KVQuantError(f"--kv-quant {NAME}: layer {layer_id} is not in the packed pool, {held} are")
+        return self.layers[layer_id]
 
     def set_kv_buffer(
         self,
@@ -82,60 +61,38 @@ class PackedKVPool(KVCache):
         v_scale: float | None = None,
         layer_id_override: int | None = None,
         dcp_kv_mask: torch.Tensor | None = None,
-        *,
-        q: torch.Tensor | None = None,
-        turned: torch.Tensor | None = None,
     ) -> None:
-        """Encode post-RoPE keys ``[T, H * D]`` and values into the rows at ``loc_info``.
-
-        On a GPU the step's queries ``q [T, Hq, D]`` may be turned into ``turned`` (float32) in the same launch.
-        """
+        """Encode post-RoPE keys ``[T, H * D]`` and values into the rows at ``loc_info``."""
         if k_scale is not None or v_scale is not None or dcp_kv_mask is not None:
             raise NotImplementedError(f"{NAME}: cache scales and context-parallel masks do not apply to packed rows")
-        loc = unwrap_write_loc(loc_info)[0]
-        i = self.local(layer.layer_id if layer_id_override is None else layer_id_override)
-        # Usually they are in that shape, and in an eager prefill a view that changes nothing is time of the host.
-        k = cache_k if cache_k.dim() == 3 else cache_k.view(-1, self.head_num, self.head_dim)
-        v = cache_v if cache_v.dim() == 3 else cache_v.view(-1, self.head_num, self.v_head_dim)
-        if self.encoders is not None:
-            self.encoders[i](k, v, loc, q, turned)
-        else:
-            self.scatter(i, loc, naive.encode(self.codecs[i], k, v))
-
-    def gather(self, i: int, slots: torch.Tensor) -> torch.Tensor:
-        """Rows ``[n, row_bytes]`` at ``slots [n]`` of the pool's layer i, bytes in a row's own order."""
-        return gather_rows(self.codecs[i].layout, self.rows[i], slots.long())
-
-    def scatter(self, i: int, slots: torch.Tensor, rows: torch.Tensor) -> None:
-        """Write ``rows [n, row_bytes]`` at ``slots [n]`` of the pool's layer i."""
-        scatter_rows(self.codecs[i].layout, self.rows[i], slots.long(), rows)
-
-    def dequant(self, layer_id: int, loc: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys ``[T, H, D]`` and values ``[T, H, Dv]`` float32 as the slots ``loc [T]`` hold them."""
-        i = self.local(layer_id)
-        return naive.decode(self.codecs[i], self.gather(i, loc))
+        packed = self.layer(layer.layer_id if layer_id_override is None else layer_id_override)
+        k = cache_k.view(-1, packed.heads, packed.head_dim)
+        v = cache_v.view(-1, packed.heads, packed.v_head_dim)
+        packed.encode(k, v, unwrap_write_loc(loc_info)[0])
 
     def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
         """Copy rows between slots in every layer; exact."""
-        for i in range(len(self.rows)):
-            self.scatter(i, tgt_loc, self.gather(i, src_loc))
+        for layer in self.layers.values():
+            layer.scatter(tgt_loc, layer.gather(src_loc))
 
     def get_cpu_copy(self, indices: torch.Tensor, *_: Any, **__: Any) -> list[torch.Tensor]:
-        """The rows of ``indices`` in every layer, on the CPU."""
-        return [self.gather(i, indices).cpu() for i in range(len(self.rows))]
+        """The rows of ``indices`` in every layer, on the CPU; complete when this returns, as the stock pool's are."""
+        current_platform.synchronize()
+        rows = [layer.gather(indices).to("cpu", non_blocking=True) for layer in self.layers.values()]
+        current_platform.synchronize()
+        return rows
 
     def load_cpu_copy(self, kv_cache_cpu: list[torch.Tensor], indices: torch.Tensor, *_: Any, **__: Any) -> None:
         """Put rows from :meth:`get_cpu_copy` back at ``indices``."""
-        for i, (rows, saved) in enumerate(zip(self.rows, kv_cache_cpu, strict=True)):
-            self.scatter(i, indices, saved.to(rows.device))
+        current_platform.synchronize()
+        for layer, saved in zip(self.layers.values(), kv_cache_cpu, strict=True):
+            layer.scatter(indices, saved.to(layer.rows.device, non_blocking=True))
+        current_platform.synchronize()
 
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """(K bytes, V bytes) allocated; padding and key scales count as K."""
-        total = sum(rows.nbytes for rows in self.rows)
-        v = sum(
-            rows.shape[0] * c.layout.heads * (c.layout.v_code_bytes + 2)
-            for rows, c in zip(self.rows, self.codecs, strict=True)
-        )
+        total = sum(layer.rows.nbytes for layer in self.layers.values())
+        v = sum(layer.rows.shape[0] * layer.heads * (layer.layout.v_code_bytes + 2) for layer in self.layers.values())
         return total - v, v
 
     def get_v_head_dim(self) -> int:
@@ -166,3 +123,11 @@ class PackedKVPool(KVCache):
         return NotImplementedError(
             f"{NAME}: a packed pool has no dense {what} buffer; the feature that asked for it is not supported"
         )
+
+
+def packed_pool(pool: Any) -> PackedKVPool | None:
+    """``pool`` if it is packed, or the packed pool that a wrapper of SGLang's holds for its full-attention layers."""
+    for found in (pool, getattr(pool, "full_kv_pool", None)):
+        if isinstance(found, PackedKVPool):
+            return found
+    return None

@@ -1,30 +1,23 @@
-"""The allocation table a scheduler process serves with, and where it comes from.
-
-A file the user named, the cache of earlier starts, or a calibration pass. World rank 0 decides
-and sends the table to the others, so that no two ranks can differ.
-"""
+"""The allocation table a scheduler process serves with, and what stands on it."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .calibrate.build import build_table
-from .calibrate.model import config_hash, weights_hash
-from .calibrate.rope import RopeBlocks
-from .calibrate.slots import rule_of
-from .calibrate.table import FORMAT_VERSION, AllocationTable, TableError, TableHeader
-from .calibrate.text import TextError, read_text, text_hash, token_sequences
-from .kernels.layout import uniform_layout
-from .options import BY_SLOTS, NAME, KVQuantError, KVQuantOptions, flag
+from .calibrate.table import AllocationTable
+from .kernels.format.layout import uniform_layout
+from .kernels.layer import PackedLayer, TorchLayer, TritonLayer
+from .obtain import check_ranks, is_rank_zero, obtain_table
+from .options import BY_SEGMENTS, NAME, KVQuantError, KVQuantOptions, flag
+
+if TYPE_CHECKING:
+    from .backend.buffers import Buffers
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +28,7 @@ UNCOUNTED_BYTES_PER_TOKEN = 64
 
 @dataclass(frozen=True)
 class Runtime:
-    """The table in use on this rank and what start-up measured about it."""
+    """The table in use on this rank, the layers made of it, and what start-up measured about it."""
 
     options: KVQuantOptions
     table: AllocationTable
@@ -44,6 +37,8 @@ class Runtime:
     origin: str  # "file", "cache" or "calibrated"
     seconds: float  # getting the table
     bf16_bytes_per_token: int  # of this rank
+    layers: dict[int, PackedLayer] = field(default_factory=dict)  # by layer id
+    buffers: Buffers | None = None  # on a GPU
 
     @cached_property
     def bytes_per_token(self) -> int:
@@ -68,33 +63,46 @@ class Runtime:
             "table_origin": self.origin,
             "table_seconds": round(self.seconds, 3),
             "calibration_tokens": header.tokens,
+            "prefill_attention": self.buffers.prefill.name if self.buffers else "PyTorch",
+            "memory": self.memory(),
         }
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on this rank by kind, without the rows: all of it is there before the cache is sized."""
+        tables = sum(layer.table_bytes for layer in self.layers.values())
+        return {"tables": tables, **(self.buffers.nbytes() if self.buffers else {})}
 
     def line(self) -> str:
         """The one start-up line."""
         header = self.table.header
-        by_slots = " by slots" if header.granularity == "slot" else ""
+        by = f" by {header.granularity}s" if header.allocator in BY_SEGMENTS else ""
         return (
-            f"{NAME}: K {header.k_bits:g} bits, V {header.v_bits:g} bits ({header.allocator}{by_slots}), "
+            f"{NAME}: K {header.k_bits:g} bits, V {header.v_bits:g} bits ({header.allocator}{by}), "
             f"{self.bytes_per_token} bytes per token, {self.bf16_bytes_per_token} in bf16 "
             f"(x{self.bf16_bytes_per_token / self.bytes_per_token:.2f}), "
             f"table {header.table_hash[:12]} ({self.origin}, {self.seconds:.1f} s)"
         )
 
-    def slow_line(self) -> str | None:
-        """What to say on a GPU where the fast kernels cannot read these rows; None where they can."""
-        header = self.table.header
-        if all(self.table.row_layout(i, self.heads).in_columns for i in self.layer_ids):
-            return None
-        if header.allocator in BY_SLOTS and header.granularity == "block":
-            why = f"{flag('allocator')} {header.allocator} gives the RoPE blocks of each head widths of their own"
-            what = f"with {flag('granularity')} slot the fast kernels read them"
-        else:
-            dims = {header.head_dim, header.v_head_dim}
-            works = [b for b in range(1, 9) if all(uniform_layout(dim, b).columns is not None for dim in dims)]
-            why = f"K {header.k_bits:g} and V {header.v_bits:g} bits of head_dim {header.head_dim} leave gaps in words"
-            what = f"{', '.join(map(str, works)) or 'no'} bits fill them"
-        return f"{NAME}: {why}: the generic kernel reads such rows and is far slower; {what}"
+    def slow_lines(self) -> list[str]:
+        """What is slow on this GPU, and what would be fast; empty where nothing is."""
+        header, out = self.table.header, []
+        if not all(self.table.row_layout(i, self.heads).in_columns for i in self.layer_ids):
+            if header.allocator in BY_SEGMENTS and header.granularity == "block":
+                why = f"{flag('allocator')} {header.allocator} by blocks gives the heads widths of their own"
+                what = f"with {flag('granularity')} segment the fast kernels read them"
+            else:
+                dims = {header.head_dim, header.v_head_dim}
+                works = [b for b in range(1, 9) if all(uniform_layout(dim, b).columns is not None for dim in dims)]
+                bits = f"K {header.k_bits:g} and V {header.v_bits:g} bits"
+                why = f"{bits} of head_dim {header.head_dim} leave gaps in words"
+                what = f"{', '.join(map(str, works)) or 'no'} bits fill them"
+            out.append(f"{NAME}: {why}: decode attention is 30 to 130 times slower for such rows; {what}")
+        if self.buffers is not None and self.buffers.prefill.why:
+            from .backend.prefill import FAST
+
+            prefill = self.buffers.prefill
+            out.append(f"{NAME}: prefill attention in {prefill.name}, because of {prefill.why}; {FAST}")
+        return out
 
 
 _current: Runtime | None = None
@@ -112,216 +120,65 @@ def set_current(runtime: Runtime | None) -> None:
     _current = runtime
 
 
-def check_table(table: AllocationTable, path: str, options: KVQuantOptions, model_config_hash: str) -> None:
-    """A table the user named must be for this model and for the bits asked for. Raises KVQuantError."""
-    header = table.header
-    if header.config_hash != model_config_hash:
-        raise KVQuantError(
-            f"{flag('table')} {path}: made for another model ({header.model_id or 'unnamed'}); "
-            "make one for this model with python -m sglang_blockgtq.calibrate"
-        )
-    for name in ("k_bits", "v_bits", "allocator", "granularity"):
-        wanted = getattr(options, name)
-        if wanted is not None and wanted != getattr(header, name):
-            raise KVQuantError(
-                f"{flag(name)} {wanted}: the table {path} has {getattr(header, name)}; leave {flag(name)} out, "
-                "or make a table with it"
-            )
-
-
-def load_named_table(options: KVQuantOptions, model_config_hash: str) -> AllocationTable:
-    """The table of --kv-quant-table, checked. Raises KVQuantError."""
-    try:
-        table = AllocationTable.load(options.table)
-    except TableError as e:
-        raise KVQuantError(f"{flag('table')} {options.table}: {e}") from None
-    check_table(table, options.table, options, model_config_hash)
-    return table
-
-
-def calibration_sequences(tokenizer: Any, options: KVQuantOptions, context_len: int) -> list[list[int]]:
-    """Token ids to calibrate on. Raises KVQuantError."""
-    try:
-        text = read_text(options.calibration_text)
-        return token_sequences(tokenizer, text, options.calibration_tokens, context_len)
-    except TextError as e:
-        raise KVQuantError(str(e)) from None
-
-
-def cache_path(options: KVQuantOptions, model_config_hash: str, weights: str, text: str) -> Path:
-    """File of a computed table. Tensor parallelism is not in the key: the table is the whole model's."""
-    rule = rule_of(options.allocator, options.granularity)
-    key = "|".join(
-        str(x)
-        for x in (
-            FORMAT_VERSION,
-            model_config_hash,
-            weights,
-            text,
-            options.k_bits,
-            options.v_bits,
-            rule.name,
-            *([options.granularity] if options.granularity != "block" else []),  # as tables from before were named
-            rule.norms,
-            rule.balance,
-            rule.scale_rule,
-            rule.scale_search,
-        )
-    )
-    return Path(options.cache_dir) / "tables" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-
-
-def _from_cache(path: Path, model_config_hash: str) -> AllocationTable | None:
-    if not path.is_file():
-        return None
-    try:
-        table = AllocationTable.load(path)
-    except TableError as e:
-        # Ours to remake: the cache only saves time.
-        logger.warning("%s: cached table is not usable, calibrating again: %s", NAME, e)
-        return None
-    return table if table.header.config_hash == model_config_hash else None
-
-
-def _broadcast(value: Any) -> Any:
-    """World rank 0's value, on every rank."""
-    from sglang.srt.distributed.parallel_state import get_world_group
-
-    group = get_world_group()
-    if group.world_size == 1:
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=group.ranks[0], group=group.cpu_group)
-    return box[0]
-
-
-def _table_bytes(table: AllocationTable | None) -> bytes | None:
-    if table is None:
-        return None
-    buffer = io.BytesIO()
-    torch.save((table.header.to_json(), table.tensors), buffer)
-    return buffer.getvalue()
-
-
-def _table_of(data: bytes | None) -> AllocationTable | None:
-    if data is None:
-        return None
-    header, tensors = torch.load(io.BytesIO(data), weights_only=True)
-    return AllocationTable(TableHeader.from_json(header), tensors)
-
-
-def _is_rank_zero() -> bool:
-    from sglang.srt.distributed.parallel_state import get_world_group
-
-    return get_world_group().rank_in_group == 0
-
-
-def effective_rule(rope: list[RopeBlocks], options: KVQuantOptions) -> dict[str, str]:
-    """The allocator that runs and its granularity, as build_table takes them.
-
-    A model without RoPE has no blocks to rank and gets uniform bits, with a notice.
-    """
-    if options.allocator != "uniform" and all(r.rotary_dim == 0 for r in rope):
-        logger.warning(
-            "%s: no layer of this model has RoPE, so there are no blocks to rank: using %s uniform instead of %s",
-            NAME,
-            flag("allocator"),
-            options.allocator,
-        )
-        return {"allocator": "uniform", "granularity": "block"}
-    return {"allocator": options.allocator, "granularity": options.granularity}
-
-
-def obtain_table(runner: Any, options: KVQuantOptions) -> tuple[AllocationTable, str]:
-    """The table for a loaded ModelRunner and its origin. Raises KVQuantError."""
-    from sglang.srt.utils.hf_transformers_utils import get_tokenizer
-
-    from .capture import collect_moments
-
-    args, config = runner.server_args, runner.model_config
-    model_config_hash = config_hash(config.hf_config)
-    if options.table is not None:
-        # Every rank reads the file; the hash check makes them equal.
-        return load_named_table(options, model_config_hash), "file"
-
-    tokenizer = get_tokenizer(args.tokenizer_path or args.model_path, trust_remote_code=args.trust_remote_code)
-    sequences = calibration_sequences(tokenizer, options, config.context_len)
-    text = text_hash(sequences)
-    random_weights = str(getattr(args.load_format, "value", args.load_format)) == "dummy"
-    weights = "" if random_weights else weights_hash(args.model_path)
-    path, cached = None, None
-    if _is_rank_zero():
-        if random_weights:
-            logger.warning("%s: dummy weights: the table is made from noise and not kept", NAME)
-        elif not weights:
-            logger.warning("%s: no weight files found under %s: the table is not kept", NAME, args.model_path)
-        else:
-            path = cache_path(options, model_config_hash, weights, text)
-            cached = _from_cache(path, model_config_hash)
-    cached = _table_of(_broadcast(_table_bytes(cached)))
-    if cached is not None:
-        return cached, "cache"
-
-    moments, rope = collect_moments(runner, sequences)
-    table = None
-    if _is_rank_zero():
-        table = build_table(
-            moments,
-            rope,
-            k_bits=options.k_bits,
-            v_bits=options.v_bits,
-            **effective_rule(rope, options),
-            v_head_dim=config.v_head_dim,
-            model_id=args.model_path,
-            config_hash=model_config_hash,
-            weights_hash=weights,
-            text_hash=text,
-        )
-        if path is not None:
-            try:
-                table.save(path)
-            except OSError as e:
-                raise KVQuantError(
-                    f"{flag('cache_dir')} {options.cache_dir}: table cannot be kept there ({e}); name a writable folder"
-                ) from None
-    return _table_of(_broadcast(_table_bytes(table))), "calibrated"
+def make_layers(
+    table: AllocationTable, heads: slice, layer_ids: tuple[int, ...], device: torch.device | str
+) -> dict[int, PackedLayer]:
+    """The layers of a rank by id, all but their rows."""
+    if torch.device(device).type != "cuda":
+        return {i: TorchLayer(table.layer_codec(i, heads)) for i in layer_ids}
+    # The whole model's templates, so that one binary of each kernel serves all layers.
+    return {i: TritonLayer(table.layer_codec(i, heads), device, table.k_templates) for i in layer_ids}
 
 
 def start(runner: Any, options: KVQuantOptions) -> Runtime:
-    """Get the table and make it this process's. Called once, between weights and pool."""
-    from .capture import attention_layers, local_heads
-    from .conflicts import check_granularity, check_layers, check_runner
+    """Get the table, make the layers and buffers, and make all that this process's. Between weights and pool.
 
+    Whatever is allocated here lowers the free memory that SGLang sizes the cache by.
+    """
+    from .capture import attention_layers, local_heads
+    from .conflicts import check_granularity, check_layers, check_resolved, check_runner
+
+    check_resolved()
     check_runner(runner)
     check_granularity(runner.model_config.hf_config, options)
-    layers = attention_layers(runner.model)
-    check_layers(layers)
+    attention = attention_layers(runner.model)
+    check_layers(attention)
     begin = time.perf_counter()
     table, origin = obtain_table(runner, options)
+    seconds = time.perf_counter() - begin
     heads = local_heads(table.header.kv_heads)
-    here = [x for x in layers if runner.layer_info.start_layer <= x.layer_id < runner.layer_info.end_layer]
+    here = [x for x in attention if runner.layer_info.start_layer <= x.layer_id < runner.layer_info.end_layer]
     held = range(table.header.kv_heads)[heads]
     if here[0].tp_k_head_num != len(held):
         raise KVQuantError(
             f"--kv-quant {NAME}: this rank has {here[0].tp_k_head_num} KV heads, the table gives it {len(held)}; "
             "the model spreads its heads in an unsupported way, use another --tp-size"
         )
-    bf16 = sum(2 * x.tp_k_head_num * (x.qk_head_dim + x.v_head_dim) for x in here)
+    ids = tuple(x.layer_id for x in here)
+    layers = make_layers(table, heads, ids, runner.device)
+    buffers = None
+    if runner.device.split(":")[0] == "cuda":
+        from .backend.buffers import Buffers
+
+        buffers = Buffers.of(layers, runner, here[0].tp_q_head_num)
+        torch.cuda.empty_cache()
     runtime = Runtime(
         options=options,
         table=table,
         heads=heads,
-        layer_ids=tuple(x.layer_id for x in here),
+        layer_ids=ids,
         origin=origin,
-        seconds=time.perf_counter() - begin,
-        bf16_bytes_per_token=bf16,
+        seconds=seconds,
+        bf16_bytes_per_token=sum(2 * x.tp_k_head_num * (x.qk_head_dim + x.v_head_dim) for x in here),
+        layers=layers,
+        buffers=buffers,
     )
+    check_ranks(table.header.table_hash, runtime.bytes_per_token)
     set_current(runtime)
-    if runner.device.split(":")[0] == "cuda":
-        torch.cuda.empty_cache()
-    if _is_rank_zero():
+    if is_rank_zero():
         logger.info(runtime.line())
-        slow = runtime.slow_line() if runner.device.split(":")[0] == "cuda" else None
-        if slow:
-            logger.warning(slow)
+        memory = ", ".join(f"{kind.replace('_', ' ')} {n / (1 << 20):.0f} MiB" for kind, n in runtime.memory().items())
+        logger.info("%s: before the cache is sized: %s", NAME, memory)
+        for line in runtime.slow_lines():
+            logger.warning(line)
     return runtime

@@ -1,4 +1,4 @@
-"""Attention over packed rows: ``triton`` for CUDA, ``torch`` for the CPU."""
+"""Attention over packed rows: ``cuda`` in Triton, ``cpu`` in PyTorch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ def create(runner: Any):
 
 def require_packed_pool(runner: Any):
     """The runner's PackedKVPool. RuntimeError when the pool hook did not run."""
-    from ..pool import PackedKVPool
+    from ..pool import packed_pool
 
-    pool = runner.token_to_kv_pool
-    if not isinstance(pool, PackedKVPool):
-        raise RuntimeError(f"blockgtq attention over a {type(pool).__name__}: the pool hook did not run; not serving")
+    pool = packed_pool(runner.token_to_kv_pool)
+    if pool is None:
+        found = type(runner.token_to_kv_pool).__name__
+        raise RuntimeError(f"blockgtq attention over a {found}: the pool hook did not run; not serving")
     return pool

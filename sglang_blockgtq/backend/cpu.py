@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from ..capture import refuse_extras
-from ..kernels import naive
+from ..runtime import current
 from . import require_packed_pool
 
 if TYPE_CHECKING:
@@ -21,14 +20,14 @@ QUERY_BLOCK = 256  # queries per mask; bounds the memory of a long prefill
 
 
 class TorchPackedBackend(AttentionBackend):
-    """forward_decode reads codes through the twin; forward_extend turns a prefix back once a layer."""
+    """forward_decode reads codes; forward_extend rotates a prefix back once a layer."""
 
     def __init__(self, runner: Any):
         super().__init__()
-        self.token_to_kv_pool = require_packed_pool(runner)
+        self.token_to_kv_pool = self.pool = require_packed_pool(runner)
         self.req_to_token_pool = runner.req_to_token_pool
-        self.quantized_chunk = self.token_to_kv_pool.runtime.options.chunk_attention == "quantized"
-        self.kv_indptr = self.kv_indices = None
+        self.quantized_chunk = current().options.chunk_attention == "quantized"
+        self.kv_indptr = self.kv_indices = self.read = None
 
     def support_triton(self) -> bool:
         return False
@@ -45,26 +44,23 @@ class TorchPackedBackend(AttentionBackend):
         slots = [table[r, :n] for r, n in zip(forward_batch.req_pool_indices.tolist(), lengths, strict=True)]
         self.kv_indices = torch.cat(slots).long()
         self.kv_indptr = torch.tensor([0, *lengths]).cumsum(0)
+        self.read = _neighbours(self.kv_indices)
 
     def forward_decode(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):
         refuse_extras(kwargs)
-        pool = self.token_to_kv_pool
+        packed = self.pool.layer(layer.layer_id)
         if save_kv_cache:
-            pool.set_kv_buffer(layer, KVWriteLoc.for_batch(forward_batch), k, v)
-        i = pool.local(layer.layer_id)
+            self.pool.set_kv_buffer(layer, forward_batch.out_cache_loc, k, v)
         q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        out, _ = naive.decode_attention(
-            pool.codecs[i], q3, pool.rows[i], self.kv_indptr, self.kv_indices, layer.scaling
-        )
-        return out.to(q.dtype).flatten(1)
+        return packed.decode(q3, self.kv_indptr, self.read, layer.scaling).flatten(1)
 
     def forward_extend(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):
         refuse_extras(kwargs)
-        pool = self.token_to_kv_pool
+        packed = self.pool.layer(layer.layer_id)
         if save_kv_cache:
-            pool.set_kv_buffer(layer, KVWriteLoc.for_batch(forward_batch), k, v)
+            self.pool.set_kv_buffer(layer, forward_batch.out_cache_loc, k, v)
         if self.quantized_chunk:
-            k, v = pool.dequant(layer.layer_id, forward_batch.out_cache_loc)
+            k, v = packed.dense(forward_batch.out_cache_loc)
         heads = layer.tp_q_head_num
         q3 = q.reshape(-1, heads, layer.qk_head_dim).float()
         k3 = k.reshape(-1, layer.tp_k_head_num, layer.qk_head_dim).float()
@@ -73,8 +69,10 @@ class TorchPackedBackend(AttentionBackend):
         start, indptr = 0, self.kv_indptr.tolist()
         for b, length in enumerate(forward_batch.extend_seq_lens_cpu):
             new = slice(start, start + length)
-            pk, pv = pool.dequant(layer.layer_id, self.kv_indices[indptr[b] : indptr[b + 1]])
-            keys, values = torch.cat([pk, k3[new]]), torch.cat([pv, v3[new]])
+            keys, values = k3[new], v3[new]
+            if indptr[b] < indptr[b + 1]:
+                prefix = packed.dense(self.kv_indices[indptr[b] : indptr[b + 1]])
+                keys, values = torch.cat([prefix[0], keys]), torch.cat([prefix[1], values])
             self._attend(q3[new], keys, values, layer.scaling, out[new])
             start += length
         # Rows beyond the real tokens (padding) are not anybody's; keep them finite.
@@ -100,3 +98,10 @@ class TorchPackedBackend(AttentionBackend):
                 enable_gqa=True,
             )
             out[a:b] = o[0].transpose(0, 1)
+
+
+def _neighbours(slots: torch.Tensor) -> torch.Tensor | slice:
+    """Slots one after another as a slice, whose rows need no copy; other slots as they are."""
+    if not len(slots) or not bool((slots.diff() == 1).all()):
+        return slots
+    return slice(int(slots[0]), int(slots[-1]) + 1)

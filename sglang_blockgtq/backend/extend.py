@@ -1,4 +1,4 @@
-"""Extend at the speed of a dense cache: the prefix is unpacked to a workspace that FlashAttention-3 reads.
+"""Extend at the speed of a dense cache: the prefix is unpacked to a workspace that a dense kernel reads.
 
 A prefix and chunk that fit the workspace together lie there one after the other, and one causal call sees
 them as it would a dense cache. A longer prefix goes through the workspace in pieces, each attended by the
@@ -7,7 +7,7 @@ queries that have keys in it; the pieces and the chunk's own causal attention ar
 Between the pieces of a prefill graph this runs eagerly, and a short chunk's attention takes a GPU tens of
 microseconds a layer, so the host's time counts: what all layers of a batch share is made once, in the plan.
 
-Definition: :func:`..kernels.naive.extend_attention`.
+Definition: :func:`..kernels.reference.extend_attention`.
 """
 
 from __future__ import annotations
@@ -19,32 +19,13 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from ..kernels.merge import merge_into
-from ..kernels.tables import DeviceTables
-from ..kernels.unpack import Unpacker, UnpackTables, UnpackTask
+from ..kernels.decode.merge import merge_into
+from ..kernels.layer import TritonLayer
+from ..kernels.unpack.task import UnpackTask
 
 #: Bytes of the workspace, keys and values together: 64K tokens of 8 KV heads of 128 channels in 16 bits.
 WORKSPACE_BYTES = 256 << 20
-MAX_HEAD_DIM = 256  # of FlashAttention-3
-_ALIGN = 16  # bytes, of a row that its copy engine reads
-
-
-def flash_attention_3(
-    device: torch.device | str, dtype: torch.dtype, head_dim: int, v_head_dim: int
-) -> tuple[Callable | None, str]:
-    """FlashAttention-3's ``flash_attn_varlen_func`` as SGLang itself uses it, or None, and why."""
-    device = torch.device(device)
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return None, "not a Hopper GPU"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return None, f"FlashAttention-3 does not take {dtype}"
-    if head_dim != v_head_dim or head_dim % 8 or head_dim > MAX_HEAD_DIM:
-        return None, f"FlashAttention-3 is not used for heads of {head_dim} and {v_head_dim} channels"
-    try:
-        from sgl_kernel.flash_attn import flash_attn_varlen_func
-    except ImportError as e:
-        return None, f"FlashAttention-3 cannot be imported ({e})"
-    return flash_attn_varlen_func, "Hopper GPU with FlashAttention-3"
+_ALIGN = 16  # bytes, of a row that FlashAttention's copy engine reads
 
 
 @dataclass(frozen=True)
@@ -159,41 +140,38 @@ def _pieces(
         )
 
 
-class FlashExtend:
-    """Extend attention of all layers of a pool, through one workspace.
+class Workspace:
+    """Extend attention of layers of one shape, through one workspace.
 
-    tables: of each layer. attend: ``flash_attn_varlen_func`` or what behaves like it. max_tokens: most tokens
-    that the workspace is asked to hold; it never holds more than :data:`WORKSPACE_BYTES`.
+    attend: ``flash_attn_varlen_func`` or what behaves like it. max_tokens: most tokens that the workspace is asked to
+    hold; it never holds more than :data:`WORKSPACE_BYTES`.
     """
 
     def __init__(
-        self, tables: Sequence[DeviceTables], attend: Callable, dtype: torch.dtype, max_tokens: int, bytes_: int = 0
-    ):
-        first = tables[0]
-        per_token = first.heads * (first.k.dim + first.v.dim) * dtype.itemsize
+        self, layer: TritonLayer, attend: Callable, dtype: torch.dtype, device: torch.device | str, max_tokens: int,
+        bytes_: int = 0,
+    ):  # fmt: skip
+        per_token = layer.heads * (layer.head_dim + layer.v_head_dim) * dtype.itemsize
         self.tokens = max(1, min(max_tokens, (bytes_ or WORKSPACE_BYTES) // per_token))
-        self.layers = [UnpackTables.of(t) for t in tables]
-        self._unpackers: list[Unpacker | None] = [None] * len(tables)
         self.attend = attend
         # Requests share it in stream order. What is not written is not read either: every call sees its part alone.
-        self.k = torch.empty(self.tokens, first.heads, first.k.dim, dtype=dtype, device=first.device)
-        self.v = torch.empty(self.tokens, first.heads, first.v.dim, dtype=dtype, device=first.device)
+        self.k = torch.empty(self.tokens, layer.heads, layer.head_dim, dtype=dtype, device=device)
+        self.v = torch.empty(self.tokens, layer.heads, layer.v_head_dim, dtype=dtype, device=device)
 
     @property
     def nbytes(self) -> int:
         return self.k.nbytes + self.v.nbytes
 
-    def warm_up(self, rows: Sequence[torch.Tensor]) -> None:
-        """Have every kernel compiled before the first request waits for it. rows: of each layer; slot 0 is read."""
+    def warm_up(self, layers: Sequence[TritonLayer]) -> None:
+        """Have every kernel compiled before the first request waits for it; slot 0 is read."""
         slot = torch.zeros(1, dtype=torch.int64, device=self.k.device)
         chunk = torch.zeros_like(self.k[:1]), torch.zeros_like(self.v[:1])
         alone = UnpackTask(slot, self.k, self.v)
         with_chunk = [UnpackTask(slot, self.k, self.v, dest, 1, to) for dest, to in ((None, None), (slot, slot + 1))]
-        for layer, packed in enumerate(rows):
-            unpacker = self._unpacker(layer, packed)
-            unpacker(alone)
+        for layer in layers:
+            layer.unpacker(alone)
             for task in with_chunk:
-                unpacker(task, *chunk)
+                layer.unpacker(task, *chunk)
         out = self.v[:1].float()
         lse = out.new_zeros(out.shape[1], 1)
         merge_into(out, lse.T, self.v[:1], lse.T)
@@ -206,37 +184,23 @@ class FlashExtend:
         kv_indptr: torch.Tensor,
         kv_indices: torch.Tensor,
     ) -> ExtendPlan:
+        """See :meth:`ExtendPlan.of`."""
         return ExtendPlan.of(prefix_lens, new_lens, qo_indptr, kv_indptr, kv_indices, self.k, self.v)
-
-    def _unpacker(self, layer: int, rows: torch.Tensor) -> Unpacker:
-        """The layer's, made when its rows are first seen."""
-        unpacker = self._unpackers[layer]
-        if unpacker is None or unpacker.rows is not rows:
-            unpacker = self._unpackers[layer] = Unpacker(self.layers[layer], rows)
-        return unpacker
-
-    def unpacked(self, layer: int, rows: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``[N, H, D]`` of some slots, in memory of their own."""
-        k = self.k.new_empty(slots.shape[0], *self.k.shape[1:])
-        v = self.v.new_empty(slots.shape[0], *self.v.shape[1:])
-        self._unpacker(layer, rows)(UnpackTask(slots, k, v))
-        return k, v
 
     def __call__(
         self,
-        layer: int,
+        layer: TritonLayer,
         plan: ExtendPlan,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        rows: torch.Tensor,
         sm_scale: float,
         out: torch.Tensor,
     ) -> None:
         """New tokens against their packed prefix plus, causally, themselves.
 
-        q ``[T, Hq, D]``, k ``[T, H, D]``, v ``[T, H, Dv]`` in the workspace's dtype, T >= plan.new; rows of this
-        layer. Writes all of ``out [T, Hq, Dv]``, zeros beyond plan.new.
+        q ``[T, Hq, D]``, k ``[T, H, D]``, v ``[T, H, Dv]`` in the workspace's dtype, T >= plan.new. Writes all of
+        ``out [T, Hq, Dv]``, zeros beyond plan.new.
         """
         new = plan.new
         if new < q.shape[0]:
@@ -246,7 +210,7 @@ class FlashExtend:
             return
         q = _readable(q)
         if plan.task is not None:
-            self._unpacker(layer, rows)(plan.task, k, v)
+            layer.unpacker(plan.task, k, v)
             self._attend(q, plan.keys, plan.values, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k, sm_scale, True, out)
             return
         k, v = _readable(k), _readable(v)
@@ -255,10 +219,9 @@ class FlashExtend:
             return
         part, lse = self._attend(q, k, v, plan.cu_q, plan.cu_q, plan.max_q, plan.max_q, sm_scale, True, None)
         merged = part.float()  # float32 between the pieces: they shall not be rounded once each
-        unpacker = self._unpacker(layer, rows)
         for piece in plan.pieces:
             mine = piece.queries
-            unpacker(piece.task)
+            layer.unpacker(piece.task)
             part, part_lse = self._attend(
                 q[mine],
                 piece.keys,

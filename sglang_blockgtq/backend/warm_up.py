@@ -8,12 +8,12 @@ from functools import partial
 
 import torch
 
-from ..kernels.attention import DecodeScratch, decode_attention
-from ..kernels.encode import Encoder
-from ..kernels.gather import gather_slots
-from ..kernels.splits import request_block
+from ..kernels.decode.attention import DecodeScratch
+from ..kernels.decode.gather import gather_slots
+from ..kernels.decode.splits import request_block
+from ..kernels.layer import TritonLayer
+from .buffers import SLOT
 
-SLOT = torch.int32  # of a decode step's slots
 #: Most requests of a decode batch that is prepared here. What larger ones need is compiled for their graphs.
 MAX_REQUESTS = 512
 
@@ -28,31 +28,27 @@ def batch_sizes(most: int) -> Iterator[int]:
         size = request_block(size) + 1
 
 
-def jobs(encoder: Encoder, scratch: DecodeScratch, num_heads: int, dtype: torch.dtype, most: int) -> list[Job]:
+def jobs(layer: TritonLayer, scratch: DecodeScratch, num_heads: int, dtype: torch.dtype, most: int) -> list[Job]:
     """Calls that compile what a step needs for batches of up to ``most`` requests, no kernel twice.
 
-    encoder: of any layer, since a binary serves all; slot 0 is written, which no request has. num_heads: of the query.
+    layer: any, since a binary serves all; slot 0 is written, which no request has. num_heads: of the query.
     dtype: the model's.
     """
+    few, with_query = (layer.encoder.few_tokens, (0, num_heads)) if layer.fast else (0, (0,))
     return [
-        *(partial(_gather, batch, encoder.rows.device) for batch in batch_sizes(most)),
-        *(partial(_decode, encoder, scratch, num_heads, dtype, batch) for batch in batch_sizes(most)),
-        *(
-            partial(_encode, encoder, heads, dtype, tokens)
-            for tokens in {1, encoder.few_tokens + 1}
-            for heads in (0, num_heads)
-        ),
+        *(partial(_gather, batch, layer.rows.device) for batch in batch_sizes(most)),
+        *(partial(_decode, layer, scratch, num_heads, dtype, batch) for batch in batch_sizes(most)),
+        *(partial(_encode, layer, heads, dtype, tokens) for tokens in {1, few + 1} for heads in with_query),
     ]
 
 
-def _encode(encoder: Encoder, num_heads: int, dtype: torch.dtype, tokens: int) -> None:
+def _encode(layer: TritonLayer, num_heads: int, dtype: torch.dtype, tokens: int) -> None:
     """With queries where ``num_heads`` is not 0."""
-    tables, device = encoder.tables, encoder.rows.device
-    k = torch.zeros(tokens, tables.heads, tables.k.dim, dtype=dtype, device=device)
-    v = torch.zeros(tokens, tables.heads, tables.v.dim, dtype=dtype, device=device)
-    q = torch.zeros(tokens, num_heads, tables.k.dim, dtype=dtype, device=device) if num_heads else None
-    turned = None if q is None else torch.empty_like(q, dtype=torch.float32)
-    encoder(k, v, torch.zeros(tokens, dtype=torch.int64, device=device), q, turned)
+    device = layer.rows.device
+    k = torch.zeros(tokens, layer.heads, layer.head_dim, dtype=dtype, device=device)
+    v = torch.zeros(tokens, layer.heads, layer.v_head_dim, dtype=dtype, device=device)
+    q = torch.zeros(tokens, num_heads, layer.head_dim, dtype=dtype, device=device) if num_heads else None
+    layer.encode(k, v, torch.zeros(tokens, dtype=torch.int64, device=device), q)
 
 
 def _gather(batch: int, device: torch.device) -> None:
@@ -62,12 +58,12 @@ def _gather(batch: int, device: torch.device) -> None:
     gather_slots(table, requests, requests + 1, kv_indptr, slots)
 
 
-def _decode(encoder: Encoder, scratch: DecodeScratch, num_heads: int, dtype: torch.dtype, batch: int) -> None:
-    tables, device = encoder.tables, encoder.rows.device
-    q = torch.zeros(batch, num_heads, tables.k.dim, dtype=dtype, device=device)
+def _decode(layer: TritonLayer, scratch: DecodeScratch, num_heads: int, dtype: torch.dtype, batch: int) -> None:
+    device = layer.rows.device
+    q = torch.zeros(batch, num_heads, layer.head_dim, dtype=dtype, device=device)
     kv_indptr = torch.arange(batch + 1, dtype=torch.int32, device=device)
     slots = torch.zeros(batch, dtype=SLOT, device=device)
-    decode_attention(tables, q, encoder.rows, kv_indptr, slots, 1.0, turned=q.float(), scratch=scratch)
+    layer.decode(q, kv_indptr, slots, 1.0, rotated=q.float() if layer.fast else None, scratch=scratch)
 
 
 def run(todo: Sequence[Job], device: torch.device) -> None:

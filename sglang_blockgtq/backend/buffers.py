@@ -1,0 +1,62 @@
+"""What attention on a GPU needs besides the layers, taken before the cache is sized so that it is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..kernels.decode.attention import DecodeScratch
+from ..kernels.layer import TritonLayer
+from .extend import Workspace
+from .prefill import Prefill, choose
+
+SLOT = torch.int32  # of a decode step's slots
+MAX_REQUESTS = 4096  # that SGLang runs at a time where nothing else is said
+
+
+@dataclass
+class Buffers:
+    """One for all layers and batch sizes, so that no captured graph keeps its own.
+
+    prefill: the dense kernel that reads the workspace. scratch: of decode's splits. graph_slots: int32, the slots of
+    the largest captured batch at full context; None without graphs.
+    """
+
+    prefill: Prefill
+    workspace: Workspace
+    scratch: DecodeScratch
+    graph_slots: torch.Tensor | None
+
+    @classmethod
+    def of(cls, layers: Mapping[int, TritonLayer], runner: Any, num_heads: int) -> Buffers:
+        """For a ModelRunner with ``num_heads`` query heads on this rank, whose cache is not yet there."""
+        from sglang.srt.runtime_context import get_exec, get_schedule
+
+        layer, context = next(iter(layers.values())), runner.model_config.context_len
+        requests = get_schedule().max_running_requests or MAX_REQUESTS
+        tokens = get_schedule().max_total_tokens or context
+        prefill = choose(runner.device, runner.dtype, layer.head_dim, layer.v_head_dim)
+        graph = get_exec().graph.cuda_graph_config.decode
+        captured = max(graph.bs) if graph.bs and graph.backend != "disabled" else 0
+        return cls(
+            prefill=prefill,
+            workspace=Workspace(layer, prefill.attend, runner.dtype, runner.device, min(tokens, context)),
+            scratch=DecodeScratch.of(layer.tables, requests, num_heads),
+            graph_slots=new_graph_slots(min(captured, requests) * context, runner.device) if captured else None,
+        )
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by kind."""
+        return {
+            "prefill_workspace": self.workspace.nbytes,
+            "decode_scratch": self.scratch.nbytes,
+            "graph_slots": 0 if self.graph_slots is None else self.graph_slots.nbytes,
+        }
+
+
+def new_graph_slots(count: int, device: torch.device | str) -> torch.Tensor:
+    """Zeros: a padded request reads slot 0."""
+    return torch.zeros(count, dtype=SLOT, device=device)

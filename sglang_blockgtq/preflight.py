@@ -1,0 +1,72 @@
+"""What is found out where --kv-quant is given, before a process is spawned or a weight read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from .options import NAME, KVQuantError, KVQuantOptions
+
+logger = logging.getLogger(__name__)
+
+
+def default_device() -> str | None:
+    """None leaves the choice to SGLang; a host without any accelerator gets the CPU, and is told."""
+    import torch
+
+    if torch.accelerator.is_available():
+        return None
+    logger.warning("%s: no accelerator found, serving on the CPU", NAME)
+    return "cpu"
+
+
+def check(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
+    """What the model's config, a named table and the calibration text tell. Raises KVQuantError."""
+    from .conflicts import check_config, check_granularity
+
+    config = _read_config(get)
+    if config is not None:
+        check_config(config)
+        check_granularity(config, asked)
+        if asked.table is not None:
+            from .obtain import load_named_table
+
+            load_named_table(asked, config)
+    if asked.table is None and (asked.calibration_text or asked.calibration_tokens > KVQuantOptions.calibration_tokens):
+        _check_text(asked, get)
+
+
+def _read_config(get: Callable[[str], Any]) -> Any:
+    """The model's Hugging Face config, or None when it cannot be read: SGLang then says why itself."""
+    from sglang.srt.utils.hf_transformers_utils import get_config
+
+    try:
+        return get_config(get("model_path"), trust_remote_code=bool(get("trust_remote_code")), revision=get("revision"))
+    except Exception as e:
+        logger.debug("%s: config of %s not readable yet: %s", NAME, get("model_path"), e)
+        return None
+
+
+def _check_text(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
+    """The text must hold enough tokens; found out now, not after the weights are loaded."""
+    from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+
+    from .calibrate.text import TextError, read_text
+    from .obtain import calibration_sequences
+
+    try:
+        read_text(asked.calibration_text)
+    except TextError as e:
+        raise KVQuantError(str(e)) from None
+    try:
+        tokenizer = get_tokenizer(
+            get("tokenizer_path") or get("model_path"),
+            tokenizer_mode=get("tokenizer_mode") or "auto",
+            trust_remote_code=bool(get("trust_remote_code")),
+            revision=get("revision"),
+        )
+    except Exception as e:
+        logger.debug("%s: tokenizer not readable yet: %s", NAME, e)
+        return
+    calibration_sequences(tokenizer, asked, context_len=asked.calibration_tokens)
