@@ -34,8 +34,8 @@ SETTINGS = {
     "k3v3_page16": ["--page-size=16"],
     "k3v3_no_graph": ["--cuda-graph-backend-decode=disabled", "--cuda-graph-backend-prefill=disabled"],
     "k3v3_uniform": ["--kv-quant-allocator=uniform"],
-    "k3v3_paper": ["--kv-quant-allocator=paper"],
-    "k3v3_product": ["--kv-quant-allocator=product"],
+    "k3v3_paper": ["--kv-quant-allocator=paper", "--kv-quant-granularity=block"],
+    "k3v3_product": ["--kv-quant-allocator=product", "--kv-quant-granularity=block"],
     "k2v2": ["--kv-quant-k-bits=2", "--kv-quant-v-bits=2"],
 }
 COLUMNS = ("setting", "device", "dtype", "bytes_per_token", "prefix_gap", "decode_gap", "cached_tokens", "generated")

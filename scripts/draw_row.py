@@ -15,8 +15,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Polygon, Rectangle
 
-from sglang_blockgtq.kernels.columns import COLUMNS
-from sglang_blockgtq.kernels.layout import NORM_BYTES, CodeLayout, RowLayout, uniform_layout
+from sglang_blockgtq.kernels.format.columns import COLUMNS
+from sglang_blockgtq.kernels.format.layout import NORM_BYTES, CodeLayout, RowLayout, uniform_layout
 
 OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "img" / "row.png"
 
@@ -25,7 +25,7 @@ WIDTHS = tuple(bits for bits in (5, 3, 2, 2) for _ in range(COLUMNS))
 HEADS = 3
 
 BIN_COLORS = {16: "#4a3aa7", 8: "#2a78d6", 4: "#1baf7a", 2: "#eda100"}
-SLOT_COLORS = ("#2a78d6", "#1baf7a", "#7fb2ea", "#8ed8bd")
+SEGMENT_COLORS = ("#2a78d6", "#1baf7a", "#7fb2ea", "#8ed8bd")
 SCALE_COLOR, PAD_COLOR = "#e87ba4", "#d9d8d4"
 INK, MUTED, EDGE = "#1f1f1d", "#5f5e58", "#ffffff"
 
@@ -94,15 +94,15 @@ def draw_word(ax: Axes, layout: CodeLayout, index: int, x: float, y: float, unit
     part = layout.columns.bins[index]
     for repeat in range(part.repeat):
         column = repeat * part.words
-        for slot, pieces in enumerate(layout.columns.slots):
+        for segment, pieces in enumerate(layout.columns.segments):
             for piece in pieces:
                 if piece.bin != index:
                     continue
                 low = repeat * part.bits + piece.shift
                 left = x + (16 - low - piece.width) * unit
-                box(ax, left, y, unit * piece.width, height, SLOT_COLORS[slot % len(SLOT_COLORS)], line=1.6)
+                box(ax, left, y, unit * piece.width, height, SEGMENT_COLORS[segment % len(SEGMENT_COLORS)], line=1.6)
                 middle = left + unit * piece.width / 2
-                label(ax, middle, y + height / 2, f"channel {slot * COLUMNS + column}", weight="bold", fontsize=7.5)
+                label(ax, middle, y + height / 2, f"channel {segment * COLUMNS + column}", weight="bold", fontsize=7.5)
                 bits = f"bits {low + piece.width - 1}-{low}" if piece.width > 1 else f"bit {low}"
                 label(ax, middle, y - 0.32, bits, fontsize=8, color=MUTED)
 
@@ -141,7 +141,7 @@ def draw(path: Path) -> None:
     byte_x, bit_unit = 6.0, 6.4
     zoom(ax, (head_x, head_x + 2 * unit), (byte_x, byte_x + 16 * bit_unit), head_y, byte_y + 1.0)
     draw_word(ax, head, 0, byte_x, byte_y, bit_unit, 1.0)
-    rule = f"word 0 of bin 0:\ncolumns 0 and {part.words}.\nChannel 16 s + c is\nin column c of slot s"
+    rule = f"word 0 of bin 0:\ncolumns 0 and {part.words}.\nChannel 16 s + c is\nin column c of segment s"
     label(ax, byte_x + 16 * bit_unit + 3, byte_y + 0.5, rule, ha="left", linespacing=1.5)
 
     figure.subplots_adjust(0.01, 0.01, 0.99, 0.99)

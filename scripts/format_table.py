@@ -8,17 +8,26 @@ nothing is written and the exit code says whether the file is up to date.
 
 from __future__ import annotations
 
+import struct
 import sys
 from pathlib import Path
 
 import torch
 
 from sglang_blockgtq.calibrate.allocate import block_budget
-from sglang_blockgtq.kernels import naive
-from sglang_blockgtq.kernels.codebook import MAX_BITS, MIN_BITS, POLYNOMIAL, boundaries, distortion, lloyd_max
-from sglang_blockgtq.kernels.codec import LayerCodec
-from sglang_blockgtq.kernels.columns import COLUMNS
-from sglang_blockgtq.kernels.layout import BLOCK_SLOTS, NORM_BYTES, CodeLayout, RowLayout, uniform_layout
+from sglang_blockgtq.kernels import reference
+from sglang_blockgtq.kernels.format.codebook import (
+    MAX_BITS,
+    MIN_BITS,
+    POLYNOMIAL,
+    boundaries,
+    distortion,
+    levels,
+    lloyd_max,
+)
+from sglang_blockgtq.kernels.format.codec import LayerCodec
+from sglang_blockgtq.kernels.format.columns import COLUMNS
+from sglang_blockgtq.kernels.format.layout import BLOCK_SLOTS, NORM_BYTES, CodeLayout, RowLayout, uniform_layout
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "format.md"
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -72,7 +81,7 @@ def example_row() -> tuple[LayerCodec, torch.Tensor]:
     head = torch.arange(EXAMPLE_HEADS)[:, None]
     k = ((37 * channel + 11 * head) % 64 - 31.5) / 16
     v = ((29 * channel + 5 * head) % 64 - 31.5) / 32
-    return codec, naive.encode(codec, k[None], v[None])[0]
+    return codec, reference.encode(codec, k[None], v[None])[0]
 
 
 def bits_of(first: int, width: int) -> str:
@@ -80,18 +89,18 @@ def bits_of(first: int, width: int) -> str:
 
 
 def columns() -> str:
-    """Where each slot of the example lies, keys and values."""
+    """Where each segment of the example lies, keys and values."""
     lines = [
-        "| | slot | channels | width | bin | bits of the column's part | bits of the code |",
+        "| | segment | channels | width | bin | bits of the column's part | bits of the code |",
         "|:---|---:|:---|---:|---:|:---|:---|",
     ]
     for side, layout in (("K", CodeLayout(EXAMPLE_WIDTHS)), ("V", uniform_layout(len(EXAMPLE_WIDTHS), 3))):
-        for slot, (bits, pieces) in enumerate(zip(layout.columns.widths, layout.columns.slots, strict=True)):
+        for segment, (bits, pieces) in enumerate(zip(layout.columns.widths, layout.columns.segments, strict=True)):
             for piece in pieces:
-                channels = f"{slot * COLUMNS}-{slot * COLUMNS + COLUMNS - 1}"
+                channels = f"{segment * COLUMNS}-{segment * COLUMNS + COLUMNS - 1}"
                 part = bits_of(piece.shift, piece.width)
                 code = "all" if piece.width == bits else bits_of(piece.position, piece.width)
-                lines.append(f"| {side} | {slot} | {channels} | {bits} | {piece.bin} | {part} | {code} |")
+                lines.append(f"| {side} | {segment} | {channels} | {bits} | {piece.bin} | {part} | {code} |")
     return "\n".join(lines)
 
 
@@ -111,9 +120,9 @@ def bins() -> str:
 
 def read_code(layout: CodeLayout, data: bytes, start: int, channel: int) -> tuple[int, list[str]]:
     """The code of one channel of a head whose codes start at byte ``start``, and the steps to it."""
-    slot, column = divmod(channel, COLUMNS)
-    steps, code = [f"* Channel {channel} is column {column} of slot {slot}."], 0
-    for piece in layout.columns.slots[slot]:
+    segment, column = divmod(channel, COLUMNS)
+    steps, code = [f"* Channel {channel} is column {column} of segment {segment}."], 0
+    for piece in layout.columns.segments[segment]:
         part = layout.columns.bins[piece.bin]
         word_at = start + part.offset + 2 * (column % part.words)
         word = int.from_bytes(data[word_at : word_at + 2], "little")
@@ -144,9 +153,9 @@ def example() -> str:
     for side, (name, codes, start, channel) in enumerate(sides):
         code, steps = read_code(codes, data, start, channel)
         at = layout.norm_offset + (head * layout.norms + side) * NORM_BYTES
-        scale = float(naive._norms(codec, row[None])[0, head, side])
+        (scale,) = struct.unpack_from("<e", data, at)
         bits = codes.widths[channel]
-        level = float(codec.levels[bits, code])
+        level = float(levels(bits)[code])
         lines += ["", f"{name} of head {head}, channel {channel}:", "", *steps]
         lines += [
             f"* Code = **{code}**; level {code} of the {bits}-bit codebook is {level:.6f}.",

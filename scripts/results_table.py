@@ -47,10 +47,10 @@ ROWS = (
     ("uniform", 4, "uniform TQ-MSE K4V4"),
     ("uniform", 3, "uniform TQ-MSE K3V3"),
     ("uniform", 2, "uniform TQ-MSE K2V2"),
-    ("paper", 3, "paper's allocator K3V3"),
-    ("paper", 2, "paper's allocator K2V2"),
-    ("product", 3, "product allocator K3V3"),
-    ("product", 2, "product allocator K2V2"),
+    ("paper", 3, "paper's allocator by blocks K3V3"),
+    ("paper", 2, "paper's allocator by blocks K2V2"),
+    ("product", 3, "product allocator by blocks K3V3"),
+    ("product", 2, "product allocator by blocks K2V2"),
 )
 
 

@@ -2,7 +2,6 @@
 
 ``python -m benchmarks.fidelity panel --help``: the paper's panel, all methods side by side.
 ``python -m benchmarks.fidelity card --help``: what each preset costs a model, on one page.
-``python -m benchmarks.fidelity split --help``: bits of keys against bits of values.
 ``python -m benchmarks.fidelity ablation --help``: what each choice is worth at equal bytes.
 """
 
@@ -17,14 +16,14 @@ import torch
 
 from sglang_blockgtq.calibrate.device import device
 
-from . import ablation, card, panel_cli, plot, run, split, targets
+from . import ablation, card, panel_cli, run, targets
 from .record import commit, machine, sources, text_source, write_csv
 
 
 def provenance(args: argparse.Namespace, subject: run.Subject, head: str) -> dict:
     """What someone needs to make the same file again. Absolute paths are reduced to names."""
     command = ["python -m benchmarks.fidelity"]
-    for option in ("model_path", "out", "text", "calibration_text", "picture"):
+    for option in ("model_path", "out", "text", "calibration_text"):
         if path := getattr(args, option):
             path = Path(path)
             command.append(f"--{option.replace('_', '-')} {path.name if path.is_absolute() else path.as_posix()}")
@@ -50,8 +49,6 @@ def main(argv: list[str] | None = None) -> int:
         return panel_cli.main(argv[1:])
     if argv[:1] == ["card"]:
         return card.main(argv[1:])
-    if argv[:1] == ["split"]:
-        return split.main(argv[1:])
     if argv[:1] == ["ablation"]:
         return ablation.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity", description=__doc__)
@@ -60,7 +57,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, help="evaluation text; default: the report that comes with SGLang")
     parser.add_argument("--calibration-text", help="calibration text; default: that of the server")
     parser.add_argument("--queries", type=int, default=32, help="query positions per window (default 32)")
-    parser.add_argument("--picture", type=Path, help="PNG of softmax KL per layer")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
     parser.add_argument("--device", type=device, default="cpu", help="cpu (default), cuda, cuda:1, ...")
     args = parser.parse_args(argv)
@@ -75,8 +71,6 @@ def main(argv: list[str] | None = None) -> int:
     write_csv(rows, args.out, run.FIELDS)
     record = provenance(args, subject, head)
     args.out.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-    if args.picture:
-        plot.draw(rows, args.picture, record["model"]["name"])
 
     print(targets.summary(rows), end="\n\n")
     results = targets.check(rows, run.SHIFT)

@@ -38,12 +38,12 @@ MEASURED = (
 FIELDS = ("group", "name", "k_bits", "v_bits", "bytes", "seed", *MEASURED, "tokens", "seconds")
 QUICK = {"limit": 256, "queries": 6, "every": 10, "seeds": 1}
 AGAIN = ("baseline", "best", "frame", "values", *GROUPS)  # whose rotations are repeated first
-LATER = ("uniform-hadamard", "paper", "paper-slot", "product-slot")  # of the baseline, and 4 bits: repeated last
+LATER = ("uniform-hadamard", "paper", "paper-segment", "product-segment")  # of the baseline, and 4 bits: repeated last
 #: What --quick runs: one row or two of each group.
 QUICK_ROWS = (
     *("reference: float32 K32V32", "baseline: uniform-haar K3V3", "baseline: template K3V3"),
     *("frame: KLT before RoPE K3V3", "frame: KLT, page of 16 K3V3", "values: length kept K16V2"),
-    *("scale: least squares K3V3", "protect: first 4 exact K3V3"),
+    *("scale: unbiased K3V3", "protect: first 4 exact K3V3"),
     *("values: unbiased K16V2", "protect: first layer at 8 bits K3V3", "calibration: template, no text K3V3"),
 )
 

@@ -21,13 +21,12 @@ GROUPS = ("reference", "baseline", "frame", "values", "best", "structure", "scor
 PAIRS = ((4, 4), (4, 3), (3, 3), (3, 2), (2, 2))
 TIGHT = ((3, 3), (3, 2), (2, 2))
 BETWEEN = ((4.5, 4), (3.5, 3), (2.5, 2))  # what half a bit for keys alone brings
-BASELINES = ("uniform-haar", "uniform-hadamard", "paper", "paper-slot", "product-slot", "template")
+BASELINES = ("uniform-haar", "uniform-hadamard", "paper", "paper-segment", "product-segment", "template")
 #: Of the frames and the values, those whose rotation is repeated.
 REPEATED = (
     *("KLT before RoPE", "KLT, page of 16", "KLT, page of 64", "KLT before RoPE, less the mean, first 4 exact"),
     *("KLT before RoPE, mean by token", "template, mean by token", "template, first 4 exact"),
     *("length kept", "unbiased", "mean by token, unbiased", "KLT, W_o", "unbiased, first 4 exact"),
-    *("limit of every code", "limit of every code, KLT, W_o"),
 )
 BUDGET_BITS = tuple(2 + i / 4 for i in range(13))  # 2 to 5
 
@@ -81,10 +80,6 @@ def _klt(bits: float, page: int | None = 1, **options) -> Callable[[Lab, int], S
 
 def _klt_values(bits: float, **options) -> Callable[[Lab, int], Side]:
     return lambda lab, seed: lab.klt_values(bits, seed=seed, **options)
-
-
-def _limit(bits: float, metric: str | None = None) -> Callable[[Lab, int], Side]:
-    return lambda lab, seed: lab.limit_values(bits, metric, seed)
 
 
 def _strongest(keys: Callable[[Lab, int], Side], blocks: int) -> Callable[[Lab, int], Side]:
@@ -147,7 +142,7 @@ def _frame() -> Iterator[Recipe]:
             "template, first 4 exact": (_template(k), 4),
             "template, less the mean, first 4 exact": (framed(k, 0, True), 4),
             "KLT after RoPE, averaged over 32K": (_klt(k, None),),
-            "KLT before RoPE, product-slot": (_klt(k, rule=("product", "slot")),),
+            "KLT before RoPE, product-segment": (_klt(k, allocator="product"),),
             "KLT before RoPE, metric of the answer": (_klt(k, metric="answer"),),
             "KLT before RoPE, weighted": (_klt(k, weighted=True),),
         }
@@ -157,7 +152,7 @@ def _frame() -> Iterator[Recipe]:
 
 
 def _with_rule(bits: float, rule: str) -> Callable[[Lab, int], Side]:
-    """Values behind a rotation under one of the scale rules (kernels.codec.SCALE_RULES)."""
+    """Values behind a rotation under one of the scale rules (kernels.format.codec.SCALE_RULES)."""
     return lambda lab, seed: with_rule(lab.values(bits, seed), rule)
 
 
@@ -184,7 +179,6 @@ def _value_rows() -> Iterator[Recipe]:
     rows: dict[str, tuple] = {
         "length kept": (_with_rule(2, "norm"),),
         "unbiased": (unbiased,),
-        "least squares": (_with_rule(2, "lsq"),),
         "less the mean": (less_mean,),
         "Hadamard": (_hadamard_values(2),),
         "KLT, plain": (_klt_values(2, metric="plain"),),
@@ -204,10 +198,6 @@ def _value_rows() -> Iterator[Recipe]:
         "less the mean, first 4 exact": (less_mean, 4),
         "less the mean, unbiased, first 4 exact": (_less_mean(unbiased), 4),
         "KLT, W_o, less the mean, unbiased, first 4 exact": (_klt_values(2, centred=True, unbiased=True), 4),
-        "limit of every code": (_limit(2),),
-        "limit of every code, KLT, plain": (_limit(2, "plain"),),
-        "limit of every code, KLT, W_o": (_limit(2, "output"),),
-        "limit of every code, KLT, answer": (_limit(2, "answer"),),
     }
     for name, (values, *sink) in rows.items():
         yield Recipe("values", name, 16, 2, _cache(name, _exact, values, *sink), name in REPEATED)
@@ -277,7 +267,7 @@ def _scored(name: str, bits: float) -> Callable[[Lab, int], Side]:
 
 def _score() -> Iterator[Recipe]:
     for k, v in TIGHT:
-        for name in ("template", "product-slot"):
+        for name in ("template", "product-segment"):
             label = f"{name}, score of the answer"
             yield Recipe("score", label, k, v, _cache(label, _scored(name, k), _values(v)), False)
 
@@ -286,7 +276,6 @@ def _scale() -> Iterator[Recipe]:
     """The scale rule of keys."""
     rules = {
         "length kept": ("norm", None),
-        "least squares": ("lsq", None),
         "unbiased": ("unbiased", None),
         "norm-corrected, no search": ("norm", (1.0,)),
     }

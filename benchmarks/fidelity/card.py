@@ -46,10 +46,7 @@ def methods(subject: Subject) -> dict[str, Method]:
         "fp8_e4m3": Cast("fp8_e4m3", torch.float8_e4m3fn, dim, dim),
     }
     for name, options in PRESETS.items():
-        allocator = options.get("allocator", DEFAULT_ALLOCATOR)
-        if options.get("granularity") == "slot":
-            allocator += "-slot"
-        out[name] = subject.table(allocator, options["k_bits"], options["v_bits"])
+        out[name] = subject.table(DEFAULT_ALLOCATOR, options["k_bits"], options["v_bits"])
     return out
 
 

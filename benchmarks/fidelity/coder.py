@@ -1,8 +1,8 @@
 """Keys and values coded by any linear transform, in any frame of positions: what an ablation puts together.
 
 A :class:`Coder` is the codec of the keys or the values of one layer, a :class:`Side` that of all layers, a
-:class:`Cache` both sides. Codes and scales are those of kernels.naive; they are not packed into bytes on the way, which
-loses nothing, so bytes are counted by the layout.
+:class:`Cache` both sides. Codes and scales are those of kernels.reference; they are not packed into bytes on the way,
+which loses nothing, so bytes are counted by the layout.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from sglang_blockgtq.calibrate.rope import RopeBlocks
-from sglang_blockgtq.kernels import naive
-from sglang_blockgtq.kernels.codec import LayerCodec
-from sglang_blockgtq.kernels.layout import NORM_BYTES, CodeLayout
+from sglang_blockgtq.kernels import reference
+from sglang_blockgtq.kernels.format.codec import LayerCodec
+from sglang_blockgtq.kernels.format.layout import NORM_BYTES, CodeLayout
 
 from .model import rotate
 
@@ -27,27 +27,26 @@ class Coder:
     """Codec of the keys, or values, of one layer: H heads of D channels.
 
     layouts: one for each head. enter, leave ``[H, D, D]``: to stored channels and back, ``leave[h].T @ enter[h] = 1``.
-    weight ``[H, D]``: of the stored channels in the scale rule, None for equal weights. levels ``[9, 256]``.
+    weight ``[H, D]``: of the stored channels in the scale rule, None for equal weights.
     """
 
     layouts: tuple[CodeLayout, ...]
     enter: torch.Tensor
     leave: torch.Tensor
     weight: torch.Tensor | None
-    levels: torch.Tensor
     scale_rule: str
     scale_search: tuple[float, ...]
 
     @classmethod
     def of_keys(cls, codec: LayerCodec) -> Coder:
         rules = codec.scale_rule, codec.scale_search
-        return cls(tuple(codec.layout.k), codec.k_in, codec.q_in, codec.k_weight, codec.levels, *rules)
+        return cls(tuple(codec.layout.k), codec.k_in, codec.q_in, codec.k_weight, *rules)
 
     @classmethod
     def of_values(cls, codec: LayerCodec) -> Coder:
         layouts = (codec.layout.v,) * codec.layout.heads
         leave = codec.v_out.transpose(1, 2).contiguous()
-        return cls(layouts, codec.v_in, leave, None, codec.levels, codec.scale_rule, codec.scale_search)
+        return cls(layouts, codec.v_in, leave, None, codec.scale_rule, codec.scale_search)
 
     @property
     def size(self) -> int:
@@ -75,15 +74,15 @@ class Coder:
         return (square if self.weight is None else square * self.weight).sum(-1)
 
     def _code(self, y: torch.Tensor, layout: CodeLayout, weight: torch.Tensor | None) -> torch.Tensor:
-        codes, scales = naive.quantize(y, layout, self.levels, self.scale_rule, self.scale_search, weight)
-        return naive.dequantize(codes, scales, layout, self.levels)
+        codes, scales = reference.quantize(y, layout, self.scale_rule, self.scale_search, weight)
+        return reference.dequantize(codes, scales, layout)
 
 
 @dataclass(frozen=True)
 class Frame:
-    """How far a key is turned back before it is coded, and on again after it is read.
+    """How far a key is rotated back before it is coded, and on again after it is read.
 
-    page: 1 turns by the key's own position, which is the frame before RoPE; N by the first position of its page of N
+    page: 1 rotates by the key's own position, which is the frame before RoPE; N by the first position of its page of N
     tokens; 0 not at all. Queries follow with one rotation for each page. rope, inv_freq: of the layers.
     """
 
@@ -91,11 +90,11 @@ class Frame:
     rope: Sequence[RopeBlocks]
     inv_freq: torch.Tensor
 
-    def turn(self, layer: int, x: torch.Tensor, positions: torch.Tensor | int) -> torch.Tensor:
+    def rotate(self, layer: int, x: torch.Tensor, positions: torch.Tensor | int) -> torch.Tensor:
         return rotate(x, self.rope[layer], self.inv_freq, positions)
 
     def origin(self, positions: torch.Tensor) -> torch.Tensor:
-        """By how much keys at ``positions [T]`` are turned back."""
+        """By how much keys at ``positions [T]`` are rotated back."""
         return positions - positions % self.page if self.page else torch.zeros_like(positions)
 
 
@@ -105,7 +104,7 @@ class Side:
 
     bits: nominal, for the record. coders: one for each layer, None where nothing is coded.
     frame: of keys; None for values. mean ``[layers, H, D]``: static, taken off before coding and added again after;
-    that of keys is their mean before RoPE, so it is turned to each key's position first. by_token: whether it is, is
+    that of keys is their mean before RoPE, so it is rotated to each key's position first. by_token: whether it is, is
     chosen for each vector and head, which the sign of its scale can tell without a bit more.
     """
 
@@ -136,10 +135,10 @@ class Side:
         positions = torch.arange(first, first + len(x), device=x.device)
         origin = self.frame.origin(positions)
         if mean is not None:
-            mean = self.frame.turn(layer, mean, positions - origin)
+            mean = self.frame.rotate(layer, mean, positions - origin)
         if not self.frame.page:
             return self._read(coder, x, mean)
-        return self.frame.turn(layer, self._read(coder, self.frame.turn(layer, x, -origin), mean), origin)
+        return self.frame.rotate(layer, self._read(coder, self.frame.rotate(layer, x, -origin), mean), origin)
 
     def _read(self, coder: Coder, x: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
         """In the frame's coordinates."""

@@ -18,10 +18,10 @@ import torch
 from sglang_blockgtq.calibrate.build import ROTATION_SEED, haar_rotation
 from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.rope import RopeBlocks
-from sglang_blockgtq.calibrate.slots import rule_of
-from sglang_blockgtq.kernels.codebook import codebook_table, distortion
-from sglang_blockgtq.kernels.codec import SCALE_SEARCH
-from sglang_blockgtq.kernels.layout import CodeLayout
+from sglang_blockgtq.calibrate.segments import rule_of
+from sglang_blockgtq.kernels.format.codebook import distortion
+from sglang_blockgtq.kernels.format.codec import SCALE_SEARCH
+from sglang_blockgtq.kernels.format.layout import CodeLayout
 
 from .coder import Coder
 from .model import kv_hook, rotate
@@ -54,7 +54,7 @@ def _outer(x: torch.Tensor) -> torch.Tensor:
 
 
 def _before_rope(x: torch.Tensor, rope: RopeBlocks, inv_freq: torch.Tensor) -> torch.Tensor:
-    """Vectors ``[T, H, D]`` of positions 0, 1, ... turned back to where RoPE found them."""
+    """Vectors ``[T, H, D]`` of positions 0, 1, ... rotated back to where RoPE found them."""
     return rotate(x, rope, inv_freq, -torch.arange(len(x), device=x.device))
 
 
@@ -170,7 +170,7 @@ def _products(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Means over positions 0, 1, ... of ``c c^T``, ``c s^T``, ``s s^T``; and each channel's partner.
 
-    A turned channel is ``c x + s x'``, x' being the other one of its block.
+    A rotated channel is ``c x + s x'``, x' being the other one of its block.
     """
     a, b = rope.channels()[: rope.rotary_dim // 2].unbind(-1)
     angle = torch.arange(positions, dtype=torch.float64)[:, None] * torch.tensor(speeds, dtype=torch.float64)
@@ -183,7 +183,7 @@ def _products(
     return c.T @ c / positions, c.T @ s / positions, s.T @ s / positions, other
 
 
-def turned_mean(moment: torch.Tensor, rope: RopeBlocks, inv_freq: torch.Tensor, positions: int) -> torch.Tensor:
+def rotated_mean(moment: torch.Tensor, rope: RopeBlocks, inv_freq: torch.Tensor, positions: int) -> torch.Tensor:
     """Mean of ``R S R^T`` over positions 0 to ``positions - 1``, for ``moment [..., D, D]`` float64."""
     cc, cs, ss, other = _products(rope, tuple(inv_freq.double().tolist()), positions)
     swapped = moment[..., other]
@@ -211,11 +211,11 @@ def balanced(
     return forward, inverse_t, sigma
 
 
-def slot_widths(sigma: torch.Tensor, bits: float, allocator: str = "template", granularity: str = "block"):
-    """Widths ``[L, H, D]`` of channels by falling sigma: whole slots, at the budget of ``bits``, as RoPE blocks get."""
+def segment_widths(sigma: torch.Tensor, bits: float, allocator: str = "template") -> torch.Tensor:
+    """Widths ``[L, H, D]`` of channels by falling sigma: whole segments, at ``bits`` a channel, as RoPE blocks get."""
     pairs = sigma.unflatten(-1, (-1, 2)).sum(-1)
     moments = Moments(pairs, pairs, torch.ones_like(pairs[..., 0]), 0)
-    widths = rule_of(allocator, granularity).widths(moments, bits)
+    widths = rule_of(allocator).widths(moments, bits)
     return widths.sort(-1, descending=True).values.repeat_interleave(2, -1)
 
 
@@ -229,12 +229,11 @@ def coders(
 ) -> list[Coder]:
     """One for each layer: the transform, a rotation for each run of equal widths, static gains, one norm.
 
-    transform: of :func:`balanced`, ``[L, H, ...]``. widths ``[L, H, D]``. unbiased: least squares, then every run of b
-    bits is read ``1 / (1 - D(b))`` times as long, by which its codewords are short of the vector: a sum over many
-    tokens then keeps its length, while norm correction leaves runs of few bits too short.
+    transform: of :func:`balanced`, ``[L, H, ...]``. widths ``[L, H, D]``. unbiased: codewords of b bits are short of
+    the vector by ``1 - D(b)``; the scale makes up for what that is on the whole, and each run is read longer by what it
+    still lacks: a sum over many tokens then keeps its length, while norm correction leaves runs of few bits too short.
     """
     forward, inverse_t, sigma = transform
-    levels = codebook_table().to(device)
     rotations: dict[int, torch.Tensor] = {}
     out = []
     for layer in range(len(sigma)):
@@ -242,21 +241,22 @@ def coders(
         for head in range(sigma.shape[1]):
             layout = CodeLayout(tuple(widths[layer, head].tolist()))
             gain = torch.empty_like(sigma[layer, head])
-            turn = torch.zeros(len(gain), len(gain), dtype=torch.float64)
-            longer = torch.ones_like(gain)
+            orthogonal = torch.zeros(len(gain), len(gain), dtype=torch.float64)
+            kept = torch.ones_like(gain)
             for start, stop, bits in layout.groups:
-                longer[start:stop] = 1 / (1 - distortion(bits)) if unbiased else 1.0
+                kept[start:stop] = 1 - distortion(bits) if unbiased else 1.0
                 gain[start:stop] = sigma[layer, head, start:stop].mean().sqrt()
                 n = stop - start
                 if n not in rotations:
                     rotations[n] = rotation(n, ROTATION_SEED + seed)
-                turn[start:stop, start:stop] = rotations[n]
-            enter.append(turn @ forward[layer, head] / gain[:, None])
-            leave.append(turn @ inverse_t[layer, head] * (gain * longer)[:, None])
-            weight.append(gain**4 / (gain**4).mean())
+                orthogonal[start:stop, start:stop] = rotations[n]
+            own = gain**4 / (gain**4).mean()
+            enter.append(orthogonal @ forward[layer, head] / gain[:, None])
+            leave.append(orthogonal @ inverse_t[layer, head] * (gain * (own * kept).mean() / kept)[:, None])
+            weight.append(own)
             layouts.append(layout)
         tensors = (torch.stack(x).float().to(device) for x in (enter, leave, weight))
-        out.append(Coder(tuple(layouts), *tensors, levels, "lsq" if unbiased else "norm", SCALE_SEARCH))
+        out.append(Coder(tuple(layouts), *tensors, "unbiased" if unbiased else "norm", SCALE_SEARCH))
     return out
 
 

@@ -19,7 +19,7 @@ from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.table import AllocationTable
 from sglang_blockgtq.calibrate.text import read_text
 
-from . import attention, klt, limit, perplexity, run
+from . import attention, klt, perplexity, run
 from .coder import Cache, Coder, Frame, Side
 from .methods import Method
 from .model import capture, rotate
@@ -31,7 +31,7 @@ BUCKETS = {"0_2k": (0, 2048), "2_4k": (2048, 4096), "4k_on": (4096, 1 << 30)}  #
 
 @dataclass
 class Sample:
-    """True attention of one layer: keys, queries at ``positions``, log-probabilities; and both turned on by SHIFT."""
+    """True attention of one layer: keys, queries at ``positions``, log-probabilities; and both rotated on by SHIFT."""
 
     q: torch.Tensor  # [N, Hq, D]
     k: torch.Tensor  # [T, H, D]
@@ -98,8 +98,8 @@ class Lab:
         for layer in self.layers:
             q, k = got.q[layer], got.k[layer]
             log_prob = attention.causal_logits(q, k, got.positions, self.scale).log_softmax(-1)
-            turned = (rotate(x, self.subject.rope[layer], self.inv_freq, run.SHIFT) for x in (q, k))
-            out[layer] = Sample(q, k, log_prob, *turned)
+            shifted = (rotate(x, self.subject.rope[layer], self.inv_freq, run.SHIFT) for x in (q, k))
+            out[layer] = Sample(q, k, log_prob, *shifted)
         return out
 
     @torch.inference_mode()
@@ -194,10 +194,8 @@ class Lab:
         rule: Allocator | None = None,
     ) -> AllocationTable:
         """rule: in place of the allocator's own."""
-        allocator, _, slot = name.partition("-")
-        bits = {"k_bits": k_bits, "v_bits": v_bits, "seed": ROTATION_SEED + seed}
-        which = {"allocator": allocator, "granularity": slot or "block", "rule": rule}
-        return build_table(moments or self.subject.moments, self.subject.rope, **bits, **which)
+        options = {"k_bits": k_bits, "v_bits": v_bits, "seed": ROTATION_SEED + seed, "rule": rule}
+        return build_table(moments or self.subject.moments, self.subject.rope, **options, **run.rule_named(name))
 
     def ruled_keys(self, name: str, bits: float, seed: int, gains: bool = True, **change) -> Side:
         """Keys of an allocator, of which something is changed (see calibrate.allocate.Allocator), or without gains."""
@@ -245,9 +243,9 @@ class Lab:
         within = far if page is None else max(page, 1)
         k, q = [], []
         for layer, rope in enumerate(self.subject.rope):
-            k.append(klt.turned_mean(s_k[layer], rope, self.inv_freq, within))
+            k.append(klt.rotated_mean(s_k[layer], rope, self.inv_freq, within))
             # A gradient before RoPE is already averaged over the offsets that attention had.
-            q.append(s_q[layer] if metric == "answer" else klt.turned_mean(s_q[layer], rope, self.inv_freq, far))
+            q.append(s_q[layer] if metric == "answer" else klt.rotated_mean(s_q[layer], rope, self.inv_freq, far))
         return klt.balanced(torch.stack(k), torch.stack(q))
 
     def klt_keys(
@@ -259,14 +257,14 @@ class Lab:
         centred: bool = False,
         metric: str = "logit",
         calibration: tuple[str, int] = ("default", 2048),
-        rule: tuple[str, str] = ("template", "block"),
+        allocator: str = "template",
         weighted: bool = False,
         unbiased: bool = False,
     ) -> Side:
-        """Keys behind a balanced KLT in a frame, whole slots of 16 channels, one norm. Options: as of klt_values."""
+        """Keys behind a balanced KLT in a frame, whole segments of 16 channels, one norm. Options: as of klt_values."""
         which = page, centred, metric, calibration, weighted
         transform = self.once(f"keys {which}", lambda: self.key_transform(*which))
-        coders = klt.coders(transform, klt.slot_widths(transform[2], bits, *rule), self.device, seed, unbiased)
+        coders = klt.coders(transform, klt.segment_widths(transform[2], bits, allocator), self.device, seed, unbiased)
         mean = self.seconds(*calibration).k_mean.float().to(self.device) if centred else None
         return Side(bits, coders, self.subject.head_dim, self.frame(page or 0), mean)
 
@@ -288,7 +286,7 @@ class Lab:
         """
         transform = self.value_transform(centred, metric, weighted)
         sigma = transform[2]
-        widths = torch.full_like(sigma, bits).long() if flat else klt.slot_widths(sigma, bits)
+        widths = torch.full_like(sigma, bits).long() if flat else klt.segment_widths(sigma, bits)
         coders = klt.coders(transform, widths, self.device, seed, unbiased)
         mean = self.seconds().v_mean.float().to(self.device) if centred else None
         return Side(bits, coders, sigma.shape[-1], None, mean)
@@ -304,16 +302,6 @@ class Lab:
         eye = torch.eye(s_v.shape[-1], dtype=s_v.dtype).expand_as(s_v)
         weight = {"plain": lambda: eye, "output": lambda: self.output_metric, "answer": lambda: self.sensitivity.v}
         return self.once(f"values {centred, metric, weighted}", lambda: klt.balanced(s_v, weight[metric]()))
-
-    def limit_values(self, bits: float, metric: str | None = None, seed: int = 0) -> Side:
-        """Values as the best code of all would read them back. metric: of klt_values; None: behind a rotation."""
-        if metric is None:
-            layers, heads, dim = self.seconds().v.shape[:3]
-            coders = [limit.white(heads, dim, bits, 1000 * seed + i) for i in range(layers)]
-        else:
-            layers = enumerate(zip(*self.value_transform(metric=metric), strict=True))
-            coders = [limit.balanced(*layer, bits, 1000 * seed + i) for i, layer in layers]
-        return Side(bits, [coder.to(self.device) for coder in coders], coders[0].sigma.shape[-1])
 
 
 def without_gains(table: AllocationTable) -> AllocationTable:

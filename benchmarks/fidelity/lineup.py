@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from sglang_blockgtq.calibrate.build import ROTATION_SEED
-from sglang_blockgtq.kernels.codebook import MAX_BITS, MIN_BITS
-from sglang_blockgtq.kernels.layout import NORM_BYTES
+from sglang_blockgtq.kernels.format.codebook import MAX_BITS, MIN_BITS
+from sglang_blockgtq.kernels.format.layout import NORM_BYTES
 
 from .hadamard import SEED as HADAMARD_SEED
 from .hadamard import with_hadamard
@@ -21,13 +21,13 @@ from .run import Subject
 
 BASELINE = "uniform-haar"
 HADAMARD = "uniform-hadamard"
-BLOCK_GTQ = ("paper", "paper-slot", "product", "product-slot", "template")
+BLOCK_GTQ = ("paper", "paper-segment", "product", "product-segment", "template")
 CODED = (BASELINE, HADAMARD, "int_per_token", "kivi", "kivi-scale-only", *BLOCK_GTQ)
 CASTS = {"bf16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn}
 METHODS = (*CASTS, *CODED)
 PEERS = ("fp8_e4m3", "int_per_token", "kivi", "kivi-scale-only")  # of other sizes than whole bits and one scale
 DEFAULT = "template"  # so run at the peers' bytes, too
-SEEDED = (BASELINE, HADAMARD, "product-slot", "template")  # run with further rotations if asked
+SEEDED = (BASELINE, HADAMARD, "product-segment", "template")  # run with further rotations if asked
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from typing import Protocol
 
 import torch
 
+from sglang_blockgtq.calibrate.segments import SEGMENT_ALLOCATORS
 from sglang_blockgtq.calibrate.table import AllocationTable
-from sglang_blockgtq.kernels import naive
-from sglang_blockgtq.kernels.layout import NORM_BYTES
+from sglang_blockgtq.kernels import reference
+from sglang_blockgtq.kernels.format.layout import NORM_BYTES
 
-CHUNK = 1024  # tokens coded at once on a CPU; the bytes do not depend on it (naive.encode), the speed does
+CHUNK = 1024  # tokens coded at once on a CPU; the bytes do not depend on it (reference.encode), the speed does
 
 
 class Method(Protocol):
@@ -35,7 +36,9 @@ class Packed:
     """An allocation table: encode to packed rows, decode them."""
 
     def __init__(self, table: AllocationTable, name: str | None = None, device: torch.device | str = "cpu"):
-        self.name = name or table.header.allocator + ("-slot" if table.header.granularity == "slot" else "")
+        head = table.header
+        by_segments = head.allocator in SEGMENT_ALLOCATORS and head.granularity == "segment"
+        self.name = name or head.allocator + ("-segment" if by_segments else "")
         self.k_bits, self.v_bits = table.header.k_bits, table.header.v_bits
         self.bytes_per_token_head = table.bytes_per_token_head()
         self.codecs = [table.layer_codec(i).to(device) for i in range(table.header.layers)]
@@ -48,7 +51,7 @@ class Packed:
     def round_trip(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         chunk = CHUNK if k.device.type == "cpu" else max(len(k), 1)
         pairs = zip(k.split(chunk), v.split(chunk), strict=True)
-        parts = [naive.round_trip(self.codecs[layer], *pair) for pair in pairs]
+        parts = [reference.round_trip(self.codecs[layer], *pair) for pair in pairs]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 

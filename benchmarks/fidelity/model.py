@@ -70,12 +70,12 @@ def capture(model, ids: list[int], positions: list[int]) -> Capture:
 
 
 def rotate(x: torch.Tensor, rope: RopeBlocks, inv_freq: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:
-    """``x [..., D]`` turned on by ``positions``, as if its token stood that much later; float32.
+    """``x [..., D]`` rotated on by ``positions``, as if its token stood that much later; float32.
 
     positions: one number for all, or one for each token of ``x [T, H, D]``, ``[T]``.
 
     inv_freq ``[rotary_dim / 2]``: radians per position of each rotated block. Angles and products
-    are in float64. Attention between equally turned queries and keys does not change.
+    are in float64. Attention between equally rotated queries and keys does not change.
     """
     first, second = rope.channels()[: rope.rotary_dim // 2].to(x.device).unbind(-1)
     if isinstance(positions, torch.Tensor):

@@ -1,8 +1,8 @@
-"""Query-key logit error by the paper's definition: one token against itself, turned through a window of offsets.
+"""Query-key logit error by the paper's definition: one token against itself, rotated through a window of offsets.
 
 Block-GTQ, arXiv 2606.24033, the diagnostic of its attention tables: for a query and a key of the same token, before
 RoPE, ``|q^T R_D k - q^T R_D k^|`` without 1/sqrt(d), averaged over 50 offsets D evenly spaced in -1024 .. 1024.
-Rotations commute and keep block products, so vectors after RoPE give the same numbers: nothing has to be turned back.
+Rotations commute and keep block products, so vectors after RoPE give the same numbers: nothing has to be rotated back.
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ STYLES = {
     "kivi": ("#CC79A7", "P", "-"),
     "kivi-scale-only": ("#CC79A7", "+", ":"),
     "paper": ("#E69F00", "^", "-"),
-    "paper-slot": ("#E69F00", "2", ":"),
+    "paper-segment": ("#E69F00", "2", ":"),
     "product": ("#009E73", "v", "-"),
-    "product-slot": ("#009E73", "1", ":"),
+    "product-segment": ("#009E73", "1", ":"),
     "template": ("#0072B2", "o", "-"),
     "fp8_e4m3": ("#000000", "", "--"),
 }
@@ -138,7 +138,7 @@ def fingerprint(rows: Sequence[Row], path: Path, title: str) -> None:
             image = np.array([[float(row[block]) for block in blocks] for row in chosen]).T
             shown = _image(ax, image, origin="lower", vmin=1, vmax=8)
             ax.set_title(f"{name}, {width:g} bits", fontsize=9)
-        axes[i][0].set_ylabel("RoPE block (0 turns fastest)")
+        axes[i][0].set_ylabel("RoPE block (0 rotates fastest)")
     for ax in axes[-1]:
         ax.set_xlabel("layer")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -174,7 +174,7 @@ def energy(rows: Sequence[Row], path: Path, title: str) -> None:
         ax.set(xlabel="layer", title=name)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(shown, ax=ax, shrink=0.8)
-    axes[0][0].set_ylabel("RoPE block (0 turns fastest)")
+    axes[0][0].set_ylabel("RoPE block (0 rotates fastest)")
     _save(figure, path)
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from sglang_blockgtq.calibrate.model import config_hash, weights_hash
+from sglang_blockgtq.calibrate.model import config_hash
+from sglang_blockgtq.calibrate.weights import weights_hash
 
 from .run import Row, Subject, default_text
 

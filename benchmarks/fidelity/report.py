@@ -29,7 +29,7 @@ COUNTER_FIELDS = (
     *RATIOS,
     *(f"wins_{name}" for name in METRICS),
 )
-CONTENDERS = (DEFAULT, "product-slot")
+CONTENDERS = (DEFAULT, "product-segment")
 
 Key = tuple[str, float, float, str, int]
 Layers = dict[int, Row]
@@ -161,7 +161,7 @@ def win_rows(rows: Iterable[Row], against: str = BASELINE) -> list[Row]:
 
 
 def counter_claim(rows: Iterable[Row]) -> list[Row]:
-    """``template`` and ``product-slot`` against uniform widths behind a Hadamard rotation at equal bytes, by seed.
+    """``template`` and ``product-segment`` against uniform widths behind a Hadamard rotation at equal bytes, by seed.
 
     Raises ValueError if the bytes are not equal: then there is nothing to compare.
     """

@@ -17,7 +17,7 @@ from sglang_blockgtq.calibrate.hf import collect
 from sglang_blockgtq.calibrate.model import check_model, rope_blocks
 from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.rope import RopeBlocks
-from sglang_blockgtq.calibrate.slots import SLOT_ALLOCATORS
+from sglang_blockgtq.calibrate.segments import SEGMENT_ALLOCATORS
 from sglang_blockgtq.calibrate.table import AllocationTable
 from sglang_blockgtq.calibrate.text import DEFAULT_TOKENS, read_text, text_hash, token_sequences
 
@@ -33,8 +33,15 @@ FIELDS = (
     *("method", "k_bits", "v_bits", "bytes_per_token_head", "layer", "mae", "softmax_kl", "top10_overlap", "ppl"),
     *("window", "shift", "tokens", "kl_final"),
 )
-PACKED = (*ALLOCATORS, *(f"{name}-slot" for name in SLOT_ALLOCATORS))
+PACKED = (*ALLOCATORS, *(f"{name}-segment" for name in SEGMENT_ALLOCATORS))
 Row = dict[str, str | int | float]
+
+
+def rule_named(name: str) -> dict[str, str]:
+    """Allocator and granularity of one of :data:`PACKED`: ``paper`` is by blocks, ``paper-segment`` by segments."""
+    allocator, _, segment = name.partition("-")
+    by_blocks = allocator in SEGMENT_ALLOCATORS and not segment
+    return {"allocator": allocator, "granularity": "block" if by_blocks else "segment"}
 
 
 @dataclass
@@ -59,16 +66,7 @@ class Subject:
 
     def allocation(self, name: str, k_bits: float, v_bits: float, seed: int = ROTATION_SEED) -> AllocationTable:
         """``name``: one of :data:`PACKED`. seed: of the rotations."""
-        allocator, _, slot = name.partition("-")
-        return build_table(
-            self.moments,
-            self.rope,
-            k_bits=k_bits,
-            v_bits=v_bits,
-            allocator=allocator,
-            granularity=slot or "block",
-            seed=seed,
-        )
+        return build_table(self.moments, self.rope, k_bits=k_bits, v_bits=v_bits, seed=seed, **rule_named(name))
 
     def table(self, name: str, k_bits: float, v_bits: float) -> Packed:
         return Packed(self.allocation(name, k_bits, v_bits), device=self.device)
@@ -132,7 +130,7 @@ def inv_freq(model) -> torch.Tensor:
 
 
 def layer_rows(subject: Subject, methods: Sequence[Method], got: Capture, layer: int, shift: int) -> list[Row]:
-    """One row per method and window. ``shift``: keys and queries are turned on by so many positions before coding."""
+    """One row per method and window. ``shift``: keys and queries are rotated on by so many positions before coding."""
     scale = subject.head_dim**-0.5
     q, k, v = got.q[layer], got.k[layer], got.v[layer]
     tokens = k.shape[0]

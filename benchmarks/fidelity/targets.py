@@ -108,22 +108,22 @@ def check(rows: list[Row], shift: int) -> list[Target]:
 
 def summary(rows: list[Row]) -> str:
     """Two aligned tables: attention means over layers and windows, then perplexity."""
-    lines = [f"{'method':<14}{'K':>4}{'V':>4}{'bytes':>8}{'shift':>7}{'MAE':>9}{'KL':>10}{'top-10':>8}"]
+    lines = [f"{'method':<16}{'K':>4}{'V':>4}{'bytes':>8}{'shift':>7}{'MAE':>9}{'KL':>10}{'top-10':>8}"]
     groups: dict[tuple, list[Row]] = {}
     for row in filter(is_attention, rows):
         groups.setdefault((float(row["k_bits"]), int(row["shift"]), row["method"]), []).append(row)
     for (bits, shift, method), group in sorted(groups.items(), key=lambda g: g[0][:2]):
         size = float(group[0]["bytes_per_token_head"])
         lines.append(
-            f"{method:<14}{bits:>4g}{float(group[0]['v_bits']):>4g}{size:>8.1f}{shift:>7}{mean(group, 'mae'):>9.4f}"
+            f"{method:<16}{bits:>4g}{float(group[0]['v_bits']):>4g}{size:>8.1f}{shift:>7}{mean(group, 'mae'):>9.4f}"
             f"{mean(group, 'softmax_kl'):>10.5f}{mean(group, 'top10_overlap'):>8.3f}"
         )
-    lines += ["", f"{'method':<14}{'K':>4}{'V':>4}{'bytes':>8}{'ppl':>9}{'final KL':>10}"]
+    lines += ["", f"{'method':<16}{'K':>4}{'V':>4}{'bytes':>8}{'ppl':>9}{'final KL':>10}"]
     for row in rows:
         if not is_attention(row):
             size = float(row["bytes_per_token_head"])
             lines.append(
-                f"{row['method']:<14}{float(row['k_bits']):>4g}{float(row['v_bits']):>4g}{size:>8.1f}"
+                f"{row['method']:<16}{float(row['k_bits']):>4g}{float(row['v_bits']):>4g}{size:>8.1f}"
                 f"{float(row['ppl']):>9.3f}{float(row['kl_final']):>10.5f}"
             )
     return "\n".join(lines)

@@ -8,7 +8,7 @@ import torch
 
 from sglang_blockgtq.calibrate.inspect import width_shares
 from sglang_blockgtq.calibrate.table import AllocationTable
-from sglang_blockgtq.kernels.codebook import MAX_BITS
+from sglang_blockgtq.kernels.format.codebook import MAX_BITS
 
 from .lineup import BLOCK_GTQ
 from .run import Row, Subject, inv_freq
@@ -26,7 +26,7 @@ def energy_rows(subject: Subject) -> list[Row]:
     """Mean over KV heads of ``q = E|q_i|^2`` and ``k = E|k_i|^2`` of each block and of the scores.
 
     sum_score: the paper's ``(q + k) / 2``; product_score: ``q k``; both taken before the mean.
-    radians_per_token: how fast the block turns, 0 where it does not.
+    radians_per_token: how fast the block rotates, 0 where it does not.
     """
     q, k = subject.moments.q, subject.moments.k
     values = torch.stack([q, k, (q + k) / 2, q * k], -1).mean(1)

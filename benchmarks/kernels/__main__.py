@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from sglang_blockgtq.kernels import attention
+from sglang_blockgtq.kernels.decode import attention
 
 from . import cases, record, run, timing
 

@@ -43,16 +43,14 @@ CONTIGUOUS, SHUFFLED = "contiguous", "shuffled"
 class Method:
     """One way to keep and read a cache.
 
-    allocator: of packed rows; None for dense caches. folded: tokens of a page whose query is folded, or 0.
-    granularity: what the allocator gives a width of its own.
+    allocator: of packed rows; None for dense caches. granularity: what the allocator gives a width of its own.
     """
 
     name: str
     k_bits: float
     v_bits: float
     allocator: str | None = None
-    folded: int = 0
-    granularity: str = "block"
+    granularity: str = "segment"
 
     @property
     def key(self) -> str:
@@ -72,14 +70,10 @@ PACKED = (
     Method("template", 2, 2, "template"),
     Method("uniform", 3, 3, "uniform"),
     Method("template", 4, 4, "template"),
-    Method("paper", 3, 3, "paper"),
-    Method("product", 3, 3, "product"),
-    Method("paper-slot", 3, 3, "paper", granularity="slot"),
-    Method("product-slot", 3, 3, "product", granularity="slot"),
-)
-FOLDED = (
-    Method("template-folded16", 3, 3, "template", folded=16),
-    Method("template-folded64", 3, 3, "template", folded=64),
+    Method("paper", 3, 3, "paper", granularity="block"),
+    Method("product", 3, 3, "product", granularity="block"),
+    Method("paper-segment", 3, 3, "paper"),
+    Method("product-segment", 3, 3, "product"),
 )
 CACHE_WRITE = Method("bf16", 16, 16)
 COPY = Method("copy", 16, 16)
@@ -191,8 +185,6 @@ def _of_shape(shape: Shape, quick: bool) -> Iterator[Case]:
         if i == 0:
             for kernel in MULTI_QUERY:
                 yield from (Case(shape, kernel, method, b, n, SHUFFLED) for b, n in few)
-            for folded in FOLDED:
-                yield from (Case(shape, DECODE_KERNEL, folded, b, n, SHUFFLED) for b, n in few)
 
 
 def cases(only: list[str] | None = None, lengths: list[tuple[int, int]] | None = None, quick: bool = False) -> list:

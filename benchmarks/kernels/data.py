@@ -15,9 +15,9 @@ import torch
 from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.rope import RopeBlocks
-from sglang_blockgtq.kernels.codec import LayerCodec
-from sglang_blockgtq.kernels.layout import num_slots
-from sglang_blockgtq.kernels.tables import DeviceTables
+from sglang_blockgtq.kernels.device.tables import Tables
+from sglang_blockgtq.kernels.format.codec import LayerCodec
+from sglang_blockgtq.kernels.format.layout import num_slots
 
 from .cases import CONTIGUOUS, Method, Shape
 
@@ -26,8 +26,9 @@ LARGE_PAGE = 128  # a contiguous index allows it
 SLICE = 16384  # tokens made or encoded at once
 FP8 = torch.float8_e4m3fn
 
-#: (tables, k, v, rows, loc): as kernels.encode.encode
-Encode = Callable[[DeviceTables, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+#: (k, v, loc): into the rows it was made for
+Encode = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+MakeEncoder = Callable[[Tables, torch.Tensor], Encode]  # (tables, rows), as ours.encoder
 
 
 def moments(shape: Shape) -> Moments:
@@ -102,12 +103,13 @@ class Pool:
     def drop_fp8(self) -> None:
         self.__dict__.pop("fp8", None)
 
-    def packed(self, tables: DeviceTables, encode: Encode) -> torch.Tensor:
-        """The pool's tokens in order, encoded in slices: ``[slots, row_bytes]``, interleaved, in whole blocks."""
-        rows = torch.empty(num_slots(self.tokens), tables.row.row_bytes, dtype=torch.uint8, device=self.device)
+    def packed(self, tables: Tables, encoder: MakeEncoder) -> torch.Tensor:
+        """The pool's tokens in order, encoded in slices: ``[slots, row_bytes]``, in whole blocks of slots."""
+        rows = torch.zeros(num_slots(self.tokens), tables.row.row_bytes, dtype=torch.uint8, device=self.device)
+        encode = encoder(tables, rows)
         for a in range(0, self.tokens, SLICE):
             b = min(a + SLICE, self.tokens)
-            encode(tables, self.k[a:b], self.v[a:b], rows, torch.arange(a, b, device=self.device))
+            encode(self.k[a:b], self.v[a:b], torch.arange(a, b, device=self.device))
         return rows
 
 

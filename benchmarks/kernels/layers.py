@@ -3,7 +3,7 @@
 Between two layers a model's weights pass through the L2 cache, so that neither tables nor instructions nor slots are
 in it when a layer's attention begins. :mod:`benchmarks.kernels` calls attention again and again and does not see that.
 Here a graph holds the products of some layers, with weights of their own and the model's sizes, and between them what a
-layer of the server does: encode with the turn of the query, attention, merge. Columns: shape, batch, context, method,
+layer of the server does: encode with the query's rotation, attention, merge. Columns: shape, batch, context, method,
 part (weights: the products alone; encode, attention: with everything up to it), us of a layer, more: us over weights.
 """
 
@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from sglang_blockgtq.kernels.attention import DecodeScratch, decode_attention
-from sglang_blockgtq.kernels.encode import Encoder
-from sglang_blockgtq.kernels.tables import DeviceTables
+from sglang_blockgtq.kernels.decode.attention import DecodeScratch, decode_attention
+from sglang_blockgtq.kernels.device.tables import ColumnTables
+from sglang_blockgtq.kernels.encode.encoder import Encoder
 
 from ..models import SHAPES
 from . import cases, record, timing
@@ -31,6 +31,7 @@ LAYERS = 8
 PARTS = ("weights", "encode", "attention")
 COLUMNS = ("shape", "batch", "context", "method", "part", "us", "more")
 SECONDS = 0.5  # of replays
+METHODS = {m.key: m for m in cases.PACKED if m.granularity == "segment"}  # whose rows lie in columns
 
 #: as timing.measure
 Timer = Callable[[timing.Launch, float, int, float], timing.Timing]
@@ -57,7 +58,7 @@ class Layers:
 
     def __init__(self, shape: cases.Shape, sizes: Sizes, method: cases.Method, batch: int, context: int, device: str):
         self.shape, self.batch = shape, batch
-        tables = DeviceTables.of(make_codec(shape, method), torch.device(device))
+        tables = ColumnTables.of(make_codec(shape, method), device)
         index = Index.of((context,) * batch, cases.SHUFFLED, device)
         self.kv_indptr, self.kv_indices = index.flat(1, torch.int32)
         self.loc = self.kv_indices[self.kv_indptr[1:].long() - 1].long()
@@ -72,8 +73,8 @@ class Layers:
         of += (sizes.hidden, 2 * sizes.inner), (sizes.inner, sizes.hidden)
         self.weights = [[torch.randn(n, device=device, dtype=dtype) / 64 for n in of] for _ in range(LAYERS)]
         self.inputs = [torch.randn(batch, n[0], device=device, dtype=dtype) for n in of]
-        self.turned = torch.empty(batch, shape.q_heads, shape.dim, device=device)
-        self.out = torch.empty_like(self.turned, dtype=dtype)
+        self.rotated = torch.empty(batch, shape.q_heads, shape.dim, device=device)
+        self.out = torch.empty_like(self.rotated, dtype=dtype)
 
     def layer(self, i: int, part: str) -> None:
         project, *rest = [lambda j=j: self.inputs[j] @ self.weights[i][j] for j in range(4)]
@@ -84,11 +85,11 @@ class Layers:
         )
         q = q * 0.5  # in the place of RoPE: a kernel between the product and encode
         if part != "weights":
-            self.encoders[i](k, v, self.loc, q, self.turned)
+            self.encoders[i](k, v, self.loc, q, self.rotated)
         if part == "attention":
             decode_attention(
                 self.tables, q, self.rows[i], self.kv_indptr, self.kv_indices, self.sm_scale,
-                turned=self.turned, scratch=self.scratch, out=self.out,
+                rotated=self.rotated, scratch=self.scratch, out=self.out,
             )  # fmt: skip
         for product in rest:
             product()
@@ -108,10 +109,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    methods, shapes = [m.key for m in cases.PACKED], [s.name.lower() for s in cases.SHAPES]
+    shapes = [s.name.lower() for s in cases.SHAPES]
     add("--out", type=Path, required=True, help="CSV to write; a .json of the same name tells how")
     add("--shape", nargs="+", choices=shapes, default=["qwen2.5-3b"])
-    add("--method", nargs="+", choices=methods, default=["template-k3v3"])
+    add("--method", nargs="+", choices=METHODS, default=["template-k3v3"])
     add("--lengths", nargs="+", type=lengths, default=[(1, 4096), (1, 131072)], metavar="BxN", help="e.g. 1x128K 8x32K")
     add("--tuning", nargs="+", type=tuning, default=[], metavar="NAME=NUMBER", help="of decode, as in stages=3")
     add("--commit", help="commit to record, where there is no git")
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None, timer: Timer = timing.measure, device: s
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for shape in chosen:
-            for method in (m for m in cases.PACKED if m.key in args.method):
+            for method in (m for key, m in METHODS.items() if key in args.method):
                 for batch, context in args.lengths:
                     layers, least = Layers(shape, sizes[shape.name], method, batch, context, device), None
                     for part, us in measure(layers, timer):

@@ -1,7 +1,7 @@
 """The one place where the benchmark calls this project's kernels.
 
-Each function is what a layer does between its query and its output: the query's turn, attention, the merge
-of the splits and the output's turn. What a server keeps for all layers and steps is in :func:`plan`.
+Attention is what a layer does between its query and its output: the query's rotation, attention, the merge of the
+splits and the output's rotation. What a server keeps for all layers and steps is in :func:`plan`.
 """
 
 from __future__ import annotations
@@ -10,29 +10,33 @@ from typing import Any
 
 import torch
 
-from sglang_blockgtq.kernels.attention import DecodeScratch, decode_attention
-from sglang_blockgtq.kernels.encode import encode
-from sglang_blockgtq.kernels.tables import DeviceTables
-
-from .folded import decode_folded as ours_folded
+from sglang_blockgtq.kernels.any_layout.encode import AnyEncoder
+from sglang_blockgtq.kernels.any_layout.tables import AnyTables
+from sglang_blockgtq.kernels.decode.attention import DecodeScratch, decode_attention
+from sglang_blockgtq.kernels.device.tables import ColumnTables, Tables
+from sglang_blockgtq.kernels.encode.encoder import Encoder
+from sglang_blockgtq.kernels.format.codec import LayerCodec
 
 INDEX_DTYPE = torch.int32  # of kv_indices, as the backend gathers them
 
-__all__ = ["INDEX_DTYPE", "encode", "ours", "ours_folded", "ours_multi", "plan"]
+
+def tables_of(codec: LayerCodec, device: torch.device | str) -> Tables:
+    kind = ColumnTables if codec.layout.in_columns else AnyTables
+    return kind.of(codec, device)
 
 
-def plan(
-    tables: DeviceTables, batch: int, max_context: int, device: torch.device, num_heads: int, q_len: int = 1
-) -> dict[str, Any]:
-    """Keyword arguments of :func:`ours` that hold for all layers and steps: the scratch memory.
-
-    It holds for every context up to ``max_context``: how many splits there are depends on the batch and the device.
-    """
-    return {"scratch": DecodeScratch.of(tables, batch, num_heads, q_len)}
+def encoder(tables: Tables, rows: torch.Tensor) -> Encoder | AnyEncoder:
+    """Called with k, v ``[T, H, D]`` and loc ``[T]``, it encodes into ``rows [slots, row_bytes]``."""
+    return Encoder(tables, rows) if isinstance(tables, ColumnTables) else AnyEncoder(tables, rows)
 
 
-def ours(
-    tables: DeviceTables,
+def plan(tables: Tables, batch: int, num_heads: int, q_len: int = 1) -> dict[str, Any]:
+    """Keyword arguments of :func:`attend` that hold for all layers, steps and contexts: the scratch memory."""
+    return {"scratch": DecodeScratch.of(tables, batch, num_heads, q_len), "q_len": q_len}
+
+
+def attend(
+    tables: Tables,
     q: torch.Tensor,
     rows: torch.Tensor,
     kv_indptr: torch.Tensor,
@@ -40,19 +44,5 @@ def ours(
     sm_scale: float,
     **step: Any,
 ) -> torch.Tensor:
-    """One query ``[B, Hq, D]`` per request against its packed rows; ``step`` is from :func:`plan`."""
+    """The last tokens ``q [B * q_len, Hq, D]`` of each request, causal among themselves, against its packed rows."""
     return decode_attention(tables, q, rows, kv_indptr, kv_indices, sm_scale, **step)[0]
-
-
-def ours_multi(
-    tables: DeviceTables,
-    q: torch.Tensor,
-    rows: torch.Tensor,
-    kv_indptr: torch.Tensor,
-    kv_indices: torch.Tensor,
-    sm_scale: float,
-    queries: int,
-    **step: Any,
-) -> torch.Tensor:
-    """``queries`` tokens per request, causal among themselves, sharing each read. q ``[B * queries, Hq, D]``."""
-    return decode_attention(tables, q, rows, kv_indptr, kv_indices, sm_scale, q_len=queries, **step)[0]

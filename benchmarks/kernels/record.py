@@ -77,7 +77,7 @@ def provenance(arguments: list[str], head: str | None = None, program: str = "be
             "us": f"median over {timing.MIN_REPLAYS} to {timing.MAX_REPLAYS} replays of a CUDA graph, per call",
             "data": f"a graph's calls read disjoint data, {timing.COLD_BYTES // 10**6} MB of them "
             f"or {timing.MAX_CALLS} calls, behind one index",
-            "packed": "turn of the query, attention, merge of splits, turn of the output; scratch memory made once",
+            "packed": "query's rotation, attention, merge of splits, output's rotation; scratch memory made once",
             "flashinfer": "BatchDecodeWithPagedKVCacheWrapper, tensor cores, planned once; fastest page size",
             "fa3": "flash_attn_with_kvcache, splits by its own rule, scheduler metadata made once; "
             "fastest page size; an fp8 query is cast beforehand",

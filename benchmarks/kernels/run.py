@@ -80,12 +80,6 @@ def measure_case(subject: Subject, case: Case, timer: Timer | None, seconds: flo
     return row
 
 
-def _method_of(case: Case) -> Method:
-    """A folded query reads the rows of its plain method."""
-    m = case.method
-    return Method(m.allocator, m.k_bits, m.v_bits, m.allocator) if m.folded and m.allocator else m
-
-
 def run(
     chosen: list[Case],
     table: Table,
@@ -104,7 +98,7 @@ def run(
     done, ok, begun = 0, True, time.monotonic()
     for shape, of_shape in groupby(chosen, key=lambda c: c.shape):
         pool = None
-        for method, group in groupby(of_shape, key=_method_of):
+        for method, group in groupby(of_shape, key=lambda c: c.method):
             subject, failed = None, ""
             for case in group:
                 now = time.monotonic()

@@ -9,13 +9,12 @@ from functools import cached_property, lru_cache
 
 import torch
 
-from sglang_blockgtq.kernels import naive
-from sglang_blockgtq.kernels.layout import gather_rows, num_slots
-from sglang_blockgtq.kernels.tables import DeviceTables
+from sglang_blockgtq.kernels import reference
+from sglang_blockgtq.kernels.format.layout import gather_rows, num_slots
 
-from . import folded, ours, peers
+from . import ours, peers
 from .cases import ENCODE_KERNEL, Case, Method
-from .data import FP8, Encode, Index, Pool, make_codec, windows
+from .data import FP8, Index, MakeEncoder, Pool, make_codec, windows
 from .reference import dense_attention, relative_error, small_lengths
 from .timing import Launch
 
@@ -148,16 +147,16 @@ class Dense(Attention):
 class Packed(Attention):
     """Rows of this project, encoded by its kernel from the pool's own tokens; decode and encode."""
 
-    def __init__(self, method: Method, pool: Pool, encode: Encode = ours.encode):
+    def __init__(self, method: Method, pool: Pool, encoder: MakeEncoder = ours.encoder):
         super().__init__(method, pool)
         codec = make_codec(pool.shape, method)
-        self.encode = encode
+        self.encoder = encoder
         self.codec = codec.to(pool.device)
-        self.tables = DeviceTables.of(codec, pool.device)
+        self.tables = ours.tables_of(codec, pool.device)
 
     @cached_property
     def rows(self) -> torch.Tensor:
-        return self.pool.packed(self.tables, self.encode)
+        return self.pool.packed(self.tables, self.encoder)
 
     def close(self) -> None:
         self.__dict__.pop("rows", None)
@@ -177,20 +176,13 @@ class Packed(Attention):
     def caller(self, case: Case, index: Index, page: int, q: torch.Tensor):
         indptr, ids = index.flat(1, ours.INDEX_DTYPE)
         rows, scale = windows(self.rows, index.slots), self.pool.sm_scale
-        longest, heads = max(index.lengths), case.shape.q_heads
-        step = ours.plan(self.tables, index.batch, longest, self.pool.device, heads, case.queries)
-        if case.method.folded:
-            step |= {"page": case.method.folded, "longest": longest}
-        if case.queries > 1:
-            step["queries"] = case.queries
-        call = ours.ours_folded if case.method.folded else ours.ours_multi if case.queries > 1 else ours.ours
-        return lambda i: call(self.tables, q, rows[i], indptr, ids, scale, **step)
+        step = ours.plan(self.tables, index.batch, case.shape.q_heads, case.queries)
+        return lambda i: ours.attend(self.tables, q, rows[i], indptr, ids, scale, **step)
 
     def reference(self, case: Case, index: Index, q: torch.Tensor) -> torch.Tensor:
-        rows, slots = windows(self.rows, index.slots)[0], index.flat(1, torch.int64)
-        if case.method.folded:
-            return folded.reference(self.codec, q, rows, *slots, self.pool.sm_scale, case.method.folded)
-        return naive.decode_attention(self.codec, q, rows, *slots, self.pool.sm_scale, case.queries)[0]
+        indptr, slots = index.flat(1, torch.int64)
+        rows = gather_rows(self.codec.layout, windows(self.rows, index.slots)[0], slots)
+        return reference.decode_attention(self.codec, q, rows, indptr, self.pool.sm_scale, case.queries)[0]
 
     def windows(self, case: Case) -> int:
         return write_windows(self.pool, case.batch) if case.kernel == ENCODE_KERNEL else super().windows(case)
@@ -201,7 +193,8 @@ class Packed(Attention):
         k, v, loc, slots = write_inputs(self.pool, case.batch)
         shape = WRITE_SLOTS // slots, slots, self.tables.row.row_bytes
         rows = torch.empty(shape, dtype=torch.uint8, device=self.pool.device)
-        return lambda i: self.encode(self.tables, k[i % len(k)], v[i % len(v)], rows[i], loc)
+        encoders = [self.encoder(self.tables, window) for window in rows]
+        return lambda i: encoders[i](k[i % len(k)], v[i % len(v)], loc)
 
     def check(self, case: Case, variant: Variant) -> float:
         if case.kernel != ENCODE_KERNEL:
@@ -209,9 +202,9 @@ class Packed(Attention):
         k, v = self.pool.k[:333], self.pool.v[:333]
         loc = torch.randperm(512, generator=torch.Generator().manual_seed(3))[:333].to(self.pool.device)
         rows = torch.full((512, self.tables.row.row_bytes), 255, dtype=torch.uint8, device=self.pool.device)
-        self.encode(self.tables, k, v, rows, loc)
-        wanted = naive.decode(self.codec, naive.encode(self.codec, k, v))
-        found = naive.decode(self.codec, gather_rows(self.tables.row, rows, loc))
+        self.encoder(self.tables, rows)(k, v, loc)
+        wanted = reference.decode(self.codec, reference.encode(self.codec, k, v))
+        found = reference.decode(self.codec, gather_rows(self.tables.row, rows, loc))
         return max(relative_error(a, b) for a, b in zip(found, wanted, strict=True))
 
 
@@ -274,7 +267,7 @@ class CacheWrite(Subject):
 
 
 def make_subject(method: Method, pool: Pool) -> Subject:
-    """The subject of a method. A folded query reads the rows of the method it is folded for."""
+    """The subject of a method."""
     if method.allocator:
         return Packed(method, pool)
     return CacheWrite(method, pool) if method.name == "bf16" else Dense(method, pool)
