@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -66,10 +67,10 @@ def refusal(model_path: str, *flags: str, **engine) -> str:
 
 
 @pytest.mark.parametrize("option", ["k", "v"])
-@pytest.mark.parametrize("value", ["0", "9", "nan", "three", "-1", "inf"])
-def test_bits(model, option, value):
-    message = refusal(model(), f"--kv-quant-{option}-bits={value}", **{f"kv_quant_{option}_bits": value})
-    assert f"--kv-quant-{option}-bits {value}" in message and "from 1 to 8" in message
+def test_bits(model, option):
+    for value in ("0", "9", "nan", "three", "-1", "inf"):
+        message = refusal(model(), f"--kv-quant-{option}-bits={value}", **{f"kv_quant_{option}_bits": value})
+        assert f"--kv-quant-{option}-bits {value}" in message and "from 1 to 8" in message
 
 
 CONFLICTS = [
@@ -79,6 +80,7 @@ CONFLICTS = [
     ("decode_attention_backend", "triton", "leave the option out"),
     ("enable_hierarchical_cache", True, "HiCache"),
     ("enable_lmcache", True, "LMCache"),
+    ("radix_cache_backend", "flexkv", "FlexKV"),
     ("enable_unified_memory", True, "unified memory"),
     ("enable_page_major_kv_layout", True, "token-major"),
     ("enable_kv_cache_sharding", True, "dense K and V"),
@@ -89,9 +91,11 @@ CONFLICTS = [
     ("kv_canary", "raise", "set it to none"),
     ("enable_deterministic_inference", True, "batch-invariant"),
     ("enable_torch_compile", True, "leave the option out"),
+    ("enable_nvidia_megakernel", True, "dense K and V"),
     ("prefill_only_disable_kv_cache", True, "no cache to pack"),
     ("cuda_graph_backend_prefill", "full", "breakable"),
     ("skip_tokenizer_init", True, "--kv-quant-table"),
+    ("checkpoint_engine_wait_weights_before_ready", True, "--kv-quant-table"),
     ("device", "npu", "cuda and cpu"),
 ]
 
@@ -103,6 +107,19 @@ def test_unsupported_features(model, option, value, hint):
     message = refusal(model(), *given, **{option: value})
     assert flag in message and hint in message
     assert value is True or str(value) in message
+
+
+def test_a_prefill_graph_asked_for_in_json(model):
+    full = {"prefill": {"backend": "full"}}
+    message = refusal(model(), "--cuda-graph-config", json.dumps(full), cuda_graph_config=full)
+    assert "--cuda-graph-config prefill.backend=full: not with" in message and "breakable" in message
+
+
+@pytest.mark.parametrize("name", ["SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "SGLANG_USE_HND_KVCACHE"])
+def test_variables_of_sglang(model, monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    message = refusal(model())
+    assert message.startswith(f"error: {name}: not with --kv-quant blockgtq: ") and "unset it" in message
 
 
 def test_quantization_param_path(model, tmp_path):
@@ -118,12 +135,15 @@ def test_quantization_param_path(model, tmp_path):
         ({"head_dim": 40}, "multiples of 16 from 32 to 256"),
         ({"head_dim": 512}, "multiples of 16 from 32 to 256"),
         ({"kv_lora_rank": 64}, "MLA"),
+        ({"mamba_d_state": 16}, "state-space"),
+        ({"is_encoder_decoder": True}, "encoder-decoder"),
         ({"attn_logit_softcapping": 50.0}, "capped"),
         (
             {"quantization_config": {"quant_method": "fp8", "kv_cache_scheme": {"type": "float", "num_bits": 8}}},
             "fp8 cache",
         ),
-        ({"model_type": "mistral", "layer_types": ["sliding_attention", "full_attention"]}, "sliding-window"),
+        ({"model_type": "mistral", "layer_types": ["sliding_attention", "full_attention"]}, "no sliding window"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "with linear_attention layers"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
@@ -132,29 +152,74 @@ def test_unsupported_models(model, changes, hint):
     assert hint in message and "without --kv-quant" in message
 
 
+def test_files(model, tmp_path):
+    """What is no file is told by its kind, and nobody waits for a pipe's other end."""
+    os.mkfifo(tmp_path / "pipe")
+    for option, hint in (("table", "sglang_blockgtq.calibrate"), ("calibration_text", "UTF-8 text file")):
+        flag = "--kv-quant-" + option.replace("_", "-")
+        for value, problem in (
+            (tmp_path / "none", "no such file"),
+            (tmp_path, "a folder, not a file"),
+            (tmp_path / "pipe", "a pipe or device"),
+            ("/dev/null", "a pipe or device"),
+            ("", "empty"),
+        ):
+            message = refusal(model(), f"{flag}={value}", **{f"kv_quant_{option}": str(value)})
+            assert message.startswith(f"error: {flag} {value or repr('')}: {problem}") and hint in message
+
+
 def test_calibration_text(model, tmp_path):
-    missing = str(tmp_path / "none.txt")
-    message = refusal(model(), "--kv-quant-calibration-text", missing, kv_quant_calibration_text=missing)
-    assert missing in message and "no such file" in message
     empty = tmp_path / "empty.txt"
     empty.write_text("")
-    assert "empty" in refusal(model(), "--kv-quant-calibration-text", str(empty), kv_quant_calibration_text=str(empty))
+    message = refusal(model(), "--kv-quant-calibration-text", str(empty), kv_quant_calibration_text=str(empty))
+    assert "blank" in message
 
 
-@pytest.mark.parametrize("value", ["100", "many", "0"])
-def test_calibration_tokens(model, value):
+def test_cache_dir(model, tmp_path):
+    message = refusal(model(), "--kv-quant-cache-dir", "", kv_quant_cache_dir="")
+    assert message.startswith("error: --kv-quant-cache-dir '': empty; name a folder")
+    file = tmp_path / "file"
+    file.touch()
+    message = refusal(model(), "--kv-quant-cache-dir", str(file), kv_quant_cache_dir=str(file))
+    assert f"--kv-quant-cache-dir {file}: not a folder" in message
+
+
+def test_calibration_tokens(model, tmp_path):
+    for value in ("100", "many", "0"):
+        message = refusal(model(), "--kv-quant-calibration-tokens", value, kv_quant_calibration_tokens=value)
+        assert f"--kv-quant-calibration-tokens {value}" in message and "2048" in message
+    # More than any tokenizer makes of the text: told without one, and without reading the weights.
+    value = "100000000"
     message = refusal(model(), "--kv-quant-calibration-tokens", value, kv_quant_calibration_tokens=value)
-    assert f"--kv-quant-calibration-tokens {value}" in message and "2048" in message
+    assert f"--kv-quant-calibration-tokens {value}: the built-in text has" in message
+    text = tmp_path / "text.txt"
+    text.write_text("words " * 100)
+    given = ["--kv-quant-calibration-tokens", "4096", "--kv-quant-calibration-text", str(text)]
+    message = refusal(model(), *given, kv_quant_calibration_tokens=4096, kv_quant_calibration_text=str(text))
+    assert f"--kv-quant-calibration-tokens 4096: {text} has 600 bytes" in message
+
+
+def test_more_tokens_than_a_tokenizer_makes_of_the_built_in_text(model):
+    """Fewer than the text has bytes, so only the model's tokenizer tells."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(model())
+    message = refusal(model(), "--kv-quant-calibration-tokens", "400000", kv_quant_calibration_tokens=400000)
+    assert "--kv-quant-calibration-tokens 400000: the calibration text has only" in message
 
 
 def test_allocator_and_chunk_attention(model):
     message = refusal(model(), "--kv-quant-allocator", "best", kv_quant_allocator="best")
     assert "--kv-quant-allocator best" in message and "template" in message
     message = refusal(model(), "--kv-quant-granularity", "head", kv_quant_granularity="head")
-    assert "--kv-quant-granularity head" in message and "block, slot" in message
-    message = refusal(model(), "--kv-quant-granularity", "slot", kv_quant_granularity="slot")
-    assert "--kv-quant-granularity slot: has no effect on --kv-quant-allocator template" in message
-    assert "--kv-quant-allocator paper or product" in message
+    assert "--kv-quant-granularity head" in message and "block, segment" in message
+    for value in ("slot", "segment", "block"):
+        message = refusal(model(), "--kv-quant-granularity", value, kv_quant_granularity=value)
+        assert f"--kv-quant-granularity {value}: has no effect on --kv-quant-allocator template" in message
+        assert "--kv-quant-allocator paper or product" in message
     message = refusal(model(), "--kv-quant-preset", "fast", kv_quant_preset="fast")
     assert "--kv-quant-preset fast" in message and "quality, balanced, compact" in message
     message = refusal(model(), "--kv-quant-chunk-attention", "exact", kv_quant_chunk_attention="exact")
@@ -167,18 +232,38 @@ def test_allocator_and_chunk_attention(model):
         (
             64,
             "2.3",
-            "--kv-quant-k-bits 2.3 gives the 4 slots of head_dim 64 9 bits, which fill no 16-bit words; 2 and 2.5",
+            "--kv-quant-k-bits 2.3 gives the 4 segments of head_dim 64 9 bits, which fill no 16-bit words; 2 and",
         ),
         (80, "3", "2.8 and 3.2 work, or --kv-quant-granularity block takes any"),
     ],
 )
-def test_slots_that_do_not_fit(model, head_dim, bits, says):
+def test_segments_that_do_not_fit(model, head_dim, bits, says):
     """Found out from the config alone."""
-    options = {"granularity": "slot", "allocator": "product", "k-bits": bits}
-    flags = [part for name, value in options.items() for part in (f"--kv-quant-{name}", value)]
-    engine = {f"kv_quant_{name.replace('-', '_')}": value for name, value in options.items()}
-    message = refusal(model(head_dim=head_dim), *flags, **engine)
-    assert message.startswith("error: --kv-quant-granularity slot: ") and says in message
+    for granularity in ({}, {"granularity": "slot"}):
+        given = {"allocator": "product", "k-bits": bits, **granularity}
+        flags = [part for name, value in given.items() for part in (f"--kv-quant-{name}", value)]
+        engine = {f"kv_quant_{name.replace('-', '_')}": value for name, value in given.items()}
+        message = refusal(model(head_dim=head_dim), *flags, **engine)
+        assert message.startswith("error: --kv-quant-granularity segment: ") and says in message
+
+
+def test_options_are_not_abbreviated(model, tmp_path):
+    """SGLang's parser takes any beginning of a flag; --kv-quant-k must not pass for --kv-quant-k-bits."""
+    from sglang.srt.server_args import prepare_server_args
+
+    start = ["--model-path", model(), "--kv-quant", "blockgtq"]
+    config = tmp_path / "server.yaml"
+    config.write_text("kv-quant-k: 2\n")
+    for given in (["--kv-quant-k", "2"], ["--kv-quant-k=2"], ["--config", str(config)]):
+        with pytest.raises(SystemExit) as exit:
+            prepare_server_args([*start, *given])
+        assert exit.value.code == "error: --kv-quant-k: these options are not abbreviated; write --kv-quant-k-bits"
+    with pytest.raises(SystemExit) as exit:
+        prepare_server_args([*start, "--kv-quant-c=raw"])
+    assert "--kv-quant-calibration-text or" in exit.value.code and "--kv-quant-chunk-attention" in exit.value.code
+    # SGLang's own flags keep theirs, and so does a value that looks like one of ours.
+    args = prepare_server_args(["--model-pat", model(), "--served-model-name=--kv-quant-k", "--dev", "cpu"])
+    assert args.device == "cpu" and args.served_model_name == "--kv-quant-k"
 
 
 def test_options_without_kv_quant(model):
@@ -212,9 +297,6 @@ class TestTables:
 
     def message(self, model, path, *flags, **engine):
         return refusal(model(), "--kv-quant-table", str(path), *flags, kv_quant_table=str(path), **engine)
-
-    def test_missing(self, model, tmp_path):
-        assert "no such file" in self.message(model, tmp_path / "none.safetensors")
 
     def test_another_model(self, model, table):
         message = self.message(model, table)
@@ -262,32 +344,29 @@ class TestTables:
         assert "--kv-quant-k-bits 2" in message and "3.0" in message
 
 
-@pytest.mark.parametrize("entry", ["launch_server", "serve"])
-def test_exit_code_of_the_real_command(model, entry):
-    """The whole way through the real entry points, once each."""
-    command = [sys.executable, "-m", "sglang.launch_server"]
-    if entry == "serve":
-        command = [str(Path(sys.executable).with_name("sglang")), "serve"]
-    run = subprocess.run(
-        [*command, "--model-path", model(), "--kv-quant", "blockgtq", "--enable-hierarchical-cache"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=model(),
-    )
-    assert run.returncode != 0
-    assert run.stderr.strip().splitlines()[-1].startswith("error: --enable-hierarchical-cache: not with --kv-quant")
+def test_exit_code_of_the_real_commands(model):
+    """The whole way through the real entry points, at once."""
+    serve = [str(Path(sys.executable).with_name("sglang")), "serve"]
+    flags = ["--model-path", model(), "--kv-quant", "blockgtq", "--enable-hierarchical-cache"]
+    runs = [
+        subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=model())
+        for command in ([sys.executable, "-m", "sglang.launch_server"], serve)
+    ]
+    for run in runs:
+        said = run.communicate(timeout=300)[1]
+        assert run.returncode != 0
+        assert said.strip().splitlines()[-1].startswith("error: --enable-hierarchical-cache: not with --kv-quant")
 
 
 def test_model_without_rope_gets_uniform_bits_and_a_notice(caplog):
     from sglang_blockgtq.calibrate.rope import RopeBlocks
+    from sglang_blockgtq.obtain import effective_rule
     from sglang_blockgtq.options import KVQuantOptions
-    from sglang_blockgtq.runtime import effective_rule
 
-    slots = KVQuantOptions(allocator="product", granularity="slot")
-    none = {"allocator": "uniform", "granularity": "block"}
-    assert effective_rule([RopeBlocks(64, 0)], slots) == none and caplog.text
-    assert effective_rule([RopeBlocks(64, 64)], slots) == {"allocator": "product", "granularity": "slot"}
+    segments = KVQuantOptions(allocator="product", granularity="segment")
+    none = {"allocator": "uniform", "granularity": "segment"}
+    assert effective_rule([RopeBlocks(64, 0)], segments) == none and caplog.text
+    assert effective_rule([RopeBlocks(64, 64)], segments) == {"allocator": "product", "granularity": "segment"}
     caplog.clear()
     options = KVQuantOptions(allocator="template")
     assert effective_rule([RopeBlocks(64, 0), RopeBlocks(64, 0)], options) == none

@@ -1,5 +1,5 @@
-"""How the CUDA backend calls its extend on FlashAttention-3, and what it makes ready for a decode step; the attention
-itself is tested with the kernels."""
+"""How the CUDA backend calls its extend, and what it makes ready for a decode step; the attention itself is tested
+with the kernels."""
 
 from __future__ import annotations
 
@@ -15,11 +15,24 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang_blockgtq.backend.cuda import TritonPackedBackend
 from sglang_blockgtq.backend.extend import ExtendPlan
 
-HEADS, GROUP, DIM, LAYERS = 2, 3, 16, 3
+HEADS, GROUP, DIM, LAYERS = 2, 3, 16, (4, 9, 5)  # by id, in the order in which the model runs them
+
+
+class Layer:
+    """In a TritonLayer's place: keeps what is written to it."""
+
+    def __init__(self, layer_id):
+        self.id, self.saved = layer_id, []
+
+    def encode(self, k, v, loc, q=None):
+        self.saved.append((k, v, loc))
+
+    def dense(self, slots, dtype):
+        return torch.full((2, len(slots), HEADS, DIM), 7.0, dtype=dtype).unbind()
 
 
 class Recorder:
-    """In FlashExtend's place: keeps what it is called with and writes which layer it was."""
+    """In the Workspace's place: keeps what it is called with and writes which layer it was."""
 
     def __init__(self):
         self.calls, self.plans = [], 0
@@ -29,25 +42,18 @@ class Recorder:
         room = torch.empty(100, HEADS, DIM)
         return ExtendPlan.of(prefix_lens, new_lens, qo_indptr, kv_indptr, kv_indices, room, room)
 
-    def unpacked(self, layer, rows, slots):
-        return torch.full((2, len(slots), HEADS, DIM), 7.0).unbind()
-
-    def __call__(self, layer, plan, q, k, v, rows, sm_scale, out):
-        self.calls.append((layer, plan, q, k, v, rows))
-        out.fill_(layer)
+    def __call__(self, layer, plan, q, k, v, sm_scale, out):
+        self.calls.append((layer, plan, q, k, v))
+        out.fill_(layer.id)
 
 
 @pytest.fixture
 def backend():
     backend = TritonPackedBackend.__new__(TritonPackedBackend)
-    backend.flash, backend._plan, backend.quantized_chunk = Recorder(), None, False
-    backend.saved = []
-    backend.pool = SimpleNamespace(
-        rows=[f"rows {i}" for i in range(LAYERS)],
-        start_layer=4,
-        local=lambda layer_id: layer_id - 4,
-        set_kv_buffer=lambda layer, loc, k, v: backend.saved.append(layer.layer_id),
-    )
+    backend._plan, backend.quantized_chunk, backend.first_layer = None, False, LAYERS[0]
+    backend.buffers = SimpleNamespace(workspace=Recorder(), graph_slots=torch.full((4 * 6,), -1, dtype=torch.int32))
+    layers = {i: Layer(i) for i in LAYERS}
+    backend.pool = SimpleNamespace(layers=layers, layer=layers.__getitem__)
     backend.forward_metadata = metadata([3, 0], [2, 4])
     return backend
 
@@ -69,7 +75,7 @@ def batch(prefix=(3, 0), new=(2, 4), output=None):
     return SimpleNamespace(
         extend_prefix_lens_cpu=list(prefix),
         extend_seq_lens_cpu=list(new),
-        out_cache_loc=torch.arange(sum(new)),
+        out_cache_loc=torch.arange(sum(new)) + 20,
         _attn_output=output,
     )
 
@@ -83,21 +89,16 @@ def extend(backend, layer_id, forward_batch, **kwargs):
     return TritonPackedBackend.forward_extend(backend, q, k, k, layer, forward_batch, **kwargs)
 
 
-@pytest.fixture(autouse=True)
-def _loc(monkeypatch):
-    monkeypatch.setattr(
-        "sglang_blockgtq.backend.cuda.KVWriteLoc", SimpleNamespace(for_batch=lambda batch, swa_loc: None)
-    )
-
-
 def test_one_plan_for_all_layers_of_a_batch(backend):
     forward_batch = batch()
-    for layer_id in (4, 5, 6):
+    for layer_id in LAYERS:
         out = extend(backend, layer_id, forward_batch)
-        assert out.shape == (6, HEADS * GROUP * DIM) and bool((out == layer_id - 4).all())
-    assert backend.flash.plans == 1 and backend.saved == [4, 5, 6]
-    assert [call[5] for call in backend.flash.calls] == backend.pool.rows
-    plan = backend.flash.calls[0][1]
+        assert out.shape == (6, HEADS * GROUP * DIM) and bool((out == layer_id).all())
+        ((k, v, loc),) = backend.pool.layer(layer_id).saved
+        assert k.shape == v.shape == (6, HEADS, DIM) and loc is forward_batch.out_cache_loc
+    workspace = backend.buffers.workspace
+    assert workspace.plans == 1 and [call[0].id for call in workspace.calls] == list(LAYERS)
+    plan = workspace.calls[0][1]
     assert (plan.prefix, plan.new) == (3, 6) and plan.cu_k.tolist() == [0, 5, 9]
 
 
@@ -107,28 +108,28 @@ def test_the_next_batch_gets_its_own_plan(backend):
     meta = backend.forward_metadata
     vars(meta).update(vars(metadata([1, 1], [5, 5])))
     extend(backend, 4, batch((1, 1), (5, 5)))
-    assert backend.flash.calls[-1][1].cu_k.tolist() == [0, 6, 12]
+    assert backend.buffers.workspace.calls[-1][1].cu_k.tolist() == [0, 6, 12]
     backend.forward_metadata = metadata([0, 0], [1, 2])
-    extend(backend, 5, batch((0, 0), (1, 2)))
-    assert backend.flash.calls[-1][1].cu_q.tolist() == [0, 1, 3]
+    extend(backend, 9, batch((0, 0), (1, 2)))
+    assert backend.buffers.workspace.calls[-1][1].cu_q.tolist() == [0, 1, 3]
 
 
 def test_result_goes_where_the_graph_reads_it(backend):
     output = torch.full((6, HEADS * GROUP * DIM), torch.nan)
     got = extend(backend, 5, batch(output=output))
-    assert got.data_ptr() == output.data_ptr() and bool((output == 1).all())
+    assert got.data_ptr() == output.data_ptr() and bool((output == 5).all())
 
 
 def test_quantized_chunk_is_read_from_its_rows(backend):
     backend.quantized_chunk = True
     extend(backend, 4, batch())
-    _, _, _, k, v, _ = backend.flash.calls[0]
+    _, _, _, k, v = backend.buffers.workspace.calls[0]
     assert k.shape == v.shape == (6, HEADS, DIM) and bool((k == 7).all()) and bool((v == 7).all())
 
 
 def test_saving_is_the_callers_choice(backend):
     extend(backend, 4, batch(), save_kv_cache=False)
-    assert backend.saved == [] and len(backend.flash.calls) == 1
+    assert backend.pool.layer(4).saved == [] and len(backend.buffers.workspace.calls) == 1
 
 
 def test_masks_are_refused(backend):
@@ -149,7 +150,7 @@ def stepping(backend, monkeypatch):
         )
     backend.device, backend.max_context_len = "cpu", 6
     backend.kv_indptr = torch.full((5,), -1, dtype=torch.int32)
-    backend.cuda_graph_kv_indices = torch.full((4 * 6,), -1, dtype=torch.int32)
+    backend.init_cuda_graph_state(3, 4)
     backend.table = torch.arange(5 * 6, dtype=torch.int32).view(5, 6)
     # SGLang's own, of a pool whose slots are what its table of requests holds.
     translator = KVIndexTranslator.__new__(KVIndexTranslator)
@@ -245,12 +246,21 @@ def test_a_table_of_something_else_is_an_error(stepping, table):
         stepping.init_forward_metadata(step([1], [2]))
 
 
-def test_graphs_share_narrow_slots(stepping, monkeypatch):
-    given = []
-    monkeypatch.setattr(TritonAttnBackend, "init_cuda_graph_state", lambda self, *args: given.append(args))
-    stepping.init_cuda_graph_state(3, 4)
-    ((requests, tokens, slots),) = given
-    assert (requests, tokens, slots.dtype, len(slots)) == (3, 4, torch.int32, 24)
+def test_graphs_take_the_slots_that_were_counted(stepping, monkeypatch, caplog):
+    """Nothing of the base's buffers is made; a larger batch than was foreseen gets memory, and a warning."""
+    monkeypatch.setattr(TritonAttnBackend, "init_cuda_graph_state", None)
+    stepping.init_cuda_graph_state(4, 4)
+    assert stepping.cuda_graph_kv_indices is stepping.buffers.graph_slots and not caplog.records
+    stepping.init_cuda_graph_state(5, 5)
+    slots = stepping.cuda_graph_kv_indices
+    assert (slots.dtype, len(slots)) == (torch.int32, 30) and not slots.any()
+    assert "graphs of 5 requests were not foreseen" in caplog.text
+
+
+def test_a_layer_without_keys_of_its_own_is_refused(backend):
+    with pytest.raises(NotImplementedError, match="layer 4 shares another layer's cache"):
+        layer = SimpleNamespace(layer_id=4)
+        TritonPackedBackend.forward_extend(backend, torch.zeros(6, 1), None, None, layer, batch())
 
 
 def test_the_scheduler_writes_when_a_graph_has_gathered(stepping):

@@ -12,10 +12,11 @@ from sglang_blockgtq.calibrate.allocate import ALLOCATORS, template_candidates
 from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.rope import RopeBlocks
-from sglang_blockgtq.kernels import naive
-from sglang_blockgtq.kernels.codebook import levels
-from sglang_blockgtq.kernels.layout import CodeLayout, gather_rows
-from sglang_blockgtq.kernels.pack import pack
+from sglang_blockgtq.calibrate.segments import SEGMENT_ALLOCATORS
+from sglang_blockgtq.kernels import reference
+from sglang_blockgtq.kernels.format.codebook import levels
+from sglang_blockgtq.kernels.format.layout import CodeLayout, gather_rows
+from sglang_blockgtq.kernels.format.pack import pack
 
 ROOT = Path(__file__).resolve().parent.parent
 DOC = ROOT / "docs" / "format.md"
@@ -91,7 +92,7 @@ def test_example_row_decodes_by_the_rules_of_the_page():
     assert len(row) == 200
     widths = [bits for bits in (6, 4, 3, 3, 2, 2, 2, 2) for _ in range(16)]
     codec, packed = format_table.example_row()
-    want_k, want_v = naive.decode_transformed(codec, packed[None])
+    want_k, want_v = reference.decode_transformed(codec, packed[None])
     for head in range(2):
         k_scale, v_scale = struct.unpack_from("<ee", row, 192 + head * 4)
         k = decode_by_hand(row[head * 48 : head * 48 + 48], text, "K")
@@ -135,15 +136,13 @@ def test_interleaving_by_the_rules_of_the_page():
     assert torch.equal(gather_rows(layout, held, torch.arange(32)), rows)
 
 
-def test_tail_example():
-    layout = CodeLayout((3,) * 10)
-    assert layout.code_bytes == 4 and layout.tail_offset == 3
-    assert [(p.name, p.num_bytes, p.num_planar) for p in layout.planes] == [("two", 2, 8), ("one", 1, 8)]
-    for channel, bits in ((8, (0, 1, 4)), (9, (2, 3, 5))):
-        codes = torch.zeros(10, dtype=torch.int32)
-        codes[channel] = 7
-        tail = int(pack(layout, codes)[3])
-        assert tail == sum(1 << b for b in bits)
+def test_string_of_bits_by_the_rules_of_the_page():
+    assert "Channels of 3, 3 and 2 bits share one byte: bits 0-2, 3-5 and 6-7." in DOC.read_text()
+    assert pack(CodeLayout((3, 3, 2)), torch.tensor([5, 3, 2]), False).tolist() == [5 | 3 << 3 | 2 << 6]
+    widths = (8, 7, 5, 5, 3, 1, 1)
+    codes = [200, 99, 30, 1, 6, 0, 1]
+    string = sum(code << sum(widths[:c]) for c, code in enumerate(codes))
+    assert bytes(pack(CodeLayout(widths), torch.tensor(codes), False).tolist()) == string.to_bytes(4, "little")
 
 
 def table_rows():
@@ -162,14 +161,16 @@ def test_table_is_complete_and_within_the_promised_bytes():
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 def test_table_holds_for_real_allocations(dim):
-    """Every allocator, on heads whose block energies span five decades."""
+    """Every allocator, on heads whose block energies span five decades; paper and product by blocks."""
     generator = torch.Generator().manual_seed(dim)
     energy = 10 ** (5 * torch.rand(2, 1, 3, dim // 2, generator=generator, dtype=torch.float64) - 3)
     moments = Moments(energy[0], energy[1], torch.ones(1, 3, dtype=torch.float64), 2048)
     for _, k_bits, v_bits, dense, fixed, least, most in (row for row in table_rows() if row[0] == dim):
         assert dense == 4 * dim
         for name in ALLOCATORS:
-            table = build_table(moments, [RopeBlocks(dim, dim)], k_bits=k_bits, v_bits=v_bits, allocator=name)
+            granularity = "block" if name in SEGMENT_ALLOCATORS else "segment"
+            options = {"k_bits": k_bits, "v_bits": v_bits, "allocator": name, "granularity": granularity}
+            table = build_table(moments, [RopeBlocks(dim, dim)], **options)
             size = table.row_layout(0).head_bytes
             if name in ("uniform", "template"):
                 assert size == fixed

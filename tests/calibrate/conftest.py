@@ -1,5 +1,8 @@
 """Synthetic moments and tiny random models shared by the calibration tests."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -110,3 +113,12 @@ def model_folder(tiny_model, byte_tokenizer, tmp_path_factory):
     tiny_model("llama_gqa3").save_pretrained(folder)
     byte_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def loaded():
+    """The module of a stand-in for a loaded ModelRunner; it imports SGLang."""
+    spec = importlib.util.spec_from_file_location("calibrate_loaded", Path(__file__).with_name("loaded.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,5 +1,6 @@
 """Allocators: budgets, rules, invariances."""
 
+import hashlib
 import itertools
 import math
 from fractions import Fraction
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from sglang_blockgtq.calibrate.allocate import (
+    ALLOCATOR_VERSION,
     ALLOCATORS,
     TEMPLATE_WIDTHS,
     block_budget,
@@ -16,9 +18,10 @@ from sglang_blockgtq.calibrate.allocate import (
     template_widths,
 )
 from sglang_blockgtq.calibrate.moments import Moments
-from sglang_blockgtq.kernels.codebook import distortion
-from sglang_blockgtq.kernels.columns import columns_of
-from sglang_blockgtq.kernels.layout import CodeLayout
+from sglang_blockgtq.calibrate.segments import SEGMENT_ALLOCATORS, rule_of
+from sglang_blockgtq.kernels.format.codebook import distortion
+from sglang_blockgtq.kernels.format.columns import columns_of
+from sglang_blockgtq.kernels.format.layout import CodeLayout
 
 BITS = ["1", "1.3", "2", "2.3", "2.5", "3", "3.7", "4", "6.25", "8"]
 BLOCKS = [16, 24, 32, 40, 64, 120, 128]
@@ -149,7 +152,7 @@ def test_template_gives_every_head_the_same_multiset(make_moments, blocks, bits)
 @pytest.mark.parametrize("blocks", [32, 64, 96, 128])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_template_lies_in_columns(make_moments, blocks, bits):
-    """So that the fast kernels read it; slots of 16 channels, of which each has one width."""
+    """So that the fast kernels read it; segments of 16 channels, of which each has one width."""
     widths = template_widths(make_moments(blocks=blocks, spread=3.0), bits)
     assert 1 < len(set(widths)) <= TEMPLATE_WIDTHS
     layout = CodeLayout(tuple(w for w in widths for _ in range(2)))
@@ -166,18 +169,18 @@ def test_where_no_widths_fill_words_any_will_do(make_moments, blocks, bits, colu
     assert (layout.columns is not None) == columns
 
 
-@pytest.mark.parametrize("units, slots", [(8, 1), (8, 2), (4, 1), (8, 0)])
-def test_template_candidates(units, slots):
+@pytest.mark.parametrize("units, segments", [(8, 1), (8, 2), (4, 1), (8, 0)])
+def test_template_candidates(units, segments):
     """All width multisets of a budget that fill words: compared with a search through all there are."""
     every = [w[::-1] for w in itertools.combinations_with_replacement(range(1, 9), units)]
     for budget in (units, 2 * units + 1, 3 * units, 4 * units + 2, 8 * units):
-        candidates = template_candidates(budget, units, slots)
+        candidates = template_candidates(budget, units, segments)
         want = {
             w
             for w in every
             if sum(w) == budget
             and len(set(w)) <= TEMPLATE_WIDTHS
-            and (slots == 0 or columns_of(tuple(x for x in w for _ in range(slots))) is not None)
+            and (segments == 0 or columns_of(tuple(x for x in w for _ in range(segments))) is not None)
         }
         assert len(candidates) == len(want) and set(candidates) == want
 
@@ -191,7 +194,7 @@ def test_whole_bits_always_have_a_template(bits):
 
 @pytest.mark.parametrize("eighths", range(8, 64, 3))
 def test_what_makes_no_whole_unit_is_not_spent(make_moments, eighths):
-    """A few blocks more would tear their slot in two."""
+    """A few blocks more would tear their segment in two."""
     widths = template_widths(make_moments(blocks=64, spread=3.0), eighths / 8 + 0.1)
     assert sum(widths) == 8 * eighths
     assert widths == sorted(widths, reverse=True)
@@ -199,8 +202,8 @@ def test_what_makes_no_whole_unit_is_not_spent(make_moments, eighths):
 
 
 @pytest.mark.parametrize("eighths", range(8, 65, 5))
-def test_heads_that_are_no_slots_spend_all(make_moments, eighths):
-    """20 blocks, 40 channels: no slots of 16, and no templates either."""
+def test_heads_that_are_no_segments_spend_all(make_moments, eighths):
+    """20 blocks, 40 channels: no segments of 16, and no templates either."""
     widths = template_widths(make_moments(blocks=20, spread=3.0), eighths / 8)
     assert sum(widths) == int(20 * eighths / 8)
     assert widths == sorted(widths, reverse=True) and 1 <= widths[-1] <= widths[0] <= 8
@@ -230,10 +233,16 @@ def test_even_energies_get_even_widths():
     assert template_widths(Moments(equal, equal, equal[..., 0], 2048), 3) == [3] * 32
 
 
-def test_even_widths_that_fill_no_words_are_passed_over():
-    """Eight slots of 5 bits cannot be laid into 40 bits with two of them cut; the nearest that can are taken."""
-    equal = torch.ones(2, 2, 64, dtype=torch.float64)
-    assert columns_of((5,) * 8) is None
-    widths = template_widths(Moments(equal, equal, equal[..., 0], 2048), 5)
-    assert sum(widths) == 5 * 64 and max(widths) - min(widths) == 2
-    assert columns_of(tuple(widths[::8])) is not None
+#: sha256 of the widths of the moments below; who changes a rule raises ALLOCATOR_VERSION, by which cached tables are
+#: told from those of another rule, and puts the new value here.
+WIDTHS = {1: "0875a22ddbce01d6"}
+
+
+def test_rules_that_change_have_another_version(make_moments):
+    digest = hashlib.sha256()
+    for allocator in ALLOCATORS:
+        for granularity in ("segment", "block") if allocator in SEGMENT_ALLOCATORS else ("segment",):
+            for bits in (2, 3, 4):
+                widths = rule_of(allocator, granularity).widths(make_moments(4, 4, 64, spread=2.0), bits)
+                digest.update(widths.numpy().tobytes())
+    assert WIDTHS[ALLOCATOR_VERSION] == digest.hexdigest()[:16]

@@ -14,9 +14,10 @@ from sglang_blockgtq.calibrate.__main__ import main
 from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.fingerprint import fingerprint
 from sglang_blockgtq.calibrate.inspect import layer_groups, summary, templates_of, width_shares
-from sglang_blockgtq.calibrate.model import config_hash, rope_blocks, weights_hash
+from sglang_blockgtq.calibrate.model import config_hash, rope_blocks
 from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.calibrate.table import AllocationTable
+from sglang_blockgtq.calibrate.weights import weights_hash
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +64,11 @@ def test_options_reach_the_table(model_folder, tmp_path, capsys):
 
 def test_granularity_reaches_the_table(model_folder, tmp_path, capsys):
     out = tmp_path / "t.safetensors"
-    argv = f"--model-path {model_folder} --out {out} --allocator product --granularity slot --device cpu"
-    assert main(argv.split()) == 0
-    h = AllocationTable.load(out).header
-    assert (h.allocator, h.granularity) == ("product", "slot")
+    argv = f"--model-path {model_folder} --out {out} --allocator product --device cpu"
+    for said, granularity in (("", "segment"), (" --granularity slot", "segment"), (" --granularity block", "block")):
+        assert main((argv + said).split()) == 0
+        h = AllocationTable.load(out).header
+        assert (h.allocator, h.granularity) == ("product", granularity)
 
 
 def test_defaults_are_the_servers(model_folder, tmp_path):
@@ -74,7 +76,7 @@ def test_defaults_are_the_servers(model_folder, tmp_path):
     assert main(["--model-path", str(model_folder), "--out", str(out), "--device=cpu"]) == 0
     h = AllocationTable.load(out).header
     assert (h.k_bits, h.v_bits, h.allocator, h.tokens) == (3.0, 3.0, "template", 2048)
-    assert h.granularity == "block"
+    assert h.granularity == "segment"
 
 
 def test_a_model_without_rope_gets_uniform_bits_and_a_notice(tiny_model, byte_tokenizer, tmp_path, caplog):
@@ -134,7 +136,7 @@ def test_inspect_in_a_process_of_its_own(made, tmp_path):
 
 def test_the_picture_shows_the_shares(make_moments):
     rope = [RopeBlocks(64, 64)] * 5
-    table = build_table(make_moments(layers=5), rope, k_bits=3, v_bits=3, allocator="product")
+    table = build_table(make_moments(layers=5), rope, k_bits=3, v_bits=3, allocator="product", granularity="block")
     left, right, _colorbar = fingerprint(table).axes
     shares = width_shares(table)
     assert len(left.containers) == int((shares > 0).any(0).sum()) > 3
@@ -166,18 +168,20 @@ def test_summary_figures(make_moments):
     assert "1800 bytes in all layers" in text
     for name in ("layers 0-1", "layers 2-3", "layers 4-5", "layers 6-8"):
         assert name in text
-    free = build_table(make_moments(), [RopeBlocks(64, 64)] * 2, k_bits=3, v_bits=3, allocator="product")
+    rope = [RopeBlocks(64, 64)] * 2
+    free = build_table(make_moments(), rope, k_bits=3, v_bits=3, allocator="product", granularity="block")
     assert templates_of(free) == []
+    assert "product by blocks" in summary(free) and "by segments" not in text
     assert "none: widths differ" in summary(free)
 
 
-def test_inspect_by_slots(make_moments):
+def test_inspect_by_segments(make_moments):
     moments, rope = make_moments(layers=5, heads=4, spread=2.0), [RopeBlocks(64, 64)] * 5
-    table = build_table(moments, rope, k_bits=3, v_bits=3, allocator="product", granularity="slot")
+    table = build_table(moments, rope, k_bits=3, v_bits=3, allocator="product", granularity="segment")
     templates = templates_of(table)
     assert len(templates) == len(table.k_templates) > 1 and sum(share for _, share in templates) == pytest.approx(1)
     text = summary(table)
-    assert "product by slots" in text
+    assert "product by segments" in text
     for widths, share in templates:
         assert f"{share:.0%} of heads: {widths.count(widths[0])} blocks at {widths[0]} bit" in text
 
@@ -236,11 +240,11 @@ def test_bad_bits(bad, side, bits):
 
 def test_bad_options(bad, tmp_path):
     assert "--allocator" in (line := bad(allocator="best")) and "best" in line and "template" in line
-    assert "--granularity" in (line := bad(granularity="head")) and "slot" in line
-    line = bad(granularity="slot")
-    assert "--granularity slot: has no effect on the allocator template" in line and "paper, product" in line
-    line = bad(granularity="slot", allocator="paper", k_bits="2.5")
-    assert line.startswith("error: --granularity slot: --k-bits 2.5 gives the 2 slots of head_dim 32 5 bits")
+    assert "--granularity" in (line := bad(granularity="head")) and "segment" in line
+    line = bad(granularity="block")
+    assert "--granularity block: has no effect on the allocator template" in line and "paper, product" in line
+    line = bad(granularity="segment", allocator="paper", k_bits="2.5")
+    assert line.startswith("error: --granularity segment: --k-bits 2.5 gives the 2 segments of head_dim 32 5 bits")
     assert "2 and 3 work, or --granularity block takes any" in line
     assert "--dtype" in (line := bad(dtype="int8")) and "bfloat16" in line
     assert "--device" in (line := bad(device="toaster")) and "cpu works everywhere" in line
@@ -255,8 +259,14 @@ def test_bad_text(bad, tmp_path):
     assert line == f"error: --calibration-text {tmp_path / 'none.txt'}: no such file; name a UTF-8 text file"
     (tmp_path / "short.txt").write_text("word " * 10)
     line = bad(calibration_text=tmp_path / "short.txt")
-    assert "--calibration-tokens 2048: the calibration text has only 50 tokens" in line
-    assert "longer text with --calibration-text" in line
+    short = f"--calibration-tokens 2048: {tmp_path / 'short.txt'} has 50 bytes, and a token takes one or more"
+    assert line == f"error: {short}; name a longer text with --calibration-text"
+    (tmp_path / "short.txt").write_text("é" * 1500)
+    line = bad(calibration_text=tmp_path / "short.txt", calibration_tokens="3100")
+    assert "--calibration-tokens 3100: the calibration text has only 3000 tokens" in line
+    line = bad(calibration_tokens="100000000")
+    assert line.startswith("error: --calibration-tokens 100000000: the built-in text has") and "ask for about" in line
+    assert "a folder, not a file" in bad(calibration_text=tmp_path)
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     assert "not UTF-8" in bad(calibration_text=tmp_path / "binary")
 

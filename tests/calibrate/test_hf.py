@@ -114,6 +114,17 @@ def test_a_wrong_pairing_is_refused(tiny_model, name):
                     check_rope(model, rope, token=5)
 
 
+def test_the_probe_stays_within_a_short_context(tiny_model, monkeypatch):
+    model = tiny_model("llama_gqa3")
+    monkeypatch.setattr(model.config, "max_position_embeddings", 100)
+    seen = []
+    handle = model.base_model.register_forward_pre_hook(lambda _, __, kw: seen.append(kw), with_kwargs=True)
+    check_rope(model, rope_blocks(model.config), 5)
+    handle.remove()
+    (positions,) = (kw["position_ids"] for kw in seen)
+    assert positions.max() < 100 and len(positions.unique()) == 48
+
+
 def test_a_model_without_rope(tiny_model):
     model = tiny_model("gpt2_no_rope")
     rope = rope_blocks(model.config)

@@ -11,7 +11,6 @@ from sglang_blockgtq.calibrate.model import (
     is_neox,
     rope_blocks,
     rope_parameters,
-    weights_hash,
 )
 from sglang_blockgtq.calibrate.rope import RopeBlocks, check_head_dim
 
@@ -96,49 +95,6 @@ def test_sglang_reads_a_config_of_the_same_hash(model_folder):
     assert config_hash(get_config(str(model_folder), trust_remote_code=False)) == expected
     served = ModelConfig(str(model_folder))
     assert config_hash(served.hf_config) == config_hash(served.hf_text_config) == expected
-
-
-def test_weights_hash_sees_contents_names_and_sizes(tmp_path):
-    def shard(name, data):
-        (tmp_path / name).write_bytes(data)
-        return weights_hash(str(tmp_path))
-
-    assert weights_hash(str(tmp_path)) == ""
-    (tmp_path / "config.json").write_text("{}")
-    assert weights_hash(str(tmp_path)) == ""
-    big = bytes(3 << 20)
-    seen = [
-        shard("model-1.safetensors", big),
-        shard("model-1.safetensors", b"\1" + big[1:]),
-        shard("model-1.safetensors", big[1:] + b"\1"),
-        shard("model-1.safetensors", big + b"\0"),
-        shard("model-2.safetensors", b"x"),
-        weights_hash(str(tmp_path / "model-2.safetensors")),
-    ]
-    assert len(set(seen)) == len(seen)
-    assert all(len(h) == 64 for h in seen)
-    (tmp_path / "config.json").write_text("{ }")
-    assert weights_hash(str(tmp_path)) == seen[4]
-
-
-@pytest.mark.parametrize("name", ["no/such-model", "nosuchmodel", "/no/such/folder", "a b/c?d/e"])
-def test_weights_hash_of_what_is_not_here_is_empty(name, monkeypatch):
-    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the network"))
-    assert weights_hash(name) == ""
-
-
-def test_weights_hash_of_a_cached_hub_model(tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    repo = tmp_path / "models--org--name"
-    snapshot = repo / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text("abc")
-    (snapshot / "config.json").write_text("{}")
-    (snapshot / "model.safetensors").write_bytes(b"weights")
-    assert weights_hash("org/name") == weights_hash(str(snapshot)) != ""
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -18,9 +21,8 @@ KEY = "blockgtq"
 @pytest.fixture(scope="module")
 def table(make_moments):
     rope = [RopeBlocks(32, 16, neox=False)] * 2
-    return build_table(
-        make_moments(blocks=16), rope, k_bits=2.5, v_bits=3, allocator="product", model_id="a/b", config_hash="c"
-    )
+    names = {"model_id": "a/b", "config_hash": "c", "allocator": "product", "granularity": "block"}
+    return build_table(make_moments(blocks=16), rope, k_bits=2.5, v_bits=3, **names)
 
 
 @pytest.fixture
@@ -87,18 +89,48 @@ def test_changed_values_under_an_intact_file_are_noticed(saved):
         AllocationTable.load(saved)
 
 
-def test_newer_version(saved):
-    rewrite(saved, {KEY: json.dumps({**header_of(saved), "format_version": FORMAT_VERSION + 1, "novel": 1})})
-    with pytest.raises(TableError, match=f"format version {FORMAT_VERSION + 1}, this build reads version"):
+@pytest.mark.parametrize(
+    "version, says",
+    [
+        (
+            2,
+            "format version 2 holds other tensors than version 3, which this build reads; make it again with python -m",
+        ),
+        (4, "format version 4 is of a newer sglang-blockgtq, this build reads version 3; make it again with python -m"),
+        ("three", r"no format version \('three' is no whole number\); make it again"),
+        (None, "no format version"),
+        (True, "no format version"),
+        (3.0, "no format version"),
+    ],
+)
+def test_other_versions(saved, version, says):
+    """Whatever else their headers hold."""
+    rewrite(saved, {KEY: json.dumps({**header_of(saved), "format_version": version, "novel": 1})})
+    with pytest.raises(TableError, match=f"table .*{says}"):
         AllocationTable.load(saved)
 
 
-@pytest.mark.parametrize("key", ["allocator", "rope", "scale_search", "layers"])
+def test_a_table_of_version_2(saved):
+    """As version 2 wrote it: with codebooks, and without a granularity where it was by blocks."""
+    header = {**header_of(saved), "format_version": 2}
+    del header["granularity"]
+    save_file({**load_file(saved), "codebooks": torch.zeros(9, 256)}, saved, metadata={KEY: json.dumps(header)})
+    with pytest.raises(TableError, match="format version 2 holds other tensors"):
+        AllocationTable.load(saved)
+
+
+def test_an_unknown_header_field(saved):
+    rewrite(saved, {KEY: json.dumps({**header_of(saved), "novel": 1})})
+    with pytest.raises(TableError, match="its header has the unknown field novel; make it again"):
+        AllocationTable.load(saved)
+
+
+@pytest.mark.parametrize("key", ["allocator", "rope", "scale_search", "layers", "granularity", "table_hash"])
 def test_missing_header_key(saved, key):
     header = header_of(saved)
     del header[key]
     rewrite(saved, {KEY: json.dumps(header)})
-    with pytest.raises(TableError, match="header is incomplete"):
+    with pytest.raises(TableError, match=f"its header lacks {key}; make it again"):
         AllocationTable.load(saved)
 
 
@@ -111,7 +143,7 @@ def test_missing_tensor(saved):
         AllocationTable.load(saved)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "null", '"x"'])
+@pytest.mark.parametrize("text", ["{", "[]", "null", '"x"', ""])
 def test_header_that_is_no_json_object(saved, text):
     rewrite(saved, {KEY: text})
     with pytest.raises(TableError, match=r"table .*make it again"):
@@ -124,24 +156,62 @@ def test_another_safetensors_file(saved):
         AllocationTable.load(saved)
 
 
-def test_no_file(tmp_path):
-    with pytest.raises(TableError, match="no such file"):
-        AllocationTable.load(tmp_path / "none.safetensors")
-    with pytest.raises(TableError, match="no such file"):
-        AllocationTable.load(tmp_path)
+def test_what_is_no_file_is_named(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path, says in {
+        tmp_path / "none": "no such file",
+        tmp_path / "none" / "deeper": "no such file",
+        tmp_path: "a folder, not a file",
+        tmp_path / "pipe": "a pipe or device, not a regular file",  # opened, it would wait for ever
+        os.devnull: "a pipe or device, not a regular file",
+        tmp_path / "loop": r"cannot be read \(.*\)",
+        "a\0b": r"cannot be read \(.*\)",
+    }.items():
+        with pytest.raises(TableError, match=f"table .*: {says}; make one with python -m sglang_blockgtq.calibrate"):
+            AllocationTable.load(path)
+    (tmp_path / "secret").write_text("")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(TableError, match="no permission to read it"):
+        AllocationTable.load(tmp_path / "secret")
 
 
-def test_a_failed_save_leaves_the_old_file_and_nothing_else(table, saved, monkeypatch):
+def full_disk(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("owner, name", [(os, "replace"), (Path, "write_bytes")])
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(table, saved, monkeypatch, owner, name):
     before = saved.read_bytes()
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(owner, name, full_disk)
+    with pytest.raises(OSError, match="No space left on device"):
         table.save(saved)
     assert saved.read_bytes() == before
     assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_savers_of_one_name_do_not_meet(table, tmp_path):
+    """Threads have one process id, as the first processes of containers that share a folder have."""
+    path, barrier = tmp_path / "t.safetensors", Barrier(8, timeout=60)
+
+    def save() -> None:
+        barrier.wait()
+        for _ in range(40):
+            table.save(path)
+
+    with ThreadPoolExecutor(8) as pool:
+        for job in [pool.submit(save) for _ in range(8)]:
+            job.result()  # raises what a lost save raised
+    assert AllocationTable.load(path).header == table.header
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_others_may_read_a_table(table, tmp_path):
+    """As any new file: a cache folder may be shared."""
+    table.save(tmp_path / "t.safetensors")
+    (tmp_path / "plain").write_bytes(b"")
+    modes = [(tmp_path / name).stat().st_mode for name in ("t.safetensors", "plain")]
+    assert modes[0] == modes[1]
 
 
 def test_save_replaces_a_damaged_file(table, saved):

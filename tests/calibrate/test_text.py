@@ -1,10 +1,18 @@
 """Calibration text to token sequences."""
 
 import hashlib
+import os
 
 import pytest
 
-from sglang_blockgtq.calibrate.text import MIN_TOKENS, TextError, read_text, text_hash, token_sequences
+from sglang_blockgtq.calibrate.text import (
+    MIN_TOKENS,
+    TextError,
+    check_text_size,
+    read_text,
+    text_hash,
+    token_sequences,
+)
 
 
 class Tokenizer:
@@ -47,9 +55,47 @@ def test_unusable_files(tmp_path, content, reason):
         read_text(str(path))
 
 
-def test_a_folder_is_no_text(tmp_path):
-    with pytest.raises(TextError, match="cannot be read"):
-        read_text(str(tmp_path))
+def test_what_is_no_file_is_named(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")  # opened, it would wait for ever
+    for path, says in {
+        tmp_path: "a folder, not a file",
+        tmp_path / "pipe": "a pipe or device, not a regular file",
+        os.devnull: "a pipe or device, not a regular file",
+        tmp_path / "none" / "deeper": "no such file",
+    }.items():
+        with pytest.raises(TextError, match=f"--kv-quant-calibration-text {path}: {says}; name a UTF-8 text file"):
+            read_text(str(path))
+    (tmp_path / "secret").write_text("text")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(TextError, match="no permission to read it; name a UTF-8 text file"):
+        read_text(str(tmp_path / "secret"))
+
+
+def test_more_tokens_than_a_text_has_bytes(tmp_path):
+    size = len(read_text(None).encode())
+    with pytest.raises(
+        TextError,
+        match=f"--kv-quant-calibration-tokens 100000000: the built-in text has {size} bytes, and a token takes one or "
+        f"more; ask for about {size // 4}, or name a longer text with --kv-quant-calibration-text",
+    ):
+        check_text_size(100_000_000, None)
+    check_text_size(size, None)
+    path = tmp_path / "text"
+    path.write_text("é" * 1500)
+    with pytest.raises(TextError, match=f"3500: {path} has 3000 bytes, .* or more; name a longer text with"):
+        check_text_size(3500, str(path))
+    path.write_text("")
+    with pytest.raises(TextError, match=f"2048: {path} has 0 bytes"):
+        check_text_size(2048, str(path))
+
+
+@pytest.mark.parametrize("before", [[], [1], [1, 2, 3, 4]])
+def test_what_some_tokenizer_makes_of_a_text_is_let_through(tmp_path, before):
+    """One token a byte, and special ids before each of the shortest sequences."""
+    path, count = tmp_path / "text", 100
+    path.write_text("x" * (count * (64 - len(before))))
+    check_text_size(64 * count, str(path))
+    assert len(token_sequences(Tokenizer(before), read_text(str(path)), 64 * count, 64)) == count
 
 
 def test_python_without_the_default_text(monkeypatch):

@@ -1,12 +1,54 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from triton.runtime import interpreter
 
 
 @pytest.fixture(autouse=True)
 def _poisoned(nan_poison):
     """Every kernel test runs on poisoned memory."""
+
+
+class _PatchedOnce:
+    """In place of the interpreter's ``_patch_lang``, which goes through all of triton.language again for every function
+    that a kernel calls: twice the time of everything else. Here it is done once a launch."""
+
+    def __init__(self):
+        self.plain, self.within = interpreter._patch_lang, False
+
+    def __call__(self, fn):
+        if self.within:
+            return None
+        # What a function finds triton.language in: its own is called tl, that of Triton's own functions core.
+        both = type("Both", (), {"__globals__": {"tl": tl, "core": tl.core}})
+        self.scope, self.within = self.plain(both), True
+        return self
+
+    def restore(self):
+        self.within = False
+        self.scope.restore()
+
+
+@pytest.fixture(autouse=True)
+def _swift(monkeypatch):
+    """The interpreter without what it does in vain."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(interpreter, "_patch_lang", _PatchedOnce())
+        # Each addition and product of integers in 64 bits beside it, for an assertion that it does not make.
+        options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+        monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+        # After a launch it copies all memory that it was given to where it came from: here the same place.
+        monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
+
+
+@pytest.fixture
+def overflow_is_an_error(monkeypatch, _swift):
+    """For tests whose addresses do not fit 32 bits."""
+    options = replace(interpreter.interpreter_builder.options, sanitize_overflow=True, debug=True)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import tempfile
 from dataclasses import dataclass
 from functools import cache
 
@@ -11,23 +13,27 @@ import torch
 from sglang_blockgtq.calibrate.build import build_table, haar_rotation
 from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.rope import RopeBlocks
-from sglang_blockgtq.kernels import naive
-from sglang_blockgtq.kernels.codebook import codebook_table
-from sglang_blockgtq.kernels.codec import LayerCodec
-from sglang_blockgtq.kernels.layout import CodeLayout, RowLayout, scatter_rows, uniform_layout
-from sglang_blockgtq.kernels.tables import DeviceTables
+from sglang_blockgtq.kernels import reference
+from sglang_blockgtq.kernels.any_layout.encode import AnyEncoder
+from sglang_blockgtq.kernels.any_layout.tables import AnyTables
+from sglang_blockgtq.kernels.device.tables import ColumnTables, Tables
+from sglang_blockgtq.kernels.encode.encoder import Encoder
+from sglang_blockgtq.kernels.format.codec import LayerCodec
+from sglang_blockgtq.kernels.format.layout import CodeLayout, RowLayout, num_slots, scatter_rows, uniform_layout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: Largest relative error of an attention output: float32 dots in the interpreter, float16 ones on a GPU.
-TOLERANCE = {"cpu": {"float32": 1e-5, "float16": 1e-3}, "cuda": {"float32": 3e-3, "float16": 4e-3, "bfloat16": 8e-3}}
+TOLERANCE = {
+    "cpu": {"float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3},
+    "cuda": {"float32": 3e-3, "float16": 4e-3, "bfloat16": 8e-3},
+}
 
 
 @dataclass(frozen=True)
 class Case:
     """allocator "handmade" is a codec with every width 0..8, three scales and another layout in each head. One that
-    ends in "-slot" gives whole slots a width: heads of up to four kinds.
+    ends in "-segment" gives whole segments a width: heads of up to four kinds, and of four in "handmade-segment".
 
-    fast: whether codes lie in columns, which the fast kernels read, or in planes.
     order: how a request's tokens lie in the pool. lengths: packed tokens of each request.
     queries: query tokens of each request in an extend.
     """
@@ -43,7 +49,6 @@ class Case:
     lengths: tuple[int, ...] = (0, 1, 39, 4)
     queries: tuple[int, ...] = (2, 1, 3, 0)
     v_dim: int | None = None  # None: head_dim
-    fast: bool = True
 
     def __str__(self) -> str:
         bits = f"k{self.k_bits:g}v{self.v_bits:g}"
@@ -51,53 +56,51 @@ class Case:
         return f"{self.allocator}-{bits}-{dims}-h{self.heads}g{self.group}-{self.dtype}-{self.order}"
 
 
-_SLOW = {"fast": False}
-SMALL = [
-    Case("template", 3, 3, 64, 2, 3),
-    Case("template", 2.5, 2, 128, 1, 7, "float16", "pages"),
-    Case("template", 4, 3, 192, 1, 1),
-    Case("template", 3, 3, 256, 1, 4, "float16"),
-    Case("uniform", 2.5, 1, 80, 2, 4, "float16", "sorted", **_SLOW),
-    Case("uniform", 8, 8, 64, 1, 8, v_dim=48),
-    Case("paper", 3, 4, 64, 2, 6, "float16", "pages", **_SLOW),
-    Case("product", 3, 2.5, 96, 2, 3, **_SLOW),
-    Case("product", 2, 2, 160, 1, 16, "float16", **_SLOW),
-    Case("handmade", 0, 5, 64, 2, 1, **_SLOW),
-    Case("template", 3, 3, 128, 2, 6, "float16"),
-    Case("uniform", 3, 2.25, 128, 1, 16, "float32", "pages"),  # a bin of 2 bits
-    Case("uniform", 2.5, 2.5, 64, 1, 2),
-    Case("uniform", 3, 7, 128, 3, 1),  # codes in two and three pieces
-    Case("template", 3, 3, 80, 1, 7, **_SLOW),  # slots of 16 channels, but 15 bits in a column
-    Case("product-slot", 2.5, 3, 128, 3, 3, "float16"),
-    Case("paper-slot", 3, 2, 64, 2, 6, "float32", "pages"),
-    Case("paper-slot", 2.5, 3, 64, 8, 1, lengths=(0, 1, 34), queries=(2, 1, 3)),
+TEMPLATE = Case("template", 3, 3, 64, 2, 3)
+PAGES = Case("template", 2.5, 2, 128, 1, 7, "float16", "pages")
+WIDE = Case("template", 3, 3, 256, 1, 4, "float16")
+OTHER_VALUES = Case("uniform", 8, 8, 64, 1, 8, v_dim=48)
+CUT = Case("uniform", 3, 7, 128, 1, 1)  # codes in two and three pieces
+#: Heads of three, two and four templates.
+TEMPLATES = [
+    Case("product-segment", 2.5, 3, 128, 3, 3, "float16"),
+    Case("paper-segment", 3, 2, 64, 2, 6, "float32", "pages"),
+    Case("handmade-segment", 3, 1, 64, 4, 1, lengths=(0, 1, 34), queries=(2, 1, 3)),
 ]
+IN_COLUMNS = [
+    TEMPLATE,
+    PAGES,
+    Case("template", 4, 3, 192, 1, 1, "bfloat16"),
+    WIDE,
+    OTHER_VALUES,
+    Case("uniform", 3, 2.25, 128, 1, 16, "float32", "pages"),  # a bin of 2 bits
+    Case("uniform", 2.5, 4, 64, 1, 2, order="sorted"),
+    CUT,
+    *TEMPLATES,
+]
+PRODUCT = Case("product", 3, 2.5, 48, 2, 3)  # a scale for each width: six and seven
+HANDMADE = Case("handmade", 0, 5, 64, 2, 1)
+ANY_LAYOUT = [
+    PRODUCT,
+    HANDMADE,
+    # Segments of 16 channels, but 15 bits in a column; an odd number of bytes, and padding.
+    Case("template", 3, 2.7, 80, 1, 7, "bfloat16", "pages"),
+    Case("paper", 2, 2, 160, 1, 4, "float16"),
+]
+SMALL = IN_COLUMNS + ANY_LAYOUT
 
 _LONG = {"lengths": (0, 1, 31, 32, 33, 700, 5000), "queries": (5, 1, 40, 0, 1, 130, 17)}
 LARGE = [
     Case("template", 3, 3, 128, 8, 4, "bfloat16", **_LONG),
+    Case("template", 3, 3, 128, 2, 8, "bfloat16", "sorted", **_LONG),
     Case("template", 2, 2, 128, 4, 7, "bfloat16", "pages", **_LONG),
     Case("template", 4, 4, 64, 3, 3, "float16", **_LONG),
     Case("template", 3, 3, 256, 2, 8, "bfloat16", **_LONG),
-    Case("uniform", 3, 3, 80, 2, 1, "float16", **_LONG, **_SLOW),
     Case("uniform", 8, 8, 128, 2, 16, "bfloat16", **_LONG),
-    Case("paper", 3, 2, 128, 2, 6, "bfloat16", **_LONG, **_SLOW),
-    Case("product", 3, 2.5, 128, 4, 4, "float16", "pages", **_LONG, **_SLOW),
-    Case("product", 3, 3, 256, 1, 4, "bfloat16", **_LONG, **_SLOW),
-    Case("handmade", 0, 5, 64, 2, 8, "float32", **_LONG, **_SLOW),
-    Case("template", 3, 2, 128, 2, 16, "bfloat16", "pages", **_LONG),
-    Case("template", 3, 2, 64, 2, 6, "float16", **_LONG),
-    Case("uniform", 3, 3, 128, 3, 1, "bfloat16", **_LONG),
-    Case("uniform", 3, 2.25, 128, 1, 16, "float16", "sorted", **_LONG),
-    Case("uniform", 2.5, 2.5, 64, 1, 2, "float16", **_LONG),
-    Case("uniform", 6, 7, 128, 1, 3, "float16", **_LONG),
-    Case("template", 4, 3, 192, 2, 1, "bfloat16", **_LONG),
-    Case("product-slot", 3, 3, 128, 8, 4, "bfloat16", **_LONG),
-    Case("paper-slot", 3, 3, 128, 8, 2, "float16", "pages", **_LONG),
-    Case("product-slot", 2.5, 3, 256, 8, 3, "bfloat16", **_LONG),
+    Case("uniform", 3, 2.25, 128, 3, 1, "float16", "sorted", **_LONG),
+    Case("product-segment", 3, 3, 128, 8, 4, "bfloat16", **_LONG),
+    Case("paper", 3, 3, 128, 2, 7, "float16", "pages", **_LONG),
 ]
-#: Rows of heads of two, three and four templates.
-SLOTS = SMALL[-3:]
 
 
 def over(cases: list[Case]):
@@ -111,15 +114,15 @@ EVERY = SMALL + LARGE
 
 @dataclass(frozen=True)
 class Data:
-    """Tensors of a case. k, v belong to slots ``kv_indices``; ``packed`` are their rows by the naive twin."""
+    """Tensors of a case. k, v belong to slots ``kv_indices``; ``packed`` are their rows by the reference."""
 
     codec: LayerCodec
-    tables: DeviceTables
+    tables: Tables
     q: torch.Tensor  # [sum(queries), Hq, D]
     k: torch.Tensor  # [sum(lengths), H, D]
     v: torch.Tensor
     packed: torch.Tensor  # [sum(lengths), row_bytes]
-    rows: torch.Tensor  # [slots, row_bytes], interleaved, 0xFF where no token lies
+    rows: torch.Tensor  # [slots, row_bytes], 0xFF where no token lies
     kv_indptr: torch.Tensor
     kv_indices: torch.Tensor
     qo_indptr: torch.Tensor
@@ -141,8 +144,9 @@ def moments(heads: int, head_dim: int, layers: int = 1, seed: int = 0) -> Moment
 
 
 def make_codec(case: Case) -> LayerCodec:
-    if case.allocator == "handmade":
-        return _handmade(case.v_bits, case.head_dim, case.heads)
+    if case.allocator.startswith("handmade"):
+        make = _segments if case.allocator.endswith("-segment") else _handmade
+        return _codec(make(case.head_dim, case.heads), uniform_layout(case.head_dim, case.v_bits))
     allocator, _, granularity = case.allocator.partition("-")
     table = build_table(
         moments(case.heads, case.head_dim),
@@ -150,13 +154,13 @@ def make_codec(case: Case) -> LayerCodec:
         k_bits=case.k_bits,
         v_bits=case.v_bits,
         allocator=allocator,
-        granularity=granularity or "block",
+        granularity=granularity or ("block" if allocator in ("paper", "product") else "segment"),
         v_head_dim=case.v_dim,
     )
     return table.layer_codec(0)
 
 
-def _handmade(v_bits: float, dim: int, heads: int) -> LayerCodec:
+def _handmade(dim: int, heads: int) -> tuple[CodeLayout, ...]:
     layouts = []
     for h in range(heads):
         # All nine widths in every head, more of one or the other; head 1 leaves the last scale unused.
@@ -164,10 +168,39 @@ def _handmade(v_bits: float, dim: int, heads: int) -> LayerCodec:
         channels = tuple(w for w in sorted(widths, reverse=True) for _ in range(2))
         norms = tuple(min(c * 3 // dim, 2 - h % 2) for c in range(dim))
         layouts.append(CodeLayout(channels, norms))
-    row = RowLayout.of(tuple(layouts), uniform_layout(dim, v_bits))
-    turns = torch.stack([haar_rotation(dim, seed=h) for h in range(heads)]).float()
+    return tuple(layouts)
+
+
+def _segments(dim: int, heads: int) -> tuple[CodeLayout, ...]:
+    """Four kinds of heads of four segments, 3 bits each on average."""
+    kinds = [(6, 4, 1, 1), (5, 3, 2, 2), (4, 4, 2, 2), (3, 3, 3, 3)]
+    return tuple(CodeLayout(tuple(w for w in kinds[(h + 2) % 4] for _ in range(dim // 4))) for h in range(heads))
+
+
+def _codec(k: tuple[CodeLayout, ...], v: CodeLayout) -> LayerCodec:
+    heads, dim = len(k), v.dim
+    rotations = torch.stack([haar_rotation(dim, seed=h) for h in range(heads)]).float()
     weight = torch.linspace(3.0, 0.2, dim).repeat(heads, 1)
-    return LayerCodec(row, turns, turns, turns, turns.mT.contiguous(), weight, codebook_table())
+    return LayerCodec(RowLayout.of(k, v), rotations, rotations, rotations, rotations.mT.contiguous(), weight)
+
+
+def encoder_of(tables: Tables, rows: torch.Tensor) -> Encoder | AnyEncoder:
+    return (Encoder if isinstance(tables, ColumnTables) else AnyEncoder)(tables, rows)
+
+
+def far_rows(row_bytes: int) -> torch.Tensor:
+    """Rows ``[slots, row_bytes]`` of more than 8 GiB on the CPU: their 16-bit words do not fit 32 bits. Only pages that
+    are touched take memory."""
+    slots = num_slots((9 << 30) // row_bytes)
+    with tempfile.TemporaryFile() as file:
+        file.truncate(slots * row_bytes)
+        memory = mmap.mmap(file.fileno(), slots * row_bytes)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(slots, row_bytes)
+
+
+def make_tables(codec: LayerCodec) -> Tables:
+    kind = ColumnTables if codec.layout.in_columns else AnyTables
+    return kind.of(codec, DEVICE)
 
 
 @cache
@@ -190,7 +223,7 @@ def data(case: Case) -> Data:
     k = draw(tokens, case.head_dim, spread[1])
     v = draw(tokens, case.v_dim or case.head_dim, v_spread)
     codec = codec.to(DEVICE)
-    packed = naive.encode(codec, k, v)
+    packed = reference.encode(codec, k, v)
 
     pages = (tokens + 15) // 16 + 2
     if case.order == "sorted":
@@ -210,7 +243,7 @@ def data(case: Case) -> Data:
     indices = slots.to(torch.int32 if case.order == "pages" else torch.int64)
     return Data(
         codec,
-        DeviceTables.of(codec),
+        make_tables(codec),
         q,
         k,
         v,
@@ -236,3 +269,14 @@ def decode_queries(case: Case, q_len: int = 1) -> torch.Tensor:
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     """``|a - b| / |b|`` over everything, NaN if there is one."""
     return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def assert_same(got, want, tolerance: float) -> None:
+    """out and lse within ``tolerance`` in every query head, since a whole would hide an error in a weak one."""
+    (out, lse), (want_out, want_lse) = got, want
+    for head in range(out.shape[1]):
+        assert relative_error(out[:, head], want_out[:, head]) < tolerance
+    empty = want_lse == -torch.inf
+    assert torch.equal(lse == -torch.inf, empty)
+    assert bool((out[empty] == 0).all())
+    torch.testing.assert_close(lse[~empty], want_lse[~empty], rtol=tolerance, atol=tolerance)

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from sglang_blockgtq.kernels.codebook import (
+from sglang_blockgtq.kernels.format.codebook import (
     boundaries,
-    boundary_table,
     codebook_table,
     distortion,
     levels,
@@ -110,17 +109,14 @@ def test_each_bit_brings_between_2_7_and_4_times_less_distortion():
     assert ratios == sorted(ratios)  # towards the 4 of high-rate theory
 
 
-def test_tables_hold_levels_and_padded_thresholds():
+def test_the_table_holds_all_levels():
     table = codebook_table()
-    thresholds = boundary_table(table)
-    assert table.shape == thresholds.shape == (9, 256)
+    assert table.shape == (9, 256) and table.dtype == torch.float32
     assert bool((table[0] == 0).all())
     for bits in BITS:
         n = 1 << bits
         torch.testing.assert_close(table[bits, :n], levels(bits).float())
         assert bool((table[bits, n:] == 0).all())
-        torch.testing.assert_close(thresholds[bits, : n - 1], boundaries(levels(bits)).float())
-        assert bool((thresholds[bits, n - 1 :] == math.inf).all())
 
 
 @pytest.mark.parametrize("bits", [0, 9, -1, 2.5, None, "3"])

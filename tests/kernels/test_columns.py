@@ -7,23 +7,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_blockgtq.kernels.columns import BIN_BITS, COLUMNS, MAX_CUT_SLOTS, Columns, columns_of, fields_of
-from sglang_blockgtq.kernels.layout import CodeLayout, uniform_layout
-from sglang_blockgtq.kernels.pack import pack, unpack
-
-from .test_pack import random_codes
+from sglang_blockgtq.kernels.format.columns import BIN_BITS, COLUMNS, MAX_CUT_SEGMENTS, Columns, columns_of
+from sglang_blockgtq.kernels.format.layout import CodeLayout, uniform_layout
+from sglang_blockgtq.kernels.format.pack import pack
 
 MIXTURES = st.lists(st.integers(1, 8), min_size=1, max_size=16).map(lambda w: tuple(sorted(w, reverse=True)))
 
 
-def slots(*widths: int) -> CodeLayout:
+def segments(*widths: int) -> CodeLayout:
     return CodeLayout(tuple(w for w in widths for _ in range(COLUMNS)))
 
 
 def assert_full(columns: Columns) -> None:
     """Every bit of every bin belongs to one piece, every bit of every code lies in one."""
     used = [0] * len(columns.bins)
-    for bits, pieces in zip(columns.widths, columns.slots, strict=True):
+    for bits, pieces in zip(columns.widths, columns.segments, strict=True):
         code = 0
         for piece in pieces:
             mask = (1 << piece.width) - 1
@@ -49,8 +47,11 @@ def test_columns_fill_words_without_a_gap(widths):
         end += where.num_bytes
     assert end == 2 * sum(widths)
     assert [where.bits for where in columns.bins] == sorted((where.bits for where in columns.bins), reverse=True)
-    assert sum(len(pieces) > 1 for pieces in columns.slots) <= MAX_CUT_SLOTS
-    assert all(len(pieces) <= 3 for pieces in columns.slots)
+    assert sum(len(pieces) > 1 for pieces in columns.segments) <= MAX_CUT_SEGMENTS
+    assert all(len(pieces) <= 3 for pieces in columns.segments)
+    for b in range(len(columns.bins)):  # the widest from bit 0 up
+        held = sorted((p.shift, p.width) for pieces in columns.segments for p in pieces if p.bin == b)
+        assert [width for _, width in held] == sorted((width for _, width in held), reverse=True)
 
 
 @given(MIXTURES)
@@ -66,9 +67,7 @@ def test_no_code_is_cut_without_need(widths):
         if fitting is None:
             return
         room[fitting] -= width
-    # 4-bit fields must not lie across a byte, which can still call for a cut where widths are odd.
-    if not any(width % 2 and width > 3 for width in widths):
-        assert all(len(pieces) == 1 for pieces in columns.slots)
+    assert all(len(pieces) == 1 for pieces in columns.segments)
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
@@ -79,7 +78,7 @@ def test_whole_bits_lie_in_columns(dim, bits):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_most_mixtures_of_eight_slots_lie_in_columns(bits):
+def test_most_mixtures_of_eight_segments_lie_in_columns(bits):
     """So that ``template`` has a choice at head_dim 128."""
     every = [w for w in combinations_with_replacement(range(1, 9), 8) if sum(w) == 8 * bits and len(set(w)) <= 4]
     assert sum(columns_of(tuple(reversed(w))) is not None for w in every) > 0.9 * len(every)
@@ -88,31 +87,30 @@ def test_most_mixtures_of_eight_slots_lie_in_columns(bits):
 @pytest.mark.parametrize(
     "layout",
     [
-        slots(3, 2, 2, 2),  # 9 bits: there is no bin of one
-        slots(3, 0),
-        CodeLayout((3,) * 24 + (2,) * 24),  # a slot of two widths
-        CodeLayout((4,) * 24),  # a slot and a half
+        segments(3, 2, 2, 2),  # 9 bits: there is no bin of one
+        segments(3, 0),
+        CodeLayout((3,) * 24 + (2,) * 24),  # a segment of two widths
+        CodeLayout((4,) * 24),  # a segment and a half
         CodeLayout((4,) * 32, (0,) * 16 + (1,) * 16),  # two scales
     ],
     ids=["odd", "not stored", "mixed", "half", "scales"],
 )
-def test_what_lies_in_planes(layout):
+def test_what_does_not_lie_in_columns(layout):
     assert layout.columns is None
-    codes = random_codes(layout, 3, 0)
-    assert torch.equal(unpack(layout, pack(layout, codes)), codes)
 
 
 def test_bits_of_the_worked_example():
     """6, 4, 3, 3, 2, 2, 2, 2 bits: the page's rules by hand."""
-    layout = slots(6, 4, 3, 3, 2, 2, 2, 2)
+    layout = segments(6, 4, 3, 3, 2, 2, 2, 2)
     bins = layout.columns.bins
     assert [(b.bits, b.offset, b.words) for b in bins] == [(16, 0, 16), (8, 32, 8)]
-    for slot, pieces in enumerate(layout.columns.slots):
-        (piece,) = pieces
+    first = sorted((p.shift, p.width) for (p,) in layout.columns.segments if p.bin == 0)
+    assert first == [(0, 6), (6, 4), (10, 3), (13, 3)]
+    for segment, (piece,) in enumerate(layout.columns.segments):
         for column in (0, 7, 8, 15):
             codes = torch.zeros(layout.dim, dtype=torch.int32)
-            codes[16 * slot + column] = (1 << piece.width) - 1
-            data = pack(layout, codes).int()
+            codes[16 * segment + column] = (1 << piece.width) - 1
+            data = pack(layout, codes, True).int()
             where = bins[piece.bin]
             word = where.offset // 2 + column % where.words
             shift = piece.shift + (8 if where.bits == 8 and column > 7 else 0)
@@ -120,17 +118,3 @@ def test_bits_of_the_worked_example():
             expected = torch.zeros_like(words)
             expected[word] = ((1 << piece.width) - 1) << shift
             assert torch.equal(words, expected)
-
-
-@given(MIXTURES)
-@settings(max_examples=100, deadline=None)
-def test_fields_fit_bytes_and_planes(widths):
-    columns = columns_of(widths)
-    for pieces in columns.slots if columns else ():
-        fields = fields_of(pieces)
-        got = sorted(width for _, _, width, _ in fields)
-        assert got.count(4) <= 2 and got.count(2) <= 1 and got.count(1) <= 1 and set(got) <= {1, 2, 4}
-        for _, shift, width, _ in fields:
-            assert shift // 8 == (shift + width - 1) // 8
-        covered = sorted(p + i for _, _, width, p in fields for i in range(width))
-        assert covered == list(range(sum(piece.width for piece in pieces)))

@@ -1,4 +1,4 @@
-"""Extend through the workspace against the twin, with a plain stand-in for FlashAttention-3, or with itself."""
+"""Extend through the workspace against the reference, with a plain stand-in for FlashAttention-3, or with itself."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from sglang_blockgtq.backend import extend
-from sglang_blockgtq.backend.extend import ExtendPlan, FlashExtend, flash_attention_3
-from sglang_blockgtq.kernels import naive
-from sglang_blockgtq.kernels.layout import scatter_rows
+from sglang_blockgtq.backend.extend import ExtendPlan, Workspace
+from sglang_blockgtq.backend.prefill import choose, triton_attention
+from sglang_blockgtq.kernels import reference
+from sglang_blockgtq.kernels.device.tables import templates_of
+from sglang_blockgtq.kernels.format.layout import scatter_rows
+from sglang_blockgtq.kernels.layer import TritonLayer
 
 from .matrix import DEVICE, LARGE, TOLERANCE, Case, data, over, relative_error
 
@@ -18,6 +21,7 @@ MIXED = Case("template", 3, 3, 64, 2, 3, lengths=(0, 5, 39, 0, 7, 1, 20, 0), que
 ONE = Case("product", 3, 2.5, 32, 1, 4, lengths=(44,), queries=(6,))
 NONE = Case("uniform", 3, 3, 32, 2, 1, "float16", lengths=(0, 0, 0), queries=(3, 0, 4))
 SAME = replace(MIXED, dtype="float16", order="pages", lengths=(16, 16, 16, 16), queries=(1, 5, 2, 3))
+float32_on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="float32 is not for FlashAttention-3; see the gpu tests")
 
 
 class FlashStandIn:
@@ -70,11 +74,11 @@ class FlashStandIn:
         return out, lse
 
 
-def attention(case: Case):
-    if DEVICE == "cpu":
-        return FlashStandIn()
-    attend, why = flash_attention_3(DEVICE, data(case).q.dtype, case.head_dim, case.v_dim or case.head_dim)
-    return attend or pytest.skip(why)
+def layer_of(case: Case) -> TritonLayer:
+    d = data(case)
+    layer = TritonLayer(d.codec, DEVICE, templates_of(d.codec.layout.k))
+    layer.bind(d.rows)
+    return layer
 
 
 def chunk(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,43 +94,49 @@ def sm_scale(case: Case) -> float:
     return data(case).sm_scale if any(case.lengths) else case.head_dim**-0.5
 
 
-def run(case: Case, attend, workspace: int, padding: int = 0) -> torch.Tensor:
-    d = data(case)
-    flash = FlashExtend([d.tables], attend, d.q.dtype, workspace)
-    assert flash.tokens == workspace
+def run(case: Case, attend, size: int, padding: int = 0) -> torch.Tensor:
+    d, layer = data(case), layer_of(case)
+    workspace = Workspace(layer, attend, d.q.dtype, DEVICE, size)
+    assert workspace.tokens == size
     # SGLang's own types: int64 for new tokens, int32 for the prefix.
-    plan = flash.plan(list(case.lengths), list(case.queries), d.qo_indptr.long(), d.kv_indptr, d.kv_indices)
+    plan = workspace.plan(list(case.lengths), list(case.queries), d.qo_indptr.long(), d.kv_indptr, d.kv_indices)
     q, k, v = (torch.cat([x, x.new_full((padding, *x.shape[1:]), torch.nan)]) for x in (d.q, *chunk(case)))
     out = torch.full_like(q, torch.nan)
-    flash(0, plan, q, k, v, d.rows, sm_scale(case), out)
+    workspace(layer, plan, q, k, v, sm_scale(case), out)
     return out
 
 
 def expected(case: Case) -> torch.Tensor:
     d = data(case)
-    return naive.extend_attention(
-        d.codec, d.q, *chunk(case), d.rows, d.qo_indptr, d.kv_indptr, d.kv_indices, sm_scale(case)
-    )[0]
+    args = d.codec, d.q, *chunk(case), d.packed, d.qo_indptr, d.kv_indptr, sm_scale(case)
+    return reference.extend_attention(*args)[0]
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="float32 is not for FlashAttention-3; see the gpu tests")
-@pytest.mark.parametrize("workspace", [1000, 85, 84, 39, 16, 5, 1])
+@float32_on_cpu
 @pytest.mark.parametrize("case", [MIXED, ONE, NONE, SAME], ids=["mixed", "one", "none", "same"])
-def test_extend_matches_twin(case, workspace):
+def test_extend_matches_reference(case):
     """All in one call, with and without room to spare, and in ever smaller pieces."""
-    attend = FlashStandIn()
-    out = run(case, attend, workspace)
-    # Each piece's output is rounded once to the queries' type.
-    assert relative_error(out, expected(case)) < TOLERANCE["cpu"][case.dtype]
-    prefix, new = sum(case.lengths), sum(case.queries)
-    if not prefix or prefix + new <= workspace:
-        assert [(c.queries, c.keys, c.causal) for c in attend.calls] == [(new, prefix + new, True)]
-    else:
-        assert attend.calls[0].causal and not any(c.causal for c in attend.calls[1:])
-        assert all(c.keys <= workspace for c in attend.calls[1:])
+    prefix, new, want = sum(case.lengths), sum(case.queries), expected(case)
+    for size in (1000, 85, 84, 39, 16, 5):
+        attend = FlashStandIn()
+        out = run(case, attend, size)
+        # Each piece's output is rounded once to the queries' type.
+        assert relative_error(out, want) < TOLERANCE["cpu"][case.dtype]
+        if not prefix or prefix + new <= size:
+            assert [(c.queries, c.keys, c.causal) for c in attend.calls] == [(new, prefix + new, True)]
+        else:
+            assert attend.calls[0].causal and not any(c.causal for c in attend.calls[1:])
+            assert all(c.keys <= size for c in attend.calls[1:])
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="float32 is not for FlashAttention-3; see the gpu tests")
+@float32_on_cpu
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # it divides by zero where it masks
+@pytest.mark.parametrize("size", [1000, 39])
+def test_extend_with_sglangs_triton_kernel(size):
+    assert relative_error(run(MIXED, triton_attention, size), expected(MIXED)) < TOLERANCE["cpu"]["float32"]
+
+
+@float32_on_cpu
 def test_pieces_leave_out_requests_without_keys():
     attend = FlashStandIn()
     run(MIXED, attend, 39)
@@ -139,25 +149,25 @@ def test_pieces_leave_out_requests_without_keys():
     assert [(c.requests, c.queries, c.keys) for c in attend.calls[1:]] == [(1, n, 16) for n in SAME.queries]
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="float32 is not for FlashAttention-3; see the gpu tests")
-@pytest.mark.parametrize("workspace", [1000, 16])
-def test_padding_is_zero(workspace):
+@float32_on_cpu
+@pytest.mark.parametrize("size", [1000, 16])
+def test_padding_is_zero(size):
     """Graph padding behind the real tokens: read by nobody, and finite for whoever reads the output."""
-    out = run(MIXED, FlashStandIn(), workspace, padding=3)
+    out = run(MIXED, FlashStandIn(), size, padding=3)
     assert relative_error(out[:-3], expected(MIXED)) < TOLERANCE["cpu"]["float32"]
     assert not out[-3:].any()
 
 
 def test_nothing_to_do():
-    d = data(ONE)
-    flash = FlashExtend([d.tables], FlashStandIn(), d.q.dtype, 8)
+    d, layer = data(ONE), layer_of(ONE)
+    workspace = Workspace(layer, FlashStandIn(), d.q.dtype, DEVICE, 8)
     empty = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     out = torch.full_like(d.q, torch.nan)
     for plan in (
-        flash.plan([], [], empty, empty, d.kv_indices),
-        flash.plan([44], [0], d.qo_indptr * 0, d.kv_indptr, d.kv_indices),
+        workspace.plan([], [], empty, empty, d.kv_indices),
+        workspace.plan([44], [0], d.qo_indptr * 0, d.kv_indptr, d.kv_indices),
     ):
-        flash(0, plan, d.q, *chunk(ONE), d.rows, d.sm_scale, out)
+        workspace(layer, plan, d.q, *chunk(ONE), d.sm_scale, out)
         assert not out.any()
 
 
@@ -172,38 +182,31 @@ def test_chunk_in_the_middle_of_a_wide_row():
 
 
 def test_workspace_is_bounded():
-    d = data(MIXED)
-    per_token = 2 * 2 * 64 * 4
-    assert FlashExtend([d.tables], None, torch.float32, 10**12, bytes_=10 * per_token + 1).tokens == 10
-    small = FlashExtend([d.tables] * 3, None, torch.float32, 7)
+    layer, per_token = layer_of(MIXED), 2 * 2 * 64 * 4
+    assert Workspace(layer, None, torch.float32, DEVICE, 10**12, bytes_=10 * per_token + 1).tokens == 10
+    small = Workspace(layer, None, torch.float32, DEVICE, 7)
     assert small.tokens == 7 and small.nbytes == 7 * per_token
 
 
 def test_warm_up_reads_one_slot():
     """Rows may be anything but slot 0, which SGLang keeps for padding and the pool keeps zero."""
-    d = data(MIXED)
+    d, layer = data(MIXED), layer_of(MIXED)
     rows = torch.full_like(d.rows, 255)
     slot = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     scatter_rows(d.codec.layout, rows, slot, torch.zeros_like(rows[:1]))
-    flash = FlashExtend([d.tables], None, torch.float32, 4)
-    flash.warm_up([rows])
-    assert not flash.k[:2].any() and not flash.v[:2].any() and bool(flash.k[2:].isnan().all())
-
-
-def test_unpacked_is_what_rows_hold():
-    d = data(MIXED)
-    k, v = FlashExtend([d.tables], None, torch.float32, 4).unpacked(0, d.rows, d.kv_indices)
-    for got, want in zip((k, v), naive.decode(d.codec, d.packed), strict=True):
-        assert relative_error(got, want) < TOLERANCE[DEVICE]["float32"]
+    layer.bind(rows)
+    workspace = Workspace(layer, None, torch.float32, DEVICE, 4)
+    workspace.warm_up([layer])
+    assert not workspace.k[:2].any() and not workspace.v[:2].any() and bool(workspace.k[2:].isnan().all())
 
 
 def test_plan_asks_the_device_nothing():
     """On the meta device any question about a value raises."""
 
-    def plan(prefix, new, workspace):
+    def plan(prefix, new, size):
         indptr = torch.empty(len(prefix) + 1, dtype=torch.int32, device="meta")
         slots = torch.empty(sum(prefix) + 3, dtype=torch.int64, device="meta")
-        room = torch.empty(workspace, 2, 16, device="meta")
+        room = torch.empty(size, 2, 16, device="meta")
         return ExtendPlan.of(prefix, new, indptr, indptr, slots, room, room)
 
     whole = plan([5, 0, 9], [1, 2, 3], 20)
@@ -212,44 +215,27 @@ def test_plan_asks_the_device_nothing():
     assert [(p.task.tokens, p.task.chunk, len(p.keys), len(p.values)) for p in pieces] == [(8, 0, 8, 8), (6, 0, 6, 6)]
 
 
-@pytest.mark.parametrize(
-    "device, dtype, dims, why",
-    [
-        ("cpu", torch.bfloat16, (128, 128), "not a Hopper GPU"),
-        ("cuda", torch.float32, (128, 128), "float32"),
-        ("cuda", torch.bfloat16, (128, 64), "128 and 64 channels"),
-        ("cuda", torch.bfloat16, (512, 512), "512 channels"),
-        ("cuda", torch.bfloat16, (100, 100), "100 channels"),
-    ],
-)
-def test_when_flash_attention_is_not_used(monkeypatch, device, dtype, dims, why):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    attend, reason = flash_attention_3(device, dtype, *dims)
-    assert attend is None and why in reason
-
-
-def test_ampere_keeps_triton(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert flash_attention_3("cuda", torch.bfloat16, 128, 128)[0] is None
+@over([LARGE[0], LARGE[3], LARGE[4], LARGE[-1]])
+def test_extend_on_a_gpu(case):
+    """With what the GPU is given, and with SGLang's Triton kernel; at once, and in few and many pieces."""
+    chosen = choose(DEVICE, data(case).q.dtype, case.head_dim, case.head_dim).attend
+    want = expected(case)
+    for attend, sizes in ((chosen, (8192, 5963, 2048, 100)), (triton_attention, (8192, 2048))):
+        for size in sizes:
+            assert relative_error(run(case, attend, size), want) < TOLERANCE["cuda"][case.dtype], (attend, size)
 
 
 @pytest.mark.gpu
-@over([c for c in LARGE if c.dtype != "float32"])
-@pytest.mark.parametrize("workspace", [8192, 5963, 2048, 100])
-def test_extend_with_flash_attention_3(case, workspace):
-    out = run(case, attention(case), workspace)
-    assert relative_error(out, expected(case)) < TOLERANCE["cuda"][case.dtype]
-
-
-@pytest.mark.gpu
-def test_flash_attention_3_without_keys():
+def test_flash_attention_without_keys():
     """What merging relies on: zeros and -inf for a request whose keys all lie in other pieces."""
-    attend = attention(LARGE[0])
+    prefill = choose(DEVICE, torch.bfloat16, 128, 128)
+    if prefill.why:
+        pytest.skip(prefill.why)
     q, k = torch.randn(2, 7, 4, 128, device="cuda", dtype=torch.bfloat16)
     cu_q = torch.tensor([0, 3, 5, 7], dtype=torch.int32, device="cuda")
     cu_k = torch.tensor([0, 4, 4, 7], dtype=torch.int32, device="cuda")
     for num_splits in (0, 1, 3):
-        out, lse, *_ = attend(
+        out, lse, *_ = prefill.attend(
             q=q,
             k=k,
             v=k,

@@ -1,10 +1,11 @@
-"""The slots of a decode step, against their twin."""
+"""The slots of a decode step, against their definition."""
 
 import pytest
 import torch
 
-from sglang_blockgtq.kernels import gather, naive
-from sglang_blockgtq.kernels.gather import gather_slots
+from sglang_blockgtq.kernels import reference
+from sglang_blockgtq.kernels.decode import gather
+from sglang_blockgtq.kernels.decode.gather import gather_slots
 
 from .matrix import DEVICE
 
@@ -20,21 +21,21 @@ BATCHES = [
 ]
 
 
-@pytest.mark.parametrize("slot", [torch.int32, torch.int64])
 @pytest.mark.parametrize("lengths", BATCHES, ids=lambda lengths: f"{len(lengths)}x{max(lengths)}")
-def test_slots_are_those_of_the_table(lengths, slot):
+def test_slots_are_those_of_the_table(lengths):
     """In the requests' order, whatever their rows are; a row may serve two requests. Nothing else is written."""
     generator = torch.Generator().manual_seed(sum(lengths))
     batch, most = len(lengths), max(max(lengths), 1) + 2
     table = torch.randint(0, 1 << 30, (batch + 4, most), dtype=torch.int32, generator=generator).to(DEVICE)
     requests = torch.randint(0, batch + 4, (batch,), generator=generator).to(DEVICE)
     of = torch.tensor(lengths, device=DEVICE)
-    kv_indptr = torch.full((batch + 1,), -1, dtype=torch.int32, device=DEVICE)
-    kv_indices = torch.full((sum(lengths) + SPARE,), -7, dtype=slot, device=DEVICE)
-    gather_slots(table, requests, of, kv_indptr, kv_indices)
-    want_indptr, want = naive.gather_slots(table, requests, of)
-    assert kv_indptr.tolist() == want_indptr.tolist()
-    assert torch.equal(kv_indices, torch.cat([want.to(slot), want.new_full((SPARE,), -7).to(slot)]))
+    want_indptr, want = reference.gather_slots(table, requests, of)
+    for slot in (torch.int32, torch.int64):
+        kv_indptr = torch.full((batch + 1,), -1, dtype=torch.int32, device=DEVICE)
+        kv_indices = torch.full((sum(lengths) + SPARE,), -7, dtype=slot, device=DEVICE)
+        gather_slots(table, requests, of, kv_indptr, kv_indices)
+        assert kv_indptr.tolist() == want_indptr.tolist()
+        assert torch.equal(kv_indices, torch.cat([want.to(slot), want.new_full((SPARE,), -7).to(slot)]))
 
 
 @pytest.mark.parametrize("programs", [1, 3, 40])

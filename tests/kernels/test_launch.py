@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_blockgtq.kernels.launch import Arguments, Launch
+from sglang_blockgtq.kernels.device import launch as launch_module
+from sglang_blockgtq.kernels.device.launch import Arguments, Launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -210,6 +211,21 @@ def without_gpu() -> None:
     launch(grid)
     launch(grid)
     quiet = last()
+    findings["known"] = [launch_module._known(gather_kernel), len(launch.binaries)]
+
+    # With a Triton that nobody has looked at each launch is kernel[grid](...), and nothing is remembered.
+    known, launch_module.KNOWN = launch_module.KNOWN, ("0.1",)
+    plain = type(gather_kernel).__getitem__
+    grids = []
+    type(gather_kernel).__getitem__ = lambda kernel, grid: (grids.append(list(grid)), plain(kernel, grid))[1]
+    unknown = Launch(gather_kernel, **{name: values[name] for name in ("x", "index", "SIZE")})
+    given = Arguments(gather_kernel, n=values["n"], stride=values["stride"])
+    for i in range(3):
+        unknown((i + 1, 1, 1), given, **{name: values[name] for name in ("out", "scale", "bias", "negate")})
+    same = [x[0] == quiet[0] and x[6] == json.loads(json.dumps(quiet[6])) for x in started[-3:]]
+    findings["unknown"] = [grids, [x[1] for x in started[-3:]], len(unknown.binaries), all(same)]
+    type(gather_kernel).__getitem__ = plain
+    launch_module.KNOWN = known
     Driver.stream = 50
     launch(grid)
     findings["stream"] = [quiet[2], last()[2]]
@@ -269,6 +285,13 @@ def test_the_binary_is_the_one_that_triton_would_start(findings):
 
 def test_the_second_launch_does_not_ask_triton(findings):
     assert findings["slow"] == []
+
+
+def test_an_unknown_triton_launches_for_itself(findings):
+    """What Launch knows of Triton belongs to no interface; the version that is installed is one that it knows."""
+    assert findings["known"] == [True, 1]
+    grids = [[i, 1, 1] for i in (1, 2, 3)]
+    assert findings["unknown"] == [grids, grids, 0, True]
 
 
 def test_current_stream_and_device(findings):

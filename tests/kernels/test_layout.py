@@ -1,4 +1,4 @@
-"""Exact bytes of a row, the structure of its planes, and how rows are interleaved."""
+"""Exact bytes of a row, and how rows are interleaved."""
 
 import pytest
 import torch
@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 
 from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.rope import RopeBlocks
-from sglang_blockgtq.kernels.layout import (
+from sglang_blockgtq.kernels.format.layout import (
     BLOCK_SLOTS,
     NORM_BYTES,
-    PLANES,
     CodeLayout,
     RowLayout,
     gather_rows,
@@ -43,16 +42,15 @@ def row_of(head_dim, k_bits, v_bits, heads, allocator) -> RowLayout:
         k_bits=k_bits,
         v_bits=v_bits,
         allocator=allocator,
-        granularity=granularity or "block",
+        granularity=granularity or ("block" if allocator in ("paper", "product") else "segment"),
     )
     return table.row_layout(0)
 
 
-@pytest.mark.parametrize("heads", [1, 2, 4, 8])
 @pytest.mark.parametrize("shape", EXPECTED, ids=lambda s: "d{}-k{}v{}".format(*s))
-def test_bytes_per_token_and_head(shape, heads):
+def test_bytes_per_token_and_head(shape):
     exact, padded = EXPECTED[shape]
-    for allocator in ("template", "uniform"):
+    for heads, allocator in ((1, "template"), (2, "uniform"), (3, "template"), (8, "template")):
         row = row_of(*shape, heads, allocator)
         assert row.head_bytes == exact
         assert row.row_bytes <= heads * padded
@@ -67,32 +65,27 @@ def test_free_widths_pay_for_their_scales(allocator):
     assert row.head_bytes == 48 + 48 + NORM_BYTES * (row.k_norms + 1)
 
 
-@pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("shape", EXPECTED, ids=lambda s: "d{}-k{}v{}".format(*s))
-def test_rows_that_the_fast_kernels_read(shape, heads):
-    """Bytes that a kernel takes with one instruction lie together, at a multiple of their size up to 16."""
-    for allocator in ("template", "uniform", "paper-slot", "product-slot"):
+def test_rows_that_the_fast_kernels_read(shape):
+    """Bytes that a kernel takes with one instruction are a section, at a multiple of their size up to 16."""
+    heads = 3
+    for allocator in ("template", "uniform", "paper-segment", "product-segment"):
         row = row_of(*shape, heads, allocator)
         assert row.in_columns and all(layout.code_bits == int(shape[0] * shape[1]) for layout in row.k)
-        assert row.uniform_heads or allocator.endswith("slot")
-        places = row.places()
+        assert row.uniform_heads or allocator.endswith("segment")
+        sections = []
         for layouts, start in ((row.k, 0), ((row.v,) * heads, row.v_offset)):
             for head, layout in enumerate(layouts):
-                for part in layout.columns.bins:
-                    first = start + head * layout.code_bytes + part.offset
-                    at, stride = places[:, first : first + part.num_bytes]
-                    assert bool((stride == part.num_bytes).all())
-                    assert torch.equal(at, first * BLOCK_SLOTS + torch.arange(part.num_bytes, dtype=torch.int32))
-                    assert int(at[0]) % min(16, part.num_bytes) == 0
-        for head in range(heads):
-            first = row.norm_offset + 4 * head
-            at, stride = places[:, first : first + 4]
-            assert at.tolist() == [first * BLOCK_SLOTS + i for i in range(4)] and stride.tolist() == [4] * 4
+                bins = layout.columns.bins
+                sections += [(start + head * layout.code_bytes + part.offset, part.num_bytes) for part in bins]
+        sections += [(row.norm_offset + 4 * head, 4) for head in range(heads)]
+        assert row.sections[: len(sections)] == tuple(sections)
+        assert all(first * BLOCK_SLOTS % min(16, size) == 0 for first, size in row.sections)
     for allocator in ("paper", "product"):
         assert not row_of(*shape, heads, allocator).in_columns
 
 
-def test_fractions_and_odd_sizes_may_lie_in_planes():
+def test_fractions_and_odd_sizes_may_not_lie_in_columns():
     assert row_of(128, 2.5, 2.5, 2, "template").in_columns
     assert not row_of(80, 3, 3, 2, "template").in_columns  # 15 bits in each column
     assert not row_of(80, 2.9, 2, 2, "uniform").in_columns
@@ -100,7 +93,7 @@ def test_fractions_and_odd_sizes_may_lie_in_planes():
 
 @st.composite
 def row_layouts(draw) -> RowLayout:
-    """Heads alike in columns or in planes, unlike in columns, and unlike."""
+    """Heads alike in columns or not, unlike in columns, and unlike."""
     units = st.lists(st.integers(1, 8), min_size=1, max_size=8).map(lambda w: sorted(w, reverse=True))
     size = draw(st.sampled_from([2, 16]))
     heads = draw(st.integers(1, 3))
@@ -128,13 +121,11 @@ def test_heads_may_differ_in_columns_but_not_in_bytes_or_scales():
 
 @given(row_layouts())
 @settings(max_examples=100, deadline=None)
-def test_interleaving_gives_every_byte_a_place_of_its_own(row):
-    places = row.places().long()
-    every = torch.cat([places[0] + slot * places[1] for slot in range(BLOCK_SLOTS)])
-    assert every.sort().values.tolist() == list(range(BLOCK_SLOTS * row.row_bytes))
+def test_sections_cover_a_row_in_order(row):
     starts = [first for first, _ in row.sections]
     assert starts == [sum(size for _, size in row.sections[:i]) for i in range(len(starts))]
     assert sum(size for _, size in row.sections) == row.row_bytes
+    assert row.in_columns or len(row.sections) == 1
 
 
 @given(row_layouts(), st.data())
@@ -149,11 +140,15 @@ def test_gather_undoes_scatter_and_touches_no_other_slot(row, draw):
     assert torch.equal(gather_rows(row, storage, slots), rows)
     others = torch.tensor([s for s in range(48) if s not in slots.tolist()], dtype=torch.int64)
     assert torch.equal(gather_rows(row, storage, others), gather_rows(row, before, others))
-    # And byte by byte, as kernels find them.
-    places, flat = row.places().long(), storage.flatten()
+    # And byte by byte, as kernels find them: all rows of a block by sections, other rows one after another.
     for slot, want in zip(slots.tolist(), rows, strict=True):
-        at = slot // BLOCK_SLOTS * BLOCK_SLOTS * row.row_bytes + places[0] + slot % BLOCK_SLOTS * places[1]
-        assert torch.equal(flat[at], want)
+        block = storage.flatten()[slot // BLOCK_SLOTS * BLOCK_SLOTS * row.row_bytes :]
+        if not row.in_columns:
+            assert torch.equal(storage[slot], want)
+            continue
+        for first, size in row.sections:
+            at = first * BLOCK_SLOTS + slot % BLOCK_SLOTS * size
+            assert torch.equal(block[at : at + size], want[first : first + size])
 
 
 @pytest.mark.parametrize("wanted, slots", [(0, 0), (1, 16), (16, 16), (17, 32)])
@@ -170,19 +165,6 @@ def test_parts_of_a_row_follow_each_other():
     odd = RowLayout.of(k[:1], uniform_layout(6, 2))
     assert (odd.v_offset, odd.norm_offset, odd.row_bytes) == (3, 6, 16)
     assert not row.uniform_heads
-
-
-def test_planes_of_a_mixed_head():
-    layout = CodeLayout((6,) * 4 + (3,) * 8 + (1,) * 4)
-    planes = {p.name: p for p in layout.planes}
-    assert [name for name, _ in PLANES if name in planes] == ["hi", "two", "one"]
-    assert (planes["hi"].offset, planes["hi"].num_bytes) == (0, 2)
-    assert (planes["two"].offset, planes["two"].num_bytes) == (2, 3)  # 4 of the 6-bit codes, 8 of the 3-bit ones
-    assert (planes["one"].offset, planes["one"].num_bytes) == (5, 1)
-    assert [(r.start, r.stop, r.position) for r in planes["two"].runs] == [(0, 4, 0), (4, 12, 1)]
-    # 12 one-bit fields: 8 in the plane's byte, 4 left over in the tail.
-    assert layout.tail_offset == 6 and layout.code_bytes == 7
-    assert layout.field_table["one"][-1] == (6, 3, 0)
 
 
 @pytest.mark.parametrize("bits, total", [(2.5, 160), (1, 64), (3.02, 192), (8, 512)])

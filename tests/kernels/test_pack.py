@@ -5,14 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_blockgtq.kernels.columns import COLUMNS
-from sglang_blockgtq.kernels.layout import PLANES, CodeLayout
-from sglang_blockgtq.kernels.pack import pack, unpack
+from sglang_blockgtq.kernels.any_layout.bits import bit_offsets
+from sglang_blockgtq.kernels.format.columns import COLUMNS
+from sglang_blockgtq.kernels.format.layout import CodeLayout
+from sglang_blockgtq.kernels.format.pack import pack, unpack
 
 
 @st.composite
 def layouts(draw) -> CodeLayout:
-    """Any non-increasing widths 0..8 of an even number of channels, or of slots of 16 channels, as columns have."""
+    """Any non-increasing widths 0..8 of an even number of channels, or of segments of 16 channels, as columns have."""
     most, together = draw(st.sampled_from([(40, 2), (16, COLUMNS)]))
     widths = draw(st.lists(st.integers(together == COLUMNS, 8), min_size=1, max_size=most))
     return CodeLayout(tuple(w for w in sorted(widths, reverse=True) for _ in range(together)))
@@ -39,34 +40,29 @@ def random_codes(layout: CodeLayout, tokens: int, seed: int) -> torch.Tensor:
 @given(layouts(), st.integers(0, 2**31))
 @settings(max_examples=200, deadline=None)
 def test_round_trip_is_exact(layout, seed):
+    """As a string of bits whatever the widths, and in columns where they can lie so."""
     codes = random_codes(layout, 3, seed)
-    data = pack(layout, codes)
     assert layout.code_bytes == -(-sum(layout.widths) // 8)
-    assert data.shape == (3, layout.code_bytes)
-    assert torch.equal(unpack(layout, data), codes)
-    longer = torch.cat([data, torch.full((3, 2), 255, dtype=torch.uint8)], -1)
-    assert torch.equal(unpack(layout, longer), codes)
+    for in_columns in (False, True) if layout.columns else (False,):
+        data = pack(layout, codes, in_columns)
+        assert data.shape == (3, layout.code_bytes) and data.dtype == torch.uint8
+        assert torch.equal(unpack(layout, data, in_columns), codes)
+        longer = torch.cat([data, torch.full((3, 2), 255, dtype=torch.uint8)], -1)
+        assert torch.equal(unpack(layout, longer, in_columns), codes)
 
 
 @given(layouts(), st.integers(0, 2**31))
 @settings(max_examples=100, deadline=None)
-def test_field_table_says_where_every_bit_is(layout, seed):
-    """Unpacking byte by byte through the table gives the codes, and no two fields share a bit."""
-    codes = random_codes(layout, 2, seed)
-    data = pack(layout, codes).int()
-    seen = torch.zeros(layout.code_bytes, dtype=torch.int32)
-    found = torch.zeros(2, layout.dim, dtype=torch.int32)
-    for name, width in PLANES:
-        for channel, (byte, shift, position) in enumerate(layout.field_table[name]):
-            if byte < 0:
-                continue
-            mask = (1 << width) - 1
-            assert shift + width <= 8
-            assert not int(seen[byte]) & mask << shift
-            seen[byte] |= mask << shift
-            found[:, channel] |= (data[:, byte] >> shift & mask) << position
-    assert torch.equal(found, codes.int())
-    assert sum(int(byte).bit_count() for byte in seen) == sum(layout.widths)
+def test_a_string_of_bits_is_code_after_code(layout, seed):
+    """The lowest bit of the first code is the lowest of the first byte; behind the last one there are zeros."""
+    (codes,) = random_codes(layout, 1, seed)
+    string = 0
+    for code, width, first in zip(codes.tolist(), layout.widths, bit_offsets(layout), strict=True):
+        assert first >> 3 < layout.code_bytes or not width
+        string |= code << first
+    want = string.to_bytes(layout.code_bytes, "little")
+    assert bytes(pack(layout, codes, False).tolist()) == want
+    assert bit_offsets(layout)[0] == 0 and bit_offsets(layout)[-1] + layout.widths[-1] == layout.code_bits
 
 
 @pytest.mark.parametrize(

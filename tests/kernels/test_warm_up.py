@@ -4,13 +4,16 @@ import pytest
 import torch
 
 from sglang_blockgtq.backend import warm_up
-from sglang_blockgtq.kernels import attention, encode
-from sglang_blockgtq.kernels.attention import DecodeScratch, decode_attention
-from sglang_blockgtq.kernels.encode import Encoder
-from sglang_blockgtq.kernels.splits import request_block
-from sglang_blockgtq.kernels.tables import DeviceTables
+from sglang_blockgtq.kernels.any_layout import attention as any_attention
+from sglang_blockgtq.kernels.any_layout import encode as any_encode
+from sglang_blockgtq.kernels.decode import attention
+from sglang_blockgtq.kernels.decode.attention import DecodeScratch
+from sglang_blockgtq.kernels.decode.splits import request_block
+from sglang_blockgtq.kernels.device.tables import templates_of
+from sglang_blockgtq.kernels.encode import encoder
+from sglang_blockgtq.kernels.layer import TritonLayer
 
-from .matrix import DEVICE, SMALL, data
+from .matrix import DEVICE, PRODUCT, TEMPLATE, data
 
 
 @pytest.mark.parametrize("most, sizes", [(1, [1]), (8, [1]), (9, [1, 9]), (512, [1, 9, 65]), (4096, [1, 9, 65])])
@@ -34,32 +37,39 @@ def _kinds(monkeypatch):
 
             return launch
 
-    for name in ("decode_kernel", "attention_kernel"):
-        monkeypatch.setattr(attention, name, Watched(getattr(attention, name)))
-    for name in ("encode_few_kernel", "encode_many_kernel"):
-        monkeypatch.setattr(encode, name, Watched(getattr(encode, name)))
+    for module, *names in (
+        (attention, "decode_kernel"),
+        (any_attention, "decode_any_kernel"),
+        (encoder, "encode_few_kernel", "encode_many_kernel"),
+        (any_encode, "encode_any_kernel"),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, Watched(getattr(module, name)))
     return seen
 
 
-def test_requests_need_what_is_prepared(monkeypatch):
-    d = data(SMALL[0])
-    tables = DeviceTables.of(d.codec)
-    rows, scratch = d.rows.clone(), DecodeScratch.of(tables, 12, d.q.shape[1])
-    monkeypatch.setattr(encode, "FEW_CHANNELS", 4 * tables.heads * tables.k.padded)
+@pytest.mark.parametrize("case", [TEMPLATE, PRODUCT], ids=str)
+def test_requests_need_what_is_prepared(monkeypatch, case):
+    d = data(case)
+    monkeypatch.setattr(encoder, "FEW_CHANNELS", 4 * case.heads * d.tables.k.padded)
+    layer = TritonLayer(d.codec, DEVICE, templates_of(d.codec.layout.k))
+    layer.bind(d.rows.clone())
+    scratch = DecodeScratch.of(layer.tables, 12, d.q.shape[1])
     seen = _kinds(monkeypatch)
-    for job in warm_up.jobs(Encoder(tables, rows), scratch, d.q.shape[1], d.k.dtype, 12):
+    for job in warm_up.jobs(layer, scratch, d.q.shape[1], d.k.dtype, 12):
         job()
     prepared = seen.copy()
-    assert prepared
+    assert len(prepared) == (6 if layer.fast else 3)
 
     for batch in (1, 3, 12):
         k, v, q = (x[:1].expand(batch, -1, -1).contiguous() for x in (d.k, d.v, d.q))
         slots = torch.arange(batch, device=DEVICE) % 4
-        for with_queries in (False, True):
-            turned = torch.empty_like(q, dtype=torch.float32)
-            Encoder(tables, rows)(k, v, slots, *((q, turned) if with_queries else ()))
         kv_indptr = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE)
-        decode_attention(tables, q, rows, kv_indptr, slots, 0.1, turned=turned, scratch=scratch)
+        rotated = None
+        if layer.fast or batch == 1:  # of any layout the interpreter takes a second for a token
+            layer.encode(k, v, slots)
+            rotated = layer.encode(k, v, slots, q)
+        layer.decode(q, kv_indptr, slots, 0.1, rotated=rotated, scratch=scratch)
     assert seen == prepared
 
 

@@ -1,7 +1,8 @@
 """A test-only SGLang plugin: the CUDA backend on the CPU, its kernels in Triton's interpreter.
 
 Decode steps go the way of a CUDA graph: metadata over the graph's buffers once for each batch size, and from then on
-only what a graph would run, over buffers that hold the requests of the step.
+only what a graph would run, over buffers that hold the requests of the step. Prefill attention is SGLang's Triton
+kernel.
 """
 
 from types import SimpleNamespace
@@ -12,19 +13,28 @@ MOST = 8  # requests of a decode batch
 def register():
     import torch
 
-    from sglang_blockgtq import backend
+    from sglang_blockgtq import backend, runtime
+    from sglang_blockgtq.backend.buffers import Buffers, new_graph_slots
     from sglang_blockgtq.backend.cuda import TritonPackedBackend
-    from sglang_blockgtq.pool import PackedKVPool
+    from sglang_blockgtq.backend.extend import Workspace
+    from sglang_blockgtq.backend.prefill import Prefill, triton_attention
+    from sglang_blockgtq.kernels.decode.attention import DecodeScratch
+    from sglang_blockgtq.kernels.layer import TritonLayer
 
-    init = PackedKVPool.__init__
-
-    def init_with_kernels(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        self.tables = self._device_tables()
-        self.encoders = self._encoders()
+    def make_layers(table, heads, layer_ids, device):
+        return {i: TritonLayer(table.layer_codec(i, heads), device, table.k_templates) for i in layer_ids}
 
     class InterpretedBackend(TritonPackedBackend):
         graph = None
+
+        def _buffers(self, runner):
+            layer, context = self.pool.layer(self.first_layer), runner.model_config.context_len
+            return Buffers(
+                prefill=Prefill(triton_attention, "SGLang's Triton kernel"),
+                workspace=Workspace(layer, triton_attention, runner.dtype, "cpu", 40),  # one prompt goes in pieces
+                scratch=DecodeScratch.of(layer.tables, MOST, self.num_head),
+                graph_slots=new_graph_slots(MOST * context, "cpu"),
+            )
 
         def _warm_up(self, runner):
             pass
@@ -55,5 +65,5 @@ def register():
             self.forward_metadata = graph.captured[size]  # what the kernels of a captured graph hold
             self.init_forward_metadata_in_graph(view)
 
-    PackedKVPool.__init__ = init_with_kernels
+    runtime.make_layers = make_layers
     backend.create = InterpretedBackend

@@ -39,7 +39,7 @@ def register():
         if layer.layer_id not in LAYERS:
             return
         loc = unwrap_write_loc(loc_info)[0]
-        rows = self.gather(self.local(layer.layer_id), loc)
+        rows = self.layer(layer.layer_id).gather(loc)
         for t, slot in enumerate(loc.tolist()):
             both = torch.cat([cache_k[t].reshape(-1), cache_v[t].reshape(-1)]).float()
             row = _digest(rows[t])
@@ -53,9 +53,9 @@ def register():
         if self.kv_indices is None:
             return
         new = set(forward_batch.out_cache_loc.tolist())
-        pool, slots = self.token_to_kv_pool, [s for s in self.kv_indices.tolist() if s not in new]
+        pool, slots = self.pool, [s for s in self.kv_indices.tolist() if s not in new]
         for layer in LAYERS:
-            rows = pool.gather(layer, torch.tensor(slots, dtype=torch.int64))
+            rows = pool.layer(layer).gather(torch.tensor(slots, dtype=torch.int64))
             for slot, row in zip(slots, rows, strict=True):
                 if _digest(row) != written.get((layer, slot)):
                     emit(corrupt=slot, layer=layer)

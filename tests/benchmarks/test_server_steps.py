@@ -6,21 +6,15 @@ import argparse
 import csv
 import json
 import os
-import sys
 import textwrap
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))  # benchmarks/ is not installed
-
-from benchmarks import models  # noqa: E402
-from benchmarks import server_steps as steps  # noqa: E402
-from benchmarks.launch import Server, ServerError, Stream, shown, wait_for  # noqa: E402
-from benchmarks.models import Model  # noqa: E402
+from benchmarks import models
+from benchmarks import server_steps as steps
+from benchmarks.launch import Server, ServerError, Stream, shown, wait_for
+from benchmarks.models import Model
 
 #: Answers like launch_server, with a prefix cache. fp8_e4m3 dies, FAKE=deaf never forgets, FAKE=slow never starts.
 FAKE_SERVER = textwrap.dedent(

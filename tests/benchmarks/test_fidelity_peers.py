@@ -1,24 +1,16 @@
 """The caches that Block-GTQ is compared with: their definitions on hand-made tensors, and their bytes."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from benchmarks.fidelity import hadamard, lineup
+from benchmarks.fidelity.kivi import Kivi, KiviScaleOnly, key_range
+from benchmarks.fidelity.methods import Cast, IntPerToken, Packed
+from benchmarks.fidelity.window import Window
 from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.rope import HEAD_DIMS, RopeBlocks
-from sglang_blockgtq.kernels.layout import NORM_BYTES, uniform_layout
-
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))  # benchmarks/ is not installed
-
-from benchmarks.fidelity import hadamard, lineup  # noqa: E402
-from benchmarks.fidelity.kivi import Kivi, KiviScaleOnly, key_range  # noqa: E402
-from benchmarks.fidelity.methods import Cast, IntPerToken, Packed  # noqa: E402
-from benchmarks.fidelity.window import Window  # noqa: E402
+from sglang_blockgtq.kernels.format.layout import NORM_BYTES, uniform_layout
 
 DIM = 64
 
@@ -35,9 +27,9 @@ def moments() -> Moments:
     return Moments(q, k, torch.full((2, 2), float(DIM), dtype=torch.float64), 2048)
 
 
-def table(moments, allocator="uniform", k_bits=3, v_bits=3, granularity="block", **kw):
+def table(moments, allocator="uniform", k_bits=3, v_bits=3, **kw):
     rope = [RopeBlocks(DIM, DIM)] * 2
-    return build_table(moments, rope, k_bits=k_bits, v_bits=v_bits, allocator=allocator, granularity=granularity, **kw)
+    return build_table(moments, rope, k_bits=k_bits, v_bits=v_bits, allocator=allocator, **kw)
 
 
 class TestKivi:
@@ -141,18 +133,18 @@ class TestCast:
 
 
 class TestHadamard:
-    @pytest.mark.parametrize("n", HEAD_DIMS)
-    def test_rows_of_plus_and_minus_one_are_orthogonal(self, n):
-        h = hadamard.hadamard(n)
-        assert bool((h.abs() == 1).all())
-        torch.testing.assert_close(h @ h.T, n * torch.eye(n, dtype=torch.float64), atol=1e-9, rtol=0)
+    def test_rows_of_plus_and_minus_one_are_orthogonal(self):
+        for n in HEAD_DIMS:
+            h = hadamard.hadamard(n)
+            assert bool((h.abs() == 1).all())
+            torch.testing.assert_close(h @ h.T, n * torch.eye(n, dtype=torch.float64), atol=1e-9, rtol=0)
 
-    @pytest.mark.parametrize("n", [48, 64, 112])
-    def test_rotation_is_orthonormal_and_seeded(self, n):
-        a, b = hadamard.hadamard_rotation(n, 1), hadamard.hadamard_rotation(n, 2)
-        torch.testing.assert_close(a @ a.T, torch.eye(n, dtype=torch.float64), atol=1e-12, rtol=0)
-        torch.testing.assert_close(a, hadamard.hadamard_rotation(n, 1), atol=0, rtol=0)
-        assert 0 < int((a != b).any(0).sum()) < n  # signs of some channels differ
+    def test_rotation_is_orthonormal_and_seeded(self):
+        for n in (48, 64, 112):
+            a, b = hadamard.hadamard_rotation(n, 1), hadamard.hadamard_rotation(n, 2)
+            torch.testing.assert_close(a @ a.T, torch.eye(n, dtype=torch.float64), atol=1e-12, rtol=0)
+            torch.testing.assert_close(a, hadamard.hadamard_rotation(n, 1), atol=0, rtol=0)
+            assert 0 < int((a != b).any(0).sum()) < n  # signs of some channels differ
 
     def test_sizes_without_one_are_refused(self):
         with pytest.raises(ValueError, match="23"):
@@ -201,10 +193,9 @@ class TestWindow:
 
 
 class TestBytes:
-    @pytest.mark.parametrize("bits", [2, 3, 4])
-    def test_every_method(self, moments, bits):
+    def test_every_method(self, moments):
         """head_dim 64: 8 bytes of codes a bit, and what each stores beside them."""
-        codes = 8 * bits
+        bits, codes = 3, 24
         uniform = Packed(table(moments, k_bits=bits, v_bits=bits))
         sized = {
             "uniform": (uniform, codes + 2, codes + 2),
@@ -214,7 +205,7 @@ class TestBytes:
                 codes + 2,
             ),
             "template": (Packed(table(moments, "template", bits, bits)), codes + 2, codes + 2),
-            "product-slot": (Packed(table(moments, "product", bits, bits, "slot")), codes + 2, codes + 2),
+            "product-segment": (Packed(table(moments, "product", bits, bits)), codes + 2, codes + 2),
             "int": (IntPerToken(bits, DIM, DIM), codes + 4, codes + 4),
             "kivi": (Kivi(bits, DIM, DIM), codes + 8, codes + 8),
         }
@@ -226,19 +217,19 @@ class TestBytes:
         assert Kivi(2, DIM, DIM).sizes(33)[0] == 16 + 2 * 64 * 4 / 33
 
     def test_scales_of_width_groups_are_counted(self, moments):
-        method = Packed(table(moments, "paper"))
+        method = Packed(table(moments, "paper", granularity="block"))
         groups = [max(layout.num_norms for layout in codec.layout.k) for codec in method.codecs]
         assert min(groups) > 2
         key, value = method.sizes(4096)
         assert key == pytest.approx(24 + 2 * sum(groups) / 2) and value == 26
         assert key + value == pytest.approx(method.bytes_per_token_head)
 
-    @pytest.mark.parametrize("dim", [32, 48, 64, 80, 128, 256])
-    def test_equal_bits_is_the_least_that_takes_the_bytes(self, dim):
-        for bits in (1, 2, 3, 4, 8):
-            assert lineup.equal_bits(dim * bits / 8 + 2, dim) == bits
-        for size in (dim / 8 + 3.2, dim / 3 + 2, dim * 0.7):
-            bits = lineup.equal_bits(size, dim)
-            assert size <= uniform_layout(dim, bits).code_bytes + NORM_BYTES < size + 1
-            assert bits * dim / 2 == int(bits * dim / 2)
-        assert lineup.equal_bits(dim + 2.5, dim) is None  # above 8 bits
+    def test_equal_bits_is_the_least_that_takes_the_bytes(self):
+        for dim in (32, 48, 64, 80, 128, 256):
+            for bits in (1, 2, 3, 4, 8):
+                assert lineup.equal_bits(dim * bits / 8 + 2, dim) == bits
+            for size in (dim / 8 + 3.2, dim / 3 + 2, dim * 0.7):
+                bits = lineup.equal_bits(size, dim)
+                assert size <= uniform_layout(dim, bits).code_bytes + NORM_BYTES < size + 1
+                assert bits * dim / 2 == int(bits * dim / 2)
+            assert lineup.equal_bits(dim + 2.5, dim) is None  # above 8 bits

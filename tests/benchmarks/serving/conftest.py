@@ -1,18 +1,14 @@
-"""benchmarks/ is not installed; a stand-in for SGLang where a test starts processes."""
+"""A stand-in for SGLang where a test starts processes."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
 DATA = HERE / "data"
 
 

@@ -3,31 +3,23 @@
 import csv
 import json
 import re
-import sys
 from copy import copy
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from elsewhere import DEVICE, Elsewhere, is_away, send, send_module
 
-ROOT = Path(__file__).resolve().parents[1]
-for folder in (ROOT, ROOT / "tests"):
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))  # neither is installed
-
-from elsewhere import DEVICE, Elsewhere, is_away, send, send_module  # noqa: E402
-
-from benchmarks.fidelity import __main__ as program  # noqa: E402
-from benchmarks.fidelity import ablation, ablation_rows, budgets, klt, limit, run  # noqa: E402
-from benchmarks.fidelity import lab as lab_module  # noqa: E402
-from benchmarks.fidelity.ablation_rows import Recipe, recipes  # noqa: E402
-from benchmarks.fidelity.coder import Cache, Frame, Side  # noqa: E402
-from benchmarks.fidelity.lab import Lab  # noqa: E402
-from benchmarks.fidelity.methods import Packed  # noqa: E402
-from benchmarks.fidelity.model import rotate  # noqa: E402
-from sglang_blockgtq.calibrate.hf import collect  # noqa: E402
-from sglang_blockgtq.calibrate.rope import RopeBlocks  # noqa: E402
+from benchmarks.fidelity import __main__ as program
+from benchmarks.fidelity import ablation, ablation_rows, budgets, klt, run
+from benchmarks.fidelity import lab as lab_module
+from benchmarks.fidelity.ablation_rows import Recipe, recipes
+from benchmarks.fidelity.coder import Cache, Frame, Side
+from benchmarks.fidelity.lab import Lab
+from benchmarks.fidelity.methods import Packed
+from benchmarks.fidelity.model import rotate
+from sglang_blockgtq.calibrate.hf import collect
+from sglang_blockgtq.calibrate.rope import RopeBlocks
 
 DIM = 64
 
@@ -73,7 +65,7 @@ def lab(tiny_llama) -> Lab:
 def test_shipped_sides_are_the_packed_rows(lab):
     """One coder or many layouts, one norm or several: what the bytes that serve give back, and their number."""
     k, v = draw(40, 2, DIM), draw(40, 2, DIM, seed=1)
-    for name in ("template", "paper", "product-slot", "uniform"):
+    for name in ("template", "paper", "product-segment", "uniform"):
         table = lab.table(name, 3, 2)
         packed, cache = Packed(table), Cache("", *lab.of_table(table))
         for layer in (0, 1):
@@ -83,23 +75,23 @@ def test_shipped_sides_are_the_packed_rows(lab):
 
 
 @pytest.mark.parametrize("page", [1, 16, 64])
-def test_turning_back_and_on_is_exact(lab, page):
+def test_rotating_back_and_on_is_exact(lab, page):
     k, frame = draw(200, 2, DIM), Frame(page, lab.subject.rope, lab.inv_freq)
     for first in (0, run.SHIFT):
         positions = torch.arange(first, first + 200)
         origin = frame.origin(positions)
         assert bool((origin % page == 0).all()) and bool((positions - origin < page).all())
-        back = frame.turn(1, k, -origin)
+        back = frame.rotate(1, k, -origin)
         assert (back - k).abs().max() > 0.5
-        torch.testing.assert_close(frame.turn(1, back, origin), k, atol=2e-6, rtol=0)
+        torch.testing.assert_close(frame.rotate(1, back, origin), k, atol=2e-6, rtol=0)
 
 
 def test_before_rope_a_vector_is_the_same_at_every_position(lab):
     frame = lab.frame(1)
     positions = torch.arange(50) * 613
     key = draw(1, 2, DIM)
-    there = frame.turn(0, key.expand(50, -1, -1), positions)
-    torch.testing.assert_close(frame.turn(0, there, -positions), key.expand(50, -1, -1), atol=2e-6, rtol=0)
+    there = frame.rotate(0, key.expand(50, -1, -1), positions)
+    torch.testing.assert_close(frame.rotate(0, there, -positions), key.expand(50, -1, -1), atol=2e-6, rtol=0)
     one = rotate(key, lab.subject.rope[0], lab.inv_freq, 613)
     torch.testing.assert_close(there[1:2], one, atol=0, rtol=0)
 
@@ -115,20 +107,20 @@ def test_balanced_transform_has_one_diagonal_on_both_sides():
 
 
 @pytest.mark.parametrize("neox", [True, False])
-def test_mean_over_turns_is_that_of_turned_moments(neox):
+def test_mean_over_rotations_is_that_of_rotated_moments(neox):
     rope = RopeBlocks(32, 24, neox)
     inv_freq = 10000.0 ** (-torch.arange(12) / 12)
     x = draw(40, 1, 32).double()
     moment = torch.einsum("thd,the->de", x, x)
-    turned = [rotate(x, rope, inv_freq, p) for p in range(9)]
-    wanted = sum(torch.einsum("thd,the->de", y, y) for y in turned) / 9
-    torch.testing.assert_close(klt.turned_mean(moment, rope, inv_freq, 9), wanted, atol=1e-4, rtol=1e-5)
+    rotated = [rotate(x, rope, inv_freq, p) for p in range(9)]
+    wanted = sum(torch.einsum("thd,the->de", y, y) for y in rotated) / 9
+    torch.testing.assert_close(klt.rotated_mean(moment, rope, inv_freq, 9), wanted, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("page", [1, 16, None])
 def test_many_bits_give_the_keys_back(lab, page, centred):
-    """At any position: a wrong inverse, turn or mean would show."""
+    """At any position: a wrong inverse, rotation or mean would show."""
     layer, k = 1, lab.samples[1].k
     errors = []
     for bits in (8, 3):
@@ -152,7 +144,7 @@ def test_transform_lowers_the_error_it_is_fitted_to(lab):
     got, metric = lab.seconds(), lab.output_metric
     sigma = klt.balanced(got.v, metric)[2]
     flat = torch.full_like(sigma, 2).long()
-    chosen = klt.slot_widths(sigma, 2)
+    chosen = klt.segment_widths(sigma, 2)
     assert bool((klt.expected_error(sigma, chosen) <= klt.expected_error(sigma, flat) * 1.001).all())
     assert bool((chosen.sum(-1) == 2 * DIM).all()) and bool((chosen[..., :-1] >= chosen[..., 1:]).all())
 
@@ -198,7 +190,7 @@ def test_sensitivity_predicts_the_cost_of_small_errors(lab):
 
 
 def test_exact_attention_does_not_change_under_the_shift(lab):
-    """The control itself: keys that are kept exactly, coded as nothing, turned on by 30,000."""
+    """The control itself: keys that are kept exactly, coded as nothing, rotated on by 30,000."""
 
     class Same:
         exact = False
@@ -221,7 +213,7 @@ def test_a_mean_of_the_strongest_blocks(lab):
     side = lab_module.in_frame(lab, lab.keys("template", 3), 0, True)
     assert torch.equal(torch.stack(list(lab_module.strongest_blocks(lab, side, DIM // 2).mean)), side.mean)
     few = lab_module.strongest_blocks(lab, side, 5).mean
-    pairs = few.unflatten(-1, (2, DIM // 2))  # channels i and i + DIM / 2 turn together
+    pairs = few.unflatten(-1, (2, DIM // 2))  # channels i and i + DIM / 2 rotate together
     kept = (pairs != 0).all(-2)
     assert torch.equal(kept, (pairs != 0).any(-2)) and bool((kept.sum(-1) == 5).all())
     energy = side.mean.unflatten(-1, (2, DIM // 2)).square().sum(-2)
@@ -328,41 +320,6 @@ def test_every_row_runs_on_another_device(tiny_llama):
                 assert row["kl_all"] == row["kl_all"] and row["tokens"] == 63 * 5
         assert is_away(lab.samples[0].k) and is_away(lab.keys("template", 3).coders[0].enter)
         assert send(torch.zeros(1)).device == DEVICE
-
-
-def test_limit_loses_what_shannon_says():
-    """White: a share of 4^-R, after the scale that keeps lengths. In channels: the level of reverse water-filling."""
-    x = draw(4000, 2, DIM) * draw(4000, 1, 1, seed=1).abs()
-    for bits in (1, 2, 3):
-        got = limit.white(2, DIM, bits, 7)  # not the seed that x is drawn with
-        read, share = got.round_trip(x), 4.0**-bits
-        assert got.size == DIM * bits / 8 + 2
-        along = (read * x).sum() / x.square().sum()
-        torch.testing.assert_close(along, torch.tensor(1.0), atol=0.01, rtol=0)
-        lost = (read - x).square().sum() / x.square().sum()
-        torch.testing.assert_close(lost, torch.tensor(share / (1 - share)), atol=0, rtol=0.03)
-    strength = torch.tensor([16.0, 4.0, 1.0, 0.25])
-    share = limit.water_filling(strength, 1.5)
-    level = (strength * share).amax()
-    torch.testing.assert_close(share, (level / strength).clamp(max=1))
-    torch.testing.assert_close(-(share.log2().sum()) / 2, torch.tensor(6.0), atol=1e-4, rtol=0)
-    # One bit in all is spent where it helps most, and there down to the next channel's strength.
-    lost = limit.water_filling(strength, 0.25)
-    torch.testing.assert_close(lost, torch.tensor([0.25, 1.0, 1.0, 1.0]), atol=1e-4, rtol=0)
-
-
-def test_limit_in_balanced_channels_beats_white_where_they_differ():
-    a, b = (torch.stack([x @ x.T for x in draw(2, DIM, DIM + 8, seed=s).double()]) for s in (1, 2))
-    transform = klt.balanced(a, b, ridge=0)
-    x = torch.einsum("thd,hed->the", draw(4000, 2, DIM, seed=3), torch.linalg.cholesky(a).float())
-
-    def cost(side):
-        error = side.round_trip(x) - x
-        return torch.einsum("thd,hde,the->h", error, b.float(), error).sum()
-
-    assert cost(limit.balanced(*transform, 2, 0)) < 0.8 * cost(limit.white(2, DIM, 2, 0))
-    exact = limit.balanced(*transform, 12, 0)
-    torch.testing.assert_close(exact.round_trip(x), x, atol=0.05, rtol=0.05)
 
 
 def test_program_writes_rows_at_once_and_survives_a_failing_one(lab, tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -226,11 +227,10 @@ def test_quick_graphs_are_those_of_what_is_measured(scenarios, batch):
     assert f"--cuda-graph-max-bs-decode={batch}" in args
 
 
-@pytest.mark.parametrize("method", SERVERS)
-@pytest.mark.parametrize("sizes", NAMED.values(), ids=NAMED)
-def test_every_server_gets_the_same_memory(method, sizes):
-    args = arguments(Model.of("m=config,tokenizer"), method, sizes, 0.8, True, ["--user"], SCENARIOS)
-    assert "--mem-fraction-static=0.8" in args and "--load-format=dummy" in args and args[-1] == "--user"
-    context = int(next(a for a in args if a.startswith("--context-length=")).split("=")[1])
-    assert context > max(sizes.decode, default=0) + sizes.steps
-    assert not sizes.concurrency or context > sum(sizes.pressure)
+def test_every_server_gets_the_same_memory():
+    for method, sizes in product(SERVERS, NAMED.values()):
+        args = arguments(Model.of("m=config,tokenizer"), method, sizes, 0.8, True, ["--user"], SCENARIOS)
+        assert "--mem-fraction-static=0.8" in args and "--load-format=dummy" in args and args[-1] == "--user"
+        context = int(next(a for a in args if a.startswith("--context-length=")).split("=")[1])
+        assert context > max(sizes.decode, default=0) + sizes.steps
+        assert not sizes.concurrency or context > sum(sizes.pressure)

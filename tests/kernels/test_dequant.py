@@ -1,15 +1,16 @@
 """The assembly that turns words into levels, run instruction by instruction without a GPU."""
 
 import re
+from itertools import combinations_with_replacement
 
 import numpy as np
 import pytest
 
-from sglang_blockgtq.kernels.codebook import levels, polynomial
-from sglang_blockgtq.kernels.columns import Columns, columns_of
-from sglang_blockgtq.kernels.fields import assembly, constraints, depressed, offset_of, place_of
-from sglang_blockgtq.kernels.layout import CodeLayout, uniform_layout
-from sglang_blockgtq.kernels.tables import ColumnTables, column_shifts
+from sglang_blockgtq.kernels.device.dequant import assembly, constraints, depressed, offset_of, place_of
+from sglang_blockgtq.kernels.device.tables import CodeSpec, column_shifts
+from sglang_blockgtq.kernels.format.codebook import levels, polynomial
+from sglang_blockgtq.kernels.format.columns import Columns, columns_of
+from sglang_blockgtq.kernels.format.layout import CodeLayout, uniform_layout
 
 #: Error of a level in float16, of the largest level: up to six operations, each rounded by 2^-11 of its result.
 ERROR = 1.5 * 2.0**-10
@@ -38,7 +39,7 @@ def pair(x: np.ndarray) -> np.ndarray:
 
 
 def run(text: str, operands: list[np.ndarray | None]) -> np.ndarray:
-    """What ``$0`` holds in the end. Knows just the instructions that :mod:`.fields` uses."""
+    """What ``$0`` holds in the end. Knows just the instructions that are used."""
     register = {f"${i + 1}": x.astype(np.uint32) for i, x in enumerate(operands) if x is not None}
 
     def value(name: str) -> np.ndarray:
@@ -76,9 +77,9 @@ def run(text: str, operands: list[np.ndarray | None]) -> np.ndarray:
 def words_of(
     columns: Columns, column: int, codes: list[np.ndarray], generator: np.random.Generator
 ) -> list[np.ndarray]:
-    """The 16-bit words of each bin that carry a column's ``codes [N]`` of every slot; all else is noise."""
+    """The 16-bit words of each bin that carry a column's ``codes [N]`` of every segment; all else is noise."""
     words = [generator.integers(0, 1 << 16, codes[0].shape) for _ in columns.bins]
-    for code, pieces in zip(codes, columns.slots, strict=True):
+    for code, pieces in zip(codes, columns.segments, strict=True):
         for p in pieces:
             at = p.shift + column // columns.bins[p.bin].words * columns.bins[p.bin].bits
             mask = (1 << p.width) - 1
@@ -92,11 +93,11 @@ def test_every_code_becomes_its_level(widths, kind):
     """codebook: as unpacking takes them; poly, value_poly: keys and values in decode, the slope left out, and the
     offset left in where no coefficient remains."""
     columns = columns_of(widths)
-    tables = ColumnTables.of(CodeLayout(tuple(w for w in widths for _ in range(16))))
+    spec = CodeSpec.of(CodeLayout(tuple(w for w in widths for _ in range(16))))
     shifts, generator = column_shifts().numpy(), np.random.default_rng(0)
-    for slot, pieces in enumerate(tables.slots):
-        repeated = [tables.repeat[b] > 1 for b in pieces[::4]]
-        poly = getattr(tables, kind)[slot]
+    for segment, pieces in enumerate(spec.segments):
+        repeated = [spec.repeat[b] > 1 for b in pieces[::4]]
+        poly = getattr(spec, kind)[segment]
         text, at = assembly.fn(pieces, repeated, poly), place_of.fn(pieces, repeated[0])
         for column in (0, 5, 15):
             # Both elements of a register at once, each with all its codes and other noise beside them.
@@ -106,20 +107,36 @@ def test_every_code_becomes_its_level(widths, kind):
             for i, b in enumerate(pieces[::4]):
                 if repeated[i]:
                     # A 32-bit operand comes once for each element; that of the second is not looked at.
-                    shift = int(shifts[tables.bins[b][2], column]) + pieces[4 * i + 1] - pieces[4 * i + 3] - at
+                    shift = int(shifts[spec.bins[b][2], column]) + pieces[4 * i + 1] - pieces[4 * i + 3] - at
                     operands += [np.full(len(operands[0]), shift % 2**32, np.uint32), None]
             assert constraints.fn(pieces, repeated, poly).count("r") == 1 + len(operands)
             got = halves(run(text, operands)).flatten()
             if not poly:
-                assert widths[slot] <= 2 and (kind == "poly" or max(widths) <= 2)
+                assert widths[segment] <= 2 and (kind == "poly" or max(widths) <= 2)
                 got -= offset_of.fn(pieces, repeated[0])
             if kind != "codebook":
-                got *= tables.slope[slot]
-            book = levels(widths[slot]).numpy()
-            assert set(codes[slot]) == set(range(1 << widths[slot]))
-            assert np.abs(got - book[codes[slot]]).max() < ERROR * book[-1]
-            order = np.argsort(codes[slot], kind="stable")
+                got *= spec.slope[segment]
+            book = levels(widths[segment]).numpy()
+            assert set(codes[segment]) == set(range(1 << widths[segment]))
+            assert np.abs(got - book[codes[segment]]).max() < ERROR * book[-1]
+            order = np.argsort(codes[segment], kind="stable")
             assert (np.diff(got[order]) >= 0).all(), "levels keep their order"
+
+
+@pytest.mark.parametrize("segments", [4, 8])
+def test_every_mixture_has_places_under_the_exponent(segments):
+    """Whatever widths a head's segments have, each code fits beside what centres it in the ten bits of a mantissa."""
+    found = 0
+    for widths in combinations_with_replacement(range(8, 0, -1), segments):
+        columns = columns_of(widths)
+        if columns is None:
+            continue
+        found += 1
+        spec = CodeSpec.of(CodeLayout(tuple(w for w in widths for _ in range(16))))
+        for width, pieces in zip(widths, spec.segments, strict=True):
+            place = place_of.fn(pieces, spec.repeat[pieces[0]] > 1)
+            assert 1 <= place <= 10 - width
+    assert found > 100
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -135,9 +152,9 @@ def test_depressed_polynomials_are_the_same(bits):
 
 def test_a_code_of_three_bits_takes_three_operations():
     """What remains of the codebook in decode: a subtraction, one fused operation, a product."""
-    tables = ColumnTables.of(CodeLayout((3,) * 128))
-    for slot, pieces in enumerate(tables.slots):
-        text = assembly.fn(pieces, [tables.repeat[b] > 1 for b in pieces[::4]], tables.poly[slot])
+    spec = CodeSpec.of(CodeLayout((3,) * 128))
+    for segment, pieces in enumerate(spec.segments):
+        text = assembly.fn(pieces, [spec.repeat[b] > 1 for b in pieces[::4]], spec.poly[segment])
         assert re.findall(r"(\w+)\.rn\.f16x2", text) == ["sub", "fma", "mul"]
 
 
@@ -151,11 +168,11 @@ def test_mixtures_have_every_kind_of_piece():
     """Cut codes, narrow bins, and codes that need no shift and that need one either way."""
     kinds = set()
     for widths in MIXTURES:
-        tables = ColumnTables.of(CodeLayout(tuple(w for w in widths for _ in range(16))))
-        for pieces in tables.slots:
-            repeated = [tables.repeat[b] > 1 for b in pieces[::4]]
+        spec = CodeSpec.of(CodeLayout(tuple(w for w in widths for _ in range(16))))
+        for pieces in spec.segments:
+            repeated = [spec.repeat[b] > 1 for b in pieces[::4]]
             kinds.add(("pieces", len(pieces) // 4))
-            kinds |= {("repeat", tables.repeat[b]) for b in pieces[::4]}
+            kinds |= {("repeat", spec.repeat[b]) for b in pieces[::4]}
             text = assembly.fn(pieces, repeated, (1.0,))
             kinds.add("shr" if "shr" in text else "shl" if "shl" in text else "none" if "shf" not in text else "shf")
     assert {("pieces", 1), ("pieces", 2), ("pieces", 3), *(("repeat", r) for r in (1, 2, 4, 8))} <= kinds

@@ -15,14 +15,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))  # benchmarks/ is not installed
-
-from benchmarks.kernels import __main__ as cli  # noqa: E402
-from benchmarks.kernels import cases, data, layers, ours, peers, profile, record, reference, run, subjects, timing  # noqa: E402
-from sglang_blockgtq.kernels import naive  # noqa: E402
-from sglang_blockgtq.kernels.layout import gather_rows, scatter_rows  # noqa: E402
+from benchmarks.kernels import __main__ as cli
+from benchmarks.kernels import cases, data, layers, ours, peers, profile, record, run, subjects, timing
+from benchmarks.kernels.reference import dense_attention, relative_error
+from sglang_blockgtq.kernels import reference
+from sglang_blockgtq.kernels.format.layout import gather_rows, scatter_rows
 
 SHAPE = cases.Shape("tiny", 6, 2, 64)
 TEMPLATE = cases.PACKED[0]
@@ -44,15 +41,15 @@ def _case(method, kernel="decode", batch=2, context=40, index=cases.SHUFFLED, sh
     return cases.Case(shape, kernel, method, batch, context, index)
 
 
-def _twin_encode(tables, k, v, rows, loc):
-    """As the kernel, but in no time: for tests of what reads the rows."""
-    codec = data.make_codec(SHAPE, TEMPLATE)
-    scatter_rows(tables.row, rows, loc, naive.encode(codec, k, v))
+def _reference_encoder(tables, rows, codec=None):
+    """As the kernel's, but in no time: for tests of what reads the rows."""
+    codec = codec or data.make_codec(SHAPE, TEMPLATE)
+    return lambda k, v, loc: scatter_rows(tables.row, rows, loc, reference.encode(codec, k, v))
 
 
 @pytest.fixture
 def packed(pool) -> subjects.Packed:
-    return subjects.Packed(TEMPLATE, pool, _twin_encode)
+    return subjects.Packed(TEMPLATE, pool, _reference_encoder)
 
 
 def _fake_timer(launch, num_bytes, windows, seconds) -> timing.Timing:
@@ -71,7 +68,6 @@ def test_every_case_of_the_table_is_there():
     for method in cases.DENSE + cases.PACKED:
         wanted = {(b, n, i) for b, n in cases.LENGTHS for i in ("shuffled", "contiguous")}
         assert {(c.batch, c.context, c.index) for c in decode if c.method == method} == wanted
-    assert {c.method.name for c in decode} >= {"template-folded16", "template-folded64"}
     encode = [c for c in every if c.kernel == "encode" and c.shape.name == "SmolLM2"]
     assert {(c.method.key, c.batch) for c in encode} >= {("bf16", 64), ("template-k3v3", 8192)}
     assert {c.queries for c in every if c.kernel.startswith("decode_q")} == {2, 4, 8}
@@ -166,7 +162,7 @@ def test_pool_is_uneven_finite_and_never_zero(pool):
     torch.testing.assert_close(found, wanted, rtol=0.4, atol=0)
     assert bool((pool.k != 0).any(-1).all()) and bool((pool.v != 0).any(-1).all())
     for x, y in zip(pool.fp8, (pool.k, pool.v), strict=True):
-        assert x.dtype == data.FP8 and reference.relative_error(x, y) < 0.05
+        assert x.dtype == data.FP8 and relative_error(x, y) < 0.05
     again = data.Pool(SHAPE, 512, "cpu")
     assert torch.equal(again.k, pool.k) and torch.equal(again.v, pool.v)
     q = pool.queries(7)
@@ -180,8 +176,8 @@ def test_pool_is_uneven_finite_and_never_zero(pool):
 def test_rows_are_the_pools_own_tokens(tokens, monkeypatch):
     monkeypatch.setattr(data, "SLICE", 200)  # several slices, the last one short
     pool = data.Pool(SHAPE, tokens, "cpu")
-    packed = subjects.Packed(TEMPLATE, pool, _twin_encode)
-    row, wanted = packed.tables.row, naive.encode(packed.codec, pool.k, pool.v)
+    packed = subjects.Packed(TEMPLATE, pool, _reference_encoder)
+    row, wanted = packed.tables.row, reference.encode(packed.codec, pool.k, pool.v)
     assert len(packed.rows) == -(-tokens // 16) * 16
     assert torch.equal(gather_rows(row, packed.rows, torch.arange(tokens)), wanted)
     # A window is a pool of its own: its slots hold the tokens that the dense windows have there.
@@ -199,7 +195,7 @@ def test_rows_are_the_pools_own_tokens(tokens, monkeypatch):
 def test_dense_attention_against_a_loop(pool, queries):
     index = data.Index.of((queries, 20), cases.SHUFFLED, "cpu")
     q = pool.queries(2 * queries)
-    found = reference.dense_attention(q, pool.k, pool.v, index, pool.sm_scale, queries)
+    found = dense_attention(q, pool.k, pool.v, index, pool.sm_scale, queries)
     indptr, slots = index.flat(1, torch.int64)
     for b, n in enumerate(index.lengths):
         at = slots[indptr[b] : indptr[b + 1]]
@@ -218,10 +214,11 @@ def test_packed_decode_is_checked_and_a_wrong_one_is_not_timed(packed, monkeypat
     assert 0 < row.rel_error < subjects.TOLERANCE
     for factor in (1.05, math.nan):
 
-        def wrong(tables, *arguments, factor=factor, **step):
-            return naive.decode_attention(packed.codec, *arguments)[0] * factor
+        def wrong(tables, q, rows, kv_indptr, slots, sm_scale, factor=factor, **step):
+            rows = gather_rows(packed.codec.layout, rows, slots)
+            return reference.decode_attention(packed.codec, q, rows, kv_indptr, sm_scale)[0] * factor
 
-        monkeypatch.setattr(ours, "ours", wrong)
+        monkeypatch.setattr(ours, "attend", wrong)
         packed._errors.clear()
         row = run.measure_case(packed, case, _fake_timer, 0.1)
         assert row.us is None and row.note.startswith("not timed: relative error")
@@ -234,37 +231,54 @@ def test_encode_is_checked_and_a_wrong_one_is_not_timed(pool, monkeypatch):
     assert row.note == "" and row.rel_error < subjects.ENCODE_TOLERANCE
     assert row.bytes == 8 * (packed.tables.row.row_bytes + 2 * 2 * 2 * 64)
 
-    def half(tables, k, v, rows, loc):
-        ours.encode(tables, k, v, rows, loc)
-        half = len(loc) // 2
-        scatter_rows(tables.row, rows, loc[:half], gather_rows(tables.row, rows, loc[half : 2 * half]))
+    def half(tables, rows):
+        def encode(k, v, loc):
+            _reference_encoder(tables, rows)(k, v, loc)
+            half = len(loc) // 2
+            scatter_rows(tables.row, rows, loc[:half], gather_rows(tables.row, rows, loc[half : 2 * half]))
+
+        return encode
 
     packed = subjects.Packed(TEMPLATE, pool, half)
     row = run.measure_case(packed, case, _fake_timer, 0.1)
     assert row.us is None and row.note.startswith("not timed: relative error")
 
 
-@pytest.mark.parametrize("kernel", cases.MULTI_QUERY)
-def test_packed_decode_of_several_queries_is_checked(packed, kernel, monkeypatch):
-    case = _case(TEMPLATE, kernel)
+def test_packed_decode_of_several_queries_is_checked(packed, monkeypatch):
+    case = _case(TEMPLATE, "decode_q4")
     row = run.measure_case(packed, case, _fake_timer, 0.1)
     assert row.note == "" and row.us and 0 < row.rel_error < subjects.TOLERANCE
     assert row.bytes == 80 * packed.tables.row.row_bytes  # read once for all queries
 
-    def every_token(tables, q, *arguments, queries, scratch):
+    def every_token(tables, q, rows, kv_indptr, slots, sm_scale, q_len, scratch):
         """Attention without the causal mask among the queries."""
-        each = [naive.decode_attention(packed.codec, q[i::queries], *arguments)[0] for i in range(queries)]
+        rest = gather_rows(packed.codec.layout, rows, slots), kv_indptr, sm_scale
+        each = [reference.decode_attention(packed.codec, q[i::q_len], *rest)[0] for i in range(q_len)]
         return torch.stack(each, 1).flatten(0, 1)
 
-    monkeypatch.setattr(ours, "ours_multi", every_token)
+    monkeypatch.setattr(ours, "attend", every_token)
     packed._errors.clear()
     row = run.measure_case(packed, case, _fake_timer, 0.1)
     assert row.us is None and row.note.startswith("not timed: relative error")
 
 
+def test_rows_of_any_layout_are_measured_too(pool):
+    paper = cases.PACKED[4]
+    codec = data.make_codec(SHAPE, paper)
+    assert paper.name == "paper" and not codec.layout.in_columns
+    packed = subjects.Packed(paper, pool, lambda tables, rows: _reference_encoder(tables, rows, codec))
+    row = run.measure_case(packed, _case(paper), _fake_timer, 0.1)
+    assert row.us and row.note == "" and 0 < row.rel_error < subjects.TOLERANCE
+    rows = torch.zeros(16, codec.layout.row_bytes, dtype=torch.uint8)
+    k, v, loc = pool.k[:3], pool.v[:3], torch.tensor([7, 0, 12])
+    ours.encoder(packed.tables, rows)(k, v, loc)
+    for found, wanted in zip(reference.decode(codec, rows[loc]), reference.round_trip(codec, k, v), strict=True):
+        assert relative_error(found, wanted) < subjects.ENCODE_TOLERANCE
+
+
 def test_scratch_is_made_once_for_all_windows(packed, monkeypatch):
     seen = []
-    monkeypatch.setattr(ours, "ours", lambda *_, **step: seen.append(step["scratch"]))
+    monkeypatch.setattr(ours, "attend", lambda *_, **step: seen.append(step["scratch"]))
     launch = packed.launch(_case(TEMPLATE), 1)
     for i in range(3):
         launch(i)
@@ -275,8 +289,8 @@ def test_a_kernel_that_is_not_built_leaves_a_note(packed, monkeypatch):
     def missing(*_, **__):
         raise NotImplementedError("not built: nothing reads these rows")
 
-    monkeypatch.setattr(ours, "ours_folded", missing)
-    row = run.measure_case(packed, _case(cases.FOLDED[0]), _fake_timer, 0.1)
+    monkeypatch.setattr(ours, "attend", missing)
+    row = run.measure_case(packed, _case(TEMPLATE), _fake_timer, 0.1)
     assert row.us is None and row.note.startswith("not built")
 
 
@@ -312,7 +326,7 @@ def _attend(q, k_cache, v_cache, table, lengths, starts, scale):
         index = SimpleNamespace(flat=lambda *_, at=at: (torch.tensor([0, len(at)]), at))
         mine = slice(starts[b], starts[b + 1])
         k, v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
-        out[mine] = reference.dense_attention(q[mine], k, v, index, scale, starts[b + 1] - starts[b])
+        out[mine] = dense_attention(q[mine], k, v, index, scale, starts[b + 1] - starts[b])
     return out
 
 
@@ -554,15 +568,6 @@ def test_check_times_nothing_but_launches(tmp_path, monkeypatch):
     assert _run([_case(FA3), _case(TEMPLATE)], tmp_path / "a.csv", None)
     assert launched == [0] * 4
     assert [(r["us"], r["note"]) for r in _read(tmp_path / "a.csv")] == [("", "checked")] * 2
-
-
-def test_a_folded_query_reads_the_rows_of_its_plain_method(tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(
-        FakeSubject, "__init__", lambda self, method, pool: made.append(method) or setattr(self, "method", method)
-    )
-    _run([_case(TEMPLATE), *(_case(m) for m in cases.FOLDED), _case(FA3)], tmp_path / "a.csv")
-    assert made == [TEMPLATE, FA3]
 
 
 def test_provenance(tmp_path):

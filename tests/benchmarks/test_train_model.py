@@ -1,6 +1,5 @@
 """The script that trains a small model with wide heads, at a size that a CPU takes seconds for."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -8,16 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "train_model.py"
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TINY = "--layers 1 --hidden 32 --heads 2 --kv-heads 1 --head-dim 32 --context 32 --batch 2 --held-out 4".split()
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("train_model", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("train_model")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +68,7 @@ def test_files_are_taken_once_and_in_one_order(script, corpus, tmp_path):
 
 
 def test_windows_lie_within_the_text(script):
-    args = script.parse(["--out", "x", "--text", str(SCRIPT.parent), "--context", "8", "--batch", "50"])
+    args = script.parse(["--out", "x", "--text", str(SCRIPTS), "--context", "8", "--batch", "50"])
     tokens = torch.arange(10)
     batch = script.batch_of(tokens, args, torch.Generator().manual_seed(0))
     assert batch.shape == (50, 8) and set(batch[:, 0].tolist()) == {0, 1}
@@ -83,7 +79,7 @@ def test_windows_lie_within_the_text(script):
     "argv, words",
     [
         (["--text", "/nowhere"], "--text /nowhere: no such folder"),
-        (["--text", str(SCRIPT.parent), "--heads", "4", "--kv-heads", "3"], "--kv-heads 3: 4 heads are no multiple"),
+        (["--text", str(SCRIPTS), "--heads", "4", "--kv-heads", "3"], "--kv-heads 3: 4 heads are no multiple"),
     ],
 )
 def test_bad_arguments_are_named(script, argv, words, capsys):

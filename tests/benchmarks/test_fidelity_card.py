@@ -1,0 +1,50 @@
+"""The quality card: its numbers on a tiny model, its page."""
+
+import json
+
+import pytest
+
+from benchmarks.fidelity import __main__ as program
+from benchmarks.fidelity import card, run
+from sglang_blockgtq.options import PRESETS
+
+
+def test_every_preset_has_a_line_and_more_bits_cost_less(tiny_subject, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "load", lambda *args: tiny_subject)
+    monkeypatch.setattr(card, "sources", lambda *args: {"model": {"name": "tiny"}})
+    lines = {line["name"]: line for line in card.measure(tiny_subject, 4)}
+    assert list(lines) == ["float32", "bf16", "fp8_e4m3", *PRESETS]
+    assert [lines[n]["bytes"] for n in ("float32", "bf16", "fp8_e4m3")] == [512, 256, 128]
+    ranked = sorted(PRESETS, key=lambda name: lines[name]["bytes"], reverse=True)
+    for column in ("mae", "softmax_kl", "kl_final"):
+        values = [lines[name][column] for name in ("bf16", *ranked)]
+        assert 0 < values[0] and values == sorted(values), column
+    out = tmp_path / "quality.md"
+    assert program.main(["card", "--model-path", "tiny", "--out", str(out), "--queries", "4", "--every", "2"]) == 0
+    text = out.read_text()
+    assert all(f"| {name} (K" in text for name in PRESETS) and capsys.readouterr().out.strip() in text
+    record = json.loads(text.split("```json\n")[1].split("```")[0])
+    assert record["model"]["name"] == "tiny" and record["evaluation"]["tokens"] == 400
+
+
+def test_pass_rates_of_tasks_are_weighed_by_their_samples(tmp_path):
+    tasks = tmp_path / "tasks.csv"
+    tasks.write_text(
+        "config,task,samples,pass_rate\nbf16,single,10,1.0\nbf16,single,30,0.8\nk3v3,single,40,0.5\nk3v3,f1,40,\n"
+    )
+    rates = card.pass_rates(tasks)
+    assert rates == {"bf16": {"single": pytest.approx(0.85)}, "k3v3": {"single": 0.5}}
+    lines = [
+        {"name": "bf16", "bytes": 256, "against_bf16": 1.0},
+        {"name": "balanced", "bytes": 52, "against_bf16": 4.92},
+    ]
+    table = [line for line in card.page("m", lines, {}, rates).splitlines() if line.startswith("|")]
+    assert table[0].endswith("| KL of the answer | single |")
+    assert table[2].startswith("| bf16 | 256 | 1.00x |") and table[2].endswith("| 85 % |")
+    assert table[3].startswith("| balanced (K3V3) | 52 | 4.92x |") and table[3].endswith("| 50 % |")
+
+
+def test_missing_tasks_are_named(capsys):
+    with pytest.raises(SystemExit):
+        card.main(["--model-path", "m", "--out", "o", "--tasks", "/nowhere.csv"])
+    assert "--tasks /nowhere.csv: no such file" in capsys.readouterr().err
