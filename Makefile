@@ -1,6 +1,7 @@
 # make serve   serve a real model with the packed KV cache, ask it one question, keep serving
 # make quality write quality.md: what each preset costs MODEL, beside bf16 and fp8
-# make test    run the tests        make lint   ruff        make clean   remove what make made here
+# make test    run the package's tests   make test-benchmarks   those of benchmarks/ and scripts/
+# make lint    ruff                      make clean             remove what make made here
 #
 # PYTHON=python3.12  interpreter for .venv (3.11 or newer)
 # VENV=FOLDER        use this environment as it is: nothing is installed into it
@@ -25,7 +26,7 @@ export PYTHONSAFEPATH := 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: serve quality test lint clean
+.PHONY: serve quality test test-benchmarks lint clean
 
 serve: $(INSTALLED)
 	@set -e; model='$(MODEL)'; \
@@ -39,7 +40,11 @@ quality: $(INSTALLED)
 
 test: $(INSTALLED)
 	@set -e; SMOLLM2=$$($(BIN)/python scripts/get_model.py); export SMOLLM2; \
-	exec $(BIN)/python -m pytest $(ARGS)
+	exec $(BIN)/python -m pytest --ignore=tests/benchmarks $(ARGS)
+
+test-benchmarks: $(INSTALLED)
+	@set -e; SMOLLM2=$$($(BIN)/python scripts/get_model.py); export SMOLLM2; \
+	exec $(BIN)/python -m pytest tests/benchmarks $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
