@@ -17,8 +17,6 @@ from typing import Any
 import pytest
 import requests
 
-RECORDER = Path(__file__).parent / "recorder"
-
 
 @dataclass
 class Server:
@@ -128,13 +126,15 @@ def launch(smollm2, table_cache, tmp_path_factory):
     """Start servers; all are stopped at the end of the module."""
     running: list[Server] = []
 
-    def start(*args: str, record: bool = False, model: str = smollm2, env: dict[str, str] | None = None) -> Server:
+    def start(*args: str, record: str = "", model: str = smollm2, env: dict[str, str] | None = None) -> Server:
+        """record: the test-only plugin beside this file that writes the server's record."""
         folder = tmp_path_factory.mktemp("server")
         port = free_port()
         flags = ["--kv-quant", "blockgtq", "--kv-quant-cache-dir", table_cache]
         extra = dict(env or {})
         if record:
-            extra |= {"BLOCKGTQ_RECORD": str(folder / "record.jsonl"), "PYTHONPATH": str(RECORDER)}
+            plugin = Path(__file__).parent / record
+            extra |= {"BLOCKGTQ_RECORD": str(folder / "record.jsonl"), "PYTHONPATH": str(plugin)}
         log = folder / "log"
         with log.open("w") as out:
             process = subprocess.Popen(

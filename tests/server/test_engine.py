@@ -60,7 +60,7 @@ def test_mixed_chunks_answer_like_separate_ones(launch, token_ids):
         "--chunked-prefill-size=64",
         "--enable-mixed-chunk",
         "--kv-quant-chunk-attention=quantized",
-        record=True,
+        record="recorder",
     )
     prompts = [token_ids[a : a + n] for a, n in ((0, 40), (600, 200), (1200, 150))]
     with ThreadPoolExecutor(3) as pool:

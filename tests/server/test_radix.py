@@ -61,7 +61,7 @@ def test_every_way_to_a_prefix(launch, token_ids, cold_answers, mode, page, chun
         f"--max-total-tokens={POOL}",
         f"--kv-quant-chunk-attention={mode}",
         f"--chunked-prefill-size={chunk}",
-        record=True,
+        record="recorder",
     )
     prompt = token_ids[: PREFIX + SUFFIX]
     cold, hits = server.logprobs(prompt, PREFIX)

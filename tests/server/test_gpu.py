@@ -1,0 +1,52 @@
+"""A real server on a GPU: its memory is what it says, and it answers after sleep as before."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+
+pytestmark = [pytest.mark.server, pytest.mark.gpu]
+
+MIB = 1 << 20
+#: Of what nobody lists: SGLang's own buffers for 16 requests, and kernels' code.
+MARGIN = 64 * MIB
+TIE = 0.3  # nats, as in test_engine
+
+
+@pytest.fixture(scope="module")
+def server(launch):
+    return launch(
+        "--enable-memory-saver",
+        "--max-running-requests=16",
+        "--context-length=4096",
+        "--max-total-tokens=20000",
+        "--cuda-graph-bs=8",
+        record="watcher",
+    )
+
+
+def test_memory_is_what_is_listed(server):
+    before, after = (record["taken"] for record in server.records())
+    listed = server.info()["kv_quant"]["memory"]
+    total = sum(listed.values())
+    assert abs(after - before - total) <= max(MARGIN, total / 20), (after - before, listed)
+
+
+def test_padded_graphs_after_sleep(server, token_ids):
+    """Three requests in a graph of eight, whose padding reads rows that no request has written since they were lost."""
+    prompts = [token_ids[a : a + n] for a, n in ((0, 40), (600, 200), (1200, 150))]
+
+    def answers() -> list[list[int]]:
+        with ThreadPoolExecutor(3) as pool:
+            return list(pool.map(lambda p: server.generate(p, max_new_tokens=16)["output_ids"], prompts))
+
+    before = answers()
+    for path in ("/release_memory_occupation", "/resume_memory_occupation"):
+        requests.post(server.url + path, json={"tags": ["kv_cache"]}, timeout=60).raise_for_status()
+    after = answers()
+    server.flush()
+    for prompt, answer in zip(prompts, after, strict=True):
+        assert max(server.behind_best(prompt, answer)) < TIE
+    assert [len(answer) for answer in after] == [len(answer) for answer in before] == [16] * 3

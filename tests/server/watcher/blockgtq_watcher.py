@@ -1,0 +1,51 @@
+"""A test-only SGLang plugin for a GPU: what start-up takes of its memory, and rows that sleep has spoiled.
+
+The lines {"taken"} of the record are bytes of the device before the table is there and once attention is ready. After
+each wake-up every row is NaN.
+"""
+
+import json
+import os
+
+
+def register():
+    import torch
+    from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
+
+    from sglang_blockgtq import runtime
+    from sglang_blockgtq.backend.cuda import TritonPackedBackend
+    from sglang_blockgtq.pool import packed_pool
+
+    out = open(os.environ["BLOCKGTQ_RECORD"], "a")
+
+    def emit(**line):
+        out.write(json.dumps(line) + "\n")
+        out.flush()
+
+    def taken() -> int:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+    start, init = runtime.start, TritonPackedBackend.__init__
+
+    def watched_start(*args, **kwargs):
+        emit(taken=taken())
+        return start(*args, **kwargs)
+
+    def watched_init(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        emit(taken=taken())
+
+    resume = SchedulerWeightUpdaterManager.resume_memory_occupation
+
+    def spoiled_resume(self, *args, **kwargs):
+        done = resume(self, *args, **kwargs)
+        for layer in packed_pool(self.tp_worker.model_runner.token_to_kv_pool).layers.values():
+            layer.rows.fill_(0xFF)
+        return done
+
+    runtime.start = watched_start
+    TritonPackedBackend.__init__ = watched_init
+    SchedulerWeightUpdaterManager.resume_memory_occupation = spoiled_resume
