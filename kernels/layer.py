@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -11,7 +12,7 @@ from . import reference
 from .any_layout.encode import AnyEncoder
 from .any_layout.tables import AnyTables
 from .decode.attention import DecodeScratch, decode_attention
-from .device.tables import ColumnTables
+from .device.tables import MAX_POSITIONS, ColumnTables
 from .encode.encoder import Encoder
 from .format.codec import LayerCodec
 from .format.layout import CodeLayout, gather_rows, num_slots, scatter_rows
@@ -32,6 +33,7 @@ class PackedLayer(ABC):
     def __init__(self, codec: LayerCodec):
         self.layout = codec.layout
         self.heads, self.head_dim, self.v_head_dim = codec.layout.heads, codec.head_dim, codec.v_head_dim
+        self.has_means = codec.mean is not None
 
     @property
     @abstractmethod
@@ -48,11 +50,17 @@ class PackedLayer(ABC):
 
     @abstractmethod
     def encode(
-        self, k: torch.Tensor, v: torch.Tensor, loc: torch.Tensor, q: torch.Tensor | None = None
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        loc: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        q: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Post-RoPE keys ``[T, H, D]`` and values ``[T, H, Dv]`` into the rows ``loc [T]``.
 
-        The step's queries ``q [T, Hq, D]`` may be rotated in the same launch: then they are returned, for decode.
+        positions ``[T]``: the tokens', needed where keys have page means. The step's queries ``q [T, Hq, D]`` may be
+        rotated in the same launch: then they are returned, for decode.
         """
 
     @abstractmethod
@@ -70,8 +78,10 @@ class PackedLayer(ABC):
         """Attention ``[B, Hq, Dv]`` of one query ``q [B, Hq, D]`` per request over the rows of its slots."""
 
     @abstractmethod
-    def dense(self, slots: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys ``[N, H, D]`` and values ``[N, H, Dv]`` as the rows at ``slots [N]`` hold them."""
+    def dense(
+        self, slots: torch.Tensor, positions: torch.Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys ``[N, H, D]`` and values ``[N, H, Dv]`` that the rows at ``slots [N]``, of ``positions [N]``, hold."""
 
     @abstractmethod
     def gather(self, slots: torch.Tensor) -> torch.Tensor:
@@ -85,11 +95,20 @@ class PackedLayer(ABC):
 class TritonLayer(PackedLayer):
     """Rows that Triton kernels read: in columns and interleaved where they can be, else of any layout."""
 
-    def __init__(self, codec: LayerCodec, device: torch.device | str, templates: tuple[CodeLayout, ...]):
-        """templates: layouts of the whole model's keys, so that one binary of each kernel serves all layers."""
+    def __init__(
+        self,
+        codec: LayerCodec,
+        device: torch.device | str,
+        templates: tuple[CodeLayout, ...],
+        positions: int = MAX_POSITIONS,
+    ):
+        """templates: layouts of the whole model's keys, so that one binary of each kernel serves all layers.
+        positions: most that a request may have.
+        """
         super().__init__(codec)
         self.fast = codec.layout.in_columns
-        self.tables = ColumnTables.of(codec, device, templates) if self.fast else AnyTables.of(codec, device)
+        of_columns = partial(ColumnTables.of, templates=templates, positions=positions)
+        self.tables = of_columns(codec, device) if self.fast else AnyTables.of(codec, device)
         self.unpacker = Unpacker(self.tables)
 
     @property
@@ -101,24 +120,24 @@ class TritonLayer(PackedLayer):
         self.encoder = Encoder(self.tables, rows) if self.fast else AnyEncoder(self.tables, rows)
         self.unpacker.bind(rows)
 
-    def encode(
-        self, k: torch.Tensor, v: torch.Tensor, loc: torch.Tensor, q: torch.Tensor | None = None
-    ) -> torch.Tensor | None:
-        rotated = torch.empty_like(q, dtype=torch.float32) if q is not None and self.fast else None
-        if rotated is None:
-            self.encoder(k, v, loc)
-        else:
-            self.encoder(k, v, loc, q, rotated)
+    def encode(self, k, v, loc, positions=None, q=None):
+        if not self.fast:
+            self.encoder(k, v, loc, positions)
+            return None
+        rotated = None
+        if q is not None:
+            rotated = torch.empty(*q.shape[:2], self.tables.query_channels, dtype=torch.float32, device=q.device)
+        self.encoder(k, v, loc, positions, q, rotated)
         return rotated
 
     def decode(self, q, kv_indptr, kv_indices, sm_scale, *, rotated=None, scratch=None, out=None):
         options = {"rotated": rotated, "scratch": scratch, "out": out}
         return decode_attention(self.tables, q, self.rows, kv_indptr, kv_indices, sm_scale, **options)[0]
 
-    def dense(self, slots: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    def dense(self, slots, positions=None, dtype=torch.float32):
         k = torch.empty(len(slots), self.heads, self.head_dim, dtype=dtype, device=self.rows.device)
         v = torch.empty(len(slots), self.heads, self.v_head_dim, dtype=dtype, device=self.rows.device)
-        self.unpacker(UnpackTask(slots, k, v))
+        self.unpacker(UnpackTask(slots, k, v, positions=positions))
         return k, v
 
     def gather(self, slots: torch.Tensor) -> torch.Tensor:
@@ -141,12 +160,10 @@ class TorchLayer(PackedLayer):
     def table_bytes(self) -> int:
         return sum(x.nbytes for x in vars(self.codec).values() if isinstance(x, torch.Tensor))
 
-    def encode(
-        self, k: torch.Tensor, v: torch.Tensor, loc: torch.Tensor, q: torch.Tensor | None = None
-    ) -> torch.Tensor | None:
+    def encode(self, k, v, loc, positions=None, q=None):
         few = self.encoder is not None and len(k) <= MOST_TOKENS
-        self.scatter(loc, self.encoder(k, v) if few else reference.encode(self.codec, k, v))
-        return None
+        encode = self.encoder if few else partial(reference.encode, self.codec)
+        self.scatter(loc, encode(k, v, positions))
 
     def decode(self, q, kv_indptr, kv_indices, sm_scale, *, rotated=None, scratch=None, out=None):
         """kv_indices: also a slice, of one request's neighbouring slots."""
@@ -158,9 +175,9 @@ class TorchLayer(PackedLayer):
             out[b] = self.reader.attend(q[b], rows[start:stop], sm_scale) if stop > start else 0
         return out
 
-    def dense(self, slots: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = self.gather(slots)
-        k, v = reference.decode(self.codec, rows) if self.reader is None else self.reader.dense(rows)
+    def dense(self, slots, positions=None, dtype=torch.float32):
+        rows, read = self.gather(slots), self.reader.dense if self.reader else partial(reference.decode, self.codec)
+        k, v = read(rows, positions)
         return k.to(dtype), v.to(dtype)
 
     def gather(self, slots: torch.Tensor | slice) -> torch.Tensor:

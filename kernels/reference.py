@@ -15,6 +15,7 @@ from .format.codebook import boundaries, codebook_table
 from .format.codec import NO_SEARCH, SCALE_MAX, V_SCALE_MAX, LayerCodec
 from .format.layout import CodeLayout
 from .format.pack import pack, unpack
+from .format.page_mean import signed
 
 
 def _count_below(x: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
@@ -103,8 +104,11 @@ def _transform(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return torch.einsum("thd,hed->the", x.double(), matrix.double()).float()
 
 
-def encode(codec: LayerCodec, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Post-RoPE keys ``[T, H, D]`` and values ``[T, H, Dv]`` to packed rows ``[T, row_bytes]`` uint8."""
+def encode(codec: LayerCodec, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    """Post-RoPE keys ``[T, H, D]`` and values ``[T, H, Dv]`` to packed rows ``[T, row_bytes]`` uint8.
+
+    positions ``[T]``: the tokens', which a codec with a page mean needs.
+    """
     row = codec.layout
     out = torch.zeros(k.shape[0], row.row_bytes, dtype=torch.uint8, device=k.device)
     k_codes = out[:, : row.v_offset].view(-1, row.heads, row.k_code_bytes)
@@ -112,6 +116,8 @@ def encode(codec: LayerCodec, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     v_codes = out[:, row.v_offset : v_end].view(-1, row.heads, row.v_code_bytes)
     norms = torch.zeros(k.shape[0], row.heads, row.norms, dtype=torch.float16, device=k.device)
 
+    if codec.mean is not None:
+        k, flags = codec.mean.residual(k, positions)
     y = _transform(k, codec.k_in)
     if row.uniform_heads and row.k[0].num_norms == 1:
         heads = [(slice(None), row.k[0])]
@@ -121,6 +127,8 @@ def encode(codec: LayerCodec, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         codes, scales = quantize(y[:, h], layout, codec.scale_rule, codec.scale_search, codec.k_weight[h])
         k_codes[:, h, : layout.code_bytes] = pack(layout, codes, row.in_columns)
         norms[:, h, : layout.num_norms] = scales
+    if codec.mean is not None:
+        norms[..., 0] = signed(norms[..., 0], flags)
 
     y = _transform(v, codec.v_in)
     codes, scales = quantize(y, row.v, codec.scale_rule, codec.scale_search, scale_max=V_SCALE_MAX)
@@ -130,8 +138,8 @@ def encode(codec: LayerCodec, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _norms(codec: LayerCodec, rows: torch.Tensor) -> torch.Tensor:
-    """Scales ``[T, H, norms]`` float16 of packed rows."""
+def scales_of(codec: LayerCodec, rows: torch.Tensor) -> torch.Tensor:
+    """Scales ``[T, H, norms]`` float16 of packed rows. A key's is negative where it is flagged (format.page_mean)."""
     row = codec.layout
     data = rows[:, row.norm_offset : row.pad_offset].contiguous().view(torch.float16)
     return data.view(-1, row.heads, row.norms)
@@ -140,10 +148,11 @@ def _norms(codec: LayerCodec, rows: torch.Tensor) -> torch.Tensor:
 def decode_transformed(codec: LayerCodec, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows ``[T, row_bytes]`` to K ``[T, H, D]`` and V ``[T, H, Dv]`` in stored channels, float32.
 
-    This is what attention reads: the query comes to the codes, not the codes to the query.
+    This is what attention reads: the query comes to the codes, not the codes to the query. Flagged keys are less their
+    page's mean.
     """
     row = codec.layout
-    norms = _norms(codec, rows)
+    norms = scales_of(codec, rows)
     k_bytes = rows[:, : row.v_offset].view(-1, row.heads, row.k_code_bytes)
     v_end = row.v_offset + row.heads * row.v_code_bytes
     v_bytes = rows[:, row.v_offset : v_end].view(-1, row.heads, row.v_code_bytes)
@@ -162,16 +171,39 @@ def decode_transformed(codec: LayerCodec, rows: torch.Tensor) -> tuple[torch.Ten
     return k, v
 
 
-def decode(codec: LayerCodec, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows ``[T, row_bytes]`` to approximate keys ``[T, H, D]`` and values ``[T, H, Dv]``, float32."""
+def decode(
+    codec: LayerCodec, rows: torch.Tensor, positions: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows ``[T, row_bytes]`` to approximate keys ``[T, H, D]`` and values ``[T, H, Dv]``, float32.
+
+    positions ``[T]``: as :func:`encode` takes them.
+    """
     k, v = decode_transformed(codec, rows)
     # q_in is the inverse transpose of k_in, so its transpose undoes k_in.
-    return torch.einsum("the,hed->thd", k, codec.q_in), torch.einsum("the,hde->thd", v, codec.v_out)
+    k, v = torch.einsum("the,hed->thd", k, codec.q_in), torch.einsum("the,hde->thd", v, codec.v_out)
+    if codec.mean is not None:
+        flags = scales_of(codec, rows)[..., :1] < 0
+        k = k + torch.where(flags, codec.mean.at(positions), 0.0)
+    return k, v
 
 
-def round_trip(codec: LayerCodec, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def round_trip(
+    codec: LayerCodec, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values as they will be read back."""
-    return decode(codec, encode(codec, k, v))
+    return decode(codec, encode(codec, k, v, positions), positions)
+
+
+def page_bias(codec: LayerCodec, q: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """What queries ``[M, H, G, D]`` get of the page means of one request's ``rows [N, row_bytes]``: ``[H, G, M, N]``.
+
+    A row's position is its place in the request.
+    """
+    flags = scales_of(codec, rows)[..., 0] < 0
+    pages = torch.arange(len(rows), device=rows.device) // codec.mean.page
+    means = codec.mean.of_pages(int(pages.max()) + 1)
+    of_page = torch.einsum("mhgd,phd->hgmp", q.float(), means)
+    return of_page[..., pages] * flags.T[:, None, None]
 
 
 def gather_slots(
@@ -212,9 +244,9 @@ def prefix_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Every query of a request against all its packed rows (no causal mask: the prefix lies before the queries).
 
-    q ``[T, Hq, D]``; rows ``[kv_indptr[-1], row_bytes]`` uint8, request after request; qo_indptr, kv_indptr
-    ``[B + 1]``. Returns out ``[T, Hq, Dv]`` float32 and lse ``[T, Hq]`` float32 (natural log; -inf and zeros for an
-    empty prefix). Decode attention is the case of one query per request.
+    q ``[T, Hq, D]``; rows ``[kv_indptr[-1], row_bytes]`` uint8, request after request, each from its position 0;
+    qo_indptr, kv_indptr ``[B + 1]``. Returns out ``[T, Hq, Dv]`` float32 and lse ``[T, Hq]`` float32 (natural log; -inf
+    and zeros for an empty prefix). Decode attention is the case of one query per request.
     """
     heads = codec.layout.heads
     group = q.shape[1] // heads
@@ -227,7 +259,10 @@ def prefix_attention(
         k, v = decode_transformed(codec, rows[kv[b] : kv[b + 1]])
         qb = q[qo[b] : qo[b + 1]].float().unflatten(1, (heads, group))
         q_in = torch.einsum("mhgd,hed->mhge", qb, codec.q_in)
-        logits = torch.einsum("mhge,nhe->hgmn", q_in, k) * sm_scale
+        logits = torch.einsum("mhge,nhe->hgmn", q_in, k)
+        if codec.mean is not None:
+            logits = logits + page_bias(codec, qb, rows[kv[b] : kv[b + 1]])
+        logits = logits * sm_scale
         o, l = _softmax_attend(logits, v)
         o = torch.einsum("mhge,hde->mhgd", o, codec.v_out)
         out[qo[b] : qo[b + 1]] = o.flatten(1, 2)

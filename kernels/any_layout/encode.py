@@ -121,7 +121,9 @@ class AnyEncoder:
         tables.check_rows(rows)
         self.tables, self.rows = tables, rows
 
-    def __call__(self, k: torch.Tensor, v: torch.Tensor, loc: torch.Tensor) -> None:
+    def __call__(
+        self, k: torch.Tensor, v: torch.Tensor, loc: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> None:
         """Encode keys and values into ``rows[loc]``, as :meth:`..encode.encoder.Encoder.__call__` does."""
         t, row = self.tables, self.tables.row
         check_inputs(t, k, v, loc, None, None)

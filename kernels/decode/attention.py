@@ -166,7 +166,7 @@ def decode_attention(
     if not requests:
         return out, lse
     if rotated is None:
-        rotated = rotate_queries(tables.k, q, num_heads // tables.heads)
+        rotated = rotate_queries(tables, q, num_heads // tables.heads)
     attend = _attend if isinstance(tables, ColumnTables) else any_layout.attend
     attend(tables, rotated, rows, kv_indptr, kv_indices, sm_scale, q_len, target, splits, scratch.out, scratch.lse)
     merge_splits(tables.v, scratch.out, scratch.lse, kv_indptr, q_len, target, out, lse)
@@ -200,6 +200,7 @@ def _attend(
         tables.column_shifts,
         tables.k_kinds if len(ks) > 1 else None,
         tables.k_order if len(ks) > 1 else None,
+        tables.means and tables.means.turns,
         out,
         lse,
         requests,
@@ -216,7 +217,10 @@ def _attend(
         HEADS=tables.heads,
         GROUP=group,
         QUERIES=q_len,
+        DIM=tables.k.dim,
         V_DIM=tables.v.dim,
+        PAGE=tables.means.page if tables.means else 0,
+        BLOCKS=tables.k.padded // 2,
         K_BINS=tuple(k.bins for k in ks),
         V_BINS=v.bins,
         K_REPEAT=tuple(k.repeat for k in ks),

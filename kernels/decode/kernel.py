@@ -22,6 +22,7 @@ import triton.language as tl
 from ..device.address import block_base
 from ..device.dependent import prefetch, wait_and_release
 from ..device.dequant import segment_levels, segment_offset
+from ..device.page_mean import page_bias
 from ..format.codec import V_SCALE_MAX
 from ..format.columns import COLUMNS
 from ..format.layout import BLOCK_SLOTS
@@ -188,6 +189,7 @@ def _attend_split(
     rows32,
     slots,
     column_shifts,
+    turns,
     partial_out,
     partial_lse,
     to_log2,
@@ -208,7 +210,10 @@ def _attend_split(
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
     V_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCKS: tl.constexpr,
     K_BINS: tl.constexpr,
     V_BINS: tl.constexpr,
     K_REPEAT: tl.constexpr,
@@ -265,15 +270,25 @@ def _attend_split(
     peak = tl.full([BLOCK_M], -1e30, tl.float32)
     total = tl.zeros([THREAD_ROWS, BLOCK_M], tl.float32)
     weight = tl.zeros([THREAD_ROWS, BLOCK_M], tl.float32)  # of the values, where their codebook is linear
+    inverse_top = 1.0 / top
+    bias = tl.zeros([BLOCK_M], tl.float32)  # what the page's mean gives, in units of the query's
     scale_at = (NORM_OFFSET + 4 * head) * (_SLOTS // 4)
+    # From a tile's own border, so that a tile lies in one page. It is no tile more: a split that begins between two
+    # borders is an odd number of half tiles.
+    start_at = begin // BLOCK_N * BLOCK_N if PAGE > 0 else begin
+    next_page = start_at
     # A tile's slots are asked for a tile ahead of its words, so that nothing waits for an address.
-    slot = _slots_from(slots, begin, end, BLOCK_N, NEAR)
-    for at in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+    slot = _slots_from(slots, start_at, end, BLOCK_N, NEAR)
+    for at in tl.range(start_at, end, BLOCK_N, num_stages=STAGES):
         n = at + tl.arange(0, BLOCK_N)
         k_words = load_words(rows16, slot, head * K_STRIDE, K_BINS, ROW_BYTES, 1, NEAR)
         scales = tl.load(_scales_of(rows32, slot, scale_at, ROW_BYTES, NEAR))
         v_words = load_words(rows16, slot, V_OFFSET + head * V_STRIDE, V_BINS, ROW_BYTES, 0, NEAR)
         slot = _slots_from(slots, at + BLOCK_N, end, BLOCK_N, NEAR)
+        if PAGE > 0:
+            if at >= next_page:
+                bias = page_bias(turns, at // PAGE, q, q_at, live_row, DIM, BLOCKS) * inverse_top
+                next_page = (at // PAGE + 1) * PAGE
         k_scale = (scales & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         v_scale = (scales >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
@@ -281,7 +296,13 @@ def _attend_split(
         for i in tl.static_range(len(K_SEGMENTS)):
             k = segment_levels(k_words, k_shifts, 1, i, K_SEGMENTS, K_REPEAT, K_POLY, ASM)
             logits = tl.dot(k, qs[i], logits, input_precision="ieee")
-        logits = logits * k_scale[:, None] + tl.where(n < end, 0.0, float("-inf"))[:, None]
+        live = n < end
+        if PAGE > 0:
+            live = (n - begin).to(tl.uint32) < (end - begin).to(tl.uint32)
+        rest = tl.where(live, 0.0, float("-inf"))[:, None]
+        if PAGE > 0:
+            rest = tl.where((live & (k_scale < 0))[:, None], bias[None, :], rest)
+        logits = logits * k_scale[:, None] + rest
         if QUERIES > 1:
             logits = tl.where(n[:, None] < seen[None, :], logits, float("-inf"))
 
@@ -313,7 +334,7 @@ def _attend_split(
     do_not_specialize_on_alignment=["kv_indptr", "kv_indices"],
 )
 def decode_kernel(
-    q,  # float32 [B * QUERIES, Hq, DIM], rotated
+    q,  # float32 [B * QUERIES, Hq, DIM], rotated, and with means DIM + 2 * BLOCKS
     rows16,  # the rows as int16 and int32
     rows32,
     kv_indptr,
@@ -321,6 +342,7 @@ def decode_kernel(
     column_shifts,  # int32 [4, 16]: for 1, 2, 4 and 8 columns per word
     k_kinds,  # int32 [H], each head's template; None where there is one
     k_order,  # int32 [H], the heads by their templates; None where there is one
+    turns,  # of the pages of keys' means (..device.page_mean); None without them
     partial_out,  # float16 or float32 [splits, QUERIES, Hq, V_DIM]
     partial_lse,  # float32 [splits, QUERIES, Hq]
     num_requests,
@@ -337,7 +359,10 @@ def decode_kernel(
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
+    DIM: tl.constexpr,
     V_DIM: tl.constexpr,
+    PAGE: tl.constexpr,  # positions of a page; 0: keys have no means
+    BLOCKS: tl.constexpr,  # two-channel blocks of a key
     # What begins with K_ is a tuple over templates, of what V has once.
     K_BINS: tl.constexpr,
     V_BINS: tl.constexpr,  # (byte, words, log2 of the columns per word)
@@ -402,10 +427,10 @@ def decode_kernel(
             for t in tl.static_range(len(TILES)):
                 if len(TILES) == 1 or short == (t == 0):
                     _attend_split(
-                        q, rows16, rows32, slots, column_shifts, partial_out, partial_lse, to_log2, stride_qt,
+                        q, rows16, rows32, slots, column_shifts, turns, partial_out, partial_lse, to_log2, stride_qt,
                         stride_qh, head, first_row, split, request, begin, end, length,
-                        ROW_BYTES, K_STRIDE, V_STRIDE, V_OFFSET, NORM_OFFSET, HEADS, GROUP, QUERIES, V_DIM,
-                        pick(K_BINS, i), V_BINS, pick(K_REPEAT, i), V_REPEAT, pick(K_SEGMENTS, i), V_SEGMENTS,
-                        pick(K_POLY, i), V_POLY, pick(K_SLOPE, i), V_SLOPE,
+                        ROW_BYTES, K_STRIDE, V_STRIDE, V_OFFSET, NORM_OFFSET, HEADS, GROUP, QUERIES, DIM, V_DIM,
+                        PAGE, BLOCKS, pick(K_BINS, i), V_BINS, pick(K_REPEAT, i), V_REPEAT, pick(K_SEGMENTS, i),
+                        V_SEGMENTS, pick(K_POLY, i), V_POLY, pick(K_SLOPE, i), V_SLOPE,
                         BLOCK_M, TILES[t], STAGES, NEAR, ASM,
                     )  # fmt: skip

@@ -17,8 +17,10 @@ from ..format.codebook import polynomial
 from ..format.codec import LayerCodec
 from ..format.columns import COLUMNS, WORD_BITS
 from ..format.layout import BLOCK_SLOTS, CodeLayout, RowLayout
+from .page_mean import MeanTables
 
 MIN_PADDED = 16  # the shortest side of a tensor-core dot
+MAX_POSITIONS = 1 << 17  # of a request, where nobody says how many it may have
 MAX_TEMPLATES = 4  # layouts that a model's keys may have: the fast kernels have a loop for each
 
 
@@ -146,6 +148,11 @@ class Tables:
         return self.row.heads
 
     @property
+    def query_channels(self) -> int:
+        """Of a rotated query."""
+        return self.k.dim
+
+    @property
     def device(self) -> torch.device:
         return self.search.device
 
@@ -172,7 +179,7 @@ class ColumnTables(Tables):
 
     k_templates: the layouts that keys of the model have, k_kinds ``[H]`` int32: which of them each head has,
         k_order ``[H]`` int32: the heads by their templates; v_spec: the values' layout.
-    column_shifts: see there. cells: the codebooks as encode looks them up.
+    column_shifts: see there. cells: the codebooks as encode looks them up. means: of the keys, if they have any.
     """
 
     k_plan: EncodePlan
@@ -183,13 +190,24 @@ class ColumnTables(Tables):
     k_order: torch.Tensor
     v_spec: CodeSpec
     column_shifts: torch.Tensor
+    means: MeanTables | None
+
+    @property
+    def query_channels(self) -> int:
+        """Of a rotated query: those of a key, and its part in the page means."""
+        return self.k.dim + (2 * self.means.blocks if self.means else 0)
 
     @classmethod
     def of(
-        cls, codec: LayerCodec, device: torch.device | str = "cpu", templates: tuple[CodeLayout, ...] | None = None
+        cls,
+        codec: LayerCodec,
+        device: torch.device | str = "cpu",
+        templates: tuple[CodeLayout, ...] | None = None,
+        positions: int = MAX_POSITIONS,
     ) -> ColumnTables:
         """Build the tables of one layer; once, at start-up.
 
+        positions: how many a request may have; only page means ask.
         templates: layouts that heads of the model have (see :func:`templates_of`), the same for all layers so that
         one binary serves them all; None takes those of this layer. ValueError for rows that are not in columns, for
         more than MAX_TEMPLATES, and if a head has another one.
@@ -218,6 +236,7 @@ class ColumnTables(Tables):
             k_order=kinds.argsort(stable=True).int(),
             v_spec=CodeSpec.of(row.v),
             column_shifts=column_shifts(),
+            means=MeanTables.of(codec.mean, -(-positions // codec.mean.page), k.padded) if codec.mean else None,
         )
         return moved(tables, torch.device(device))
 

@@ -46,26 +46,31 @@ class Encoder:
         k: torch.Tensor,
         v: torch.Tensor,
         loc: torch.Tensor,
+        positions: torch.Tensor | None = None,
         q: torch.Tensor | None = None,
         rotated: torch.Tensor | None = None,
     ) -> None:
         """Encode post-RoPE keys ``[T, H, D]`` and values ``[T, H, Dv]`` into ``rows[loc]``, every byte of them.
 
-        k, v bfloat16, float16 or float32, any strides with contiguous channels; loc ``[T]`` int32 or int64, contiguous.
+        k, v bfloat16, float16 or float32, any strides with contiguous channels; loc and positions ``[T]`` int32 or
+        int64, contiguous; positions only where keys have page means, within the pages of the tables.
         In the same launch, queries ``q [T, G * H, D]`` may be rotated to the stored channels of the keys, as
-        :func:`..device.rotate.rotate_queries` does, into ``rotated`` of q's shape in float32. Raises ValueError on
-        other shapes.
+        :func:`..device.rotate.rotate_queries` does, into ``rotated [T, G * H, query_channels]`` float32. Raises
+        ValueError on other shapes.
 
         Codes may differ from the float64 reference where a value lies on a threshold to float32 rounding.
         """
         tables = self.tables
         group = check_inputs(tables, k, v, loc, q, rotated)
         tokens = loc.shape[0]
+        if tables.means is not None and (positions is None or positions.shape != loc.shape or positions.stride(0) != 1):
+            found = None if positions is None else tuple(positions.shape)
+            raise ValueError(f"positions {found}: [{tokens}] is needed, since keys are less the means of their pages")
         if not tokens:
             return
         if tokens <= self.few_tokens:
             few, spread = True, {}
-            parts = tables.k.padded // _channels(tables)
+            parts = tables.k.padded // _channels(tables) + (tables.means is not None)
             programs = (2 * tokens + triton.cdiv(tokens * group, QUERY_BLOCK) * parts) * tables.heads
             grid = programs, 1, 1
         else:
@@ -84,6 +89,7 @@ class Encoder:
             q=q,
             rotated=rotated,
             loc=loc,
+            positions=None if tables.means is None else positions,
             num_tokens=tokens,
             num_queries=tokens * group,
             stride_kt=k.stride(0),
@@ -99,8 +105,14 @@ class Encoder:
 
     def _common(self, dtype: torch.dtype, group: int) -> dict[str, Any]:
         """What both kernels are bound to."""
-        tables, k, v, row = self.tables, self.tables.k, self.tables.v, self.tables.row
+        tables, k, v, row, means = self.tables, self.tables.k, self.tables.v, self.tables.row, self.tables.means
         return {
+            "turns": means and means.turns,
+            "mean_vectors": means and means.vectors,
+            "block_of": means and means.block_of,
+            "pairs": means and means.pairs,
+            "fold": means and means.fold,
+            "PAGE": means.page if means else 0,
             "words": self.rows.view(torch.int16),
             "scales": self.rows.view(torch.float16),
             "k_pack": tables.k_plan.pack,
@@ -205,8 +217,9 @@ def check_inputs(
             f"q {tuple(q.shape)} {q.dtype} with strides {q.stride()}: [{len(loc)}, a multiple of {tables.heads} "
             f"heads, {dim}] {k.dtype} with contiguous channels is needed"
         )
-    if rotated is None or rotated.shape != q.shape or rotated.dtype != torch.float32 or rotated.stride(2) != 1:
-        raise ValueError("rotated: a float32 tensor of q's shape with contiguous channels is needed beside q")
+    needed = *q.shape[:2], tables.query_channels
+    if rotated is None or rotated.shape != needed or rotated.dtype != torch.float32 or rotated.stride(2) != 1:
+        raise ValueError(f"rotated: a float32 tensor {list(needed)} with contiguous channels is needed beside q")
     return group
 
 

@@ -18,10 +18,12 @@ import triton.language as tl
 
 from ..device.address import block_base
 from ..device.dependent import wait_and_release
+from ..device.page_mean import flag_gain, fold_and_store, load_mean
 from ..device.rotate import project_and_store
 from ..format.codec import SCALE_MAX, V_SCALE_MAX
 from ..format.columns import COLUMNS
 from ..format.layout import BLOCK_SLOTS
+from ..format.page_mean import SCALE_MIN
 from .plan import COEFFICIENTS
 from .scale import TINY, correct
 
@@ -32,27 +34,40 @@ _MATRIX = tl.constexpr(1 << 14)  # entries of a matrix that a program holds in r
 _SCALE_MAX = tl.constexpr(SCALE_MAX)
 _V_SCALE_MAX = tl.constexpr(V_SCALE_MAX)
 _TINY = tl.constexpr(TINY)
+_SCALE_MIN = tl.constexpr(SCALE_MIN)
 
 
 @triton.jit
-def _multiply(x, loc, matrix, DIM: tl.constexpr, PADDED: tl.constexpr, DEPENDENT: tl.constexpr):
-    """The vector at ``x`` times a matrix (in, out), float32 ``[PADDED]``, and what lies at ``loc``.
+def _multiply(
+    x, loc, matrix, means, page, head, DIM: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """The vector at ``x``, or its page's mean less it if it is flagged, times a matrix (in, out), float32 ``[PADDED]``;
+    what lies at ``loc``; and the flag.
 
     Waits for the kernel ahead once the matrix is under way.
     """
     BLOCK: tl.constexpr = PADDED if PADDED * PADDED <= _MATRIX else _MATRIX // PADDED
     out = tl.arange(0, PADDED)
     y = tl.zeros([PADDED], tl.float32)
-    slot = 0
+    slot, flag = 0, 0
     for start in tl.static_range(0, PADDED, BLOCK):
         channel = start + tl.arange(0, BLOCK)
         part = tl.load(matrix + channel[:, None] * PADDED + out[None, :])
         if start == 0:
             wait_and_release(DEPENDENT)
             slot = tl.load(loc).to(tl.int64)
+            if PAGE > 0:
+                key = tl.load(x + out, mask=out < DIM, other=0.0).to(tl.float32)
+                mean = load_mean(means, head, page, out, PADDED // 2)
+                flag = (tl.sum(flag_gain(means, head, out, key, mean, PADDED // 2), 0) > 0).to(tl.int32)
         value = tl.load(x + channel, mask=channel < DIM, other=0.0).to(tl.float32)
+        if PAGE > 0:
+            # In the model's own type, as every encoder has it: none turns a code that another would not.
+            mean = load_mean(means, head, page, channel, PADDED // 2)
+            value = tl.where(flag > 0, mean - value, value).to(x.dtype.element_ty).to(tl.float32)
         y += tl.sum(part * value[:, None], 0)
-    return y, slot
+    return y, slot, flag
 
 
 @triton.jit
@@ -97,6 +112,8 @@ def _encode(
     search,
     num_factors,
     token,
+    positions,  # None without page means, as means
+    means,
     stride_t,
     stride_h,
     row_bytes,
@@ -107,6 +124,7 @@ def _encode(
     head,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
+    PAGE: tl.constexpr,  # positions of a page; 0: vectors have no mean
     BITS: tl.constexpr,  # widest code
     BINS: tl.constexpr,  # (byte, words, columns per word) of each bin
     RULE: tl.constexpr,
@@ -128,7 +146,12 @@ def _encode(
     index = tl.arange(0, TRIES)
     factor = tl.load(search + index, mask=index < num_factors, other=1.0)
     x += token.to(tl.int64) * stride_t + head * stride_h
-    y, slot = _multiply(x, loc + token, matrix + head * PADDED * PADDED, DIM, PADDED, DEPENDENT)
+    page = 0
+    if PAGE > 0:
+        page = tl.load(positions + token).to(tl.int32) // PAGE
+    y, slot, flag = _multiply(
+        x, loc + token, matrix + head * PADDED * PADDED, means, page, head, DIM, PADDED, PAGE, DEPENDENT
+    )
 
     # The mean of squares is taken of y / max|y|, so that no input overflows or underflows it.
     top = tl.maximum(tl.max(tl.abs(y), 0), _TINY)
@@ -165,6 +188,8 @@ def _encode(
         _store_bin(words + block, bits, moves[b], codes_at + head * code_bytes, within, b, BINS, PADDED)
     side: tl.constexpr = 1 if VALUES else 0
     to = block + (norm_offset + 4 * head) * (_SLOTS // 2) + within * 2 + side
+    if PAGE > 0:
+        scale = tl.where(flag > 0, -tl.maximum(scale, _SCALE_MIN), scale)
     tl.store(scales + to, scale.to(tl.float16))
     if VALUES:
         if head == 0:
@@ -179,7 +204,7 @@ _FREE = ["num_factors", "num_tokens", "num_queries", "heads", "row_bytes", "norm
 _FREE += ["k_code_bytes", "k_at", "v_code_bytes", "v_at"]
 
 
-@triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=["loc"])
+@triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=["loc", "positions"])
 def encode_few_kernel(
     k,  # [T, H, DIM]
     v,  # [T, H, V_DIM]
@@ -188,6 +213,12 @@ def encode_few_kernel(
     words,
     scales,
     loc,
+    positions,  # [T]; this and what the means are of (..device.page_mean) None without them
+    turns,
+    mean_vectors,
+    block_of,
+    pairs,
+    fold,
     k_matrix,
     k_channels,
     k_pack,
@@ -228,26 +259,34 @@ def encode_few_kernel(
     GROUP: tl.constexpr,  # 0: no query
     ROWS: tl.constexpr,  # queries of a program, and channels
     CHANNELS: tl.constexpr,
+    PAGE: tl.constexpr,  # 0: keys have no means
     DEPENDENT: tl.constexpr,
 ):
     head, token = tl.program_id(0) % heads, tl.program_id(0) // heads
     if token < num_tokens:
         _encode(
             k, words, scales, loc, k_matrix, k_channels, k_pack, search, num_factors, token,
-            stride_kt, stride_kh, row_bytes, k_at, k_code_bytes, norm_offset, pad_at, head,
-            DIM, PADDED, BITS, BINS, RULE, TRIES, False, DEPENDENT,
+            positions, (turns, mean_vectors, block_of), stride_kt, stride_kh, row_bytes, k_at, k_code_bytes,
+            norm_offset, pad_at, head, DIM, PADDED, PAGE, BITS, BINS, RULE, TRIES, False, DEPENDENT,
         )  # fmt: skip
     elif token < 2 * num_tokens:
         _encode(
             v, words, scales, loc, v_matrix, v_channels, v_pack, search, num_factors, token - num_tokens,
-            stride_vt, stride_vh, row_bytes, v_at, v_code_bytes, norm_offset, pad_at, head,
-            V_DIM, V_PADDED, V_BITS, V_BINS, RULE, TRIES, True, DEPENDENT,
+            None, None, stride_vt, stride_vh, row_bytes, v_at, v_code_bytes, norm_offset, pad_at, head,
+            V_DIM, V_PADDED, 0, V_BITS, V_BINS, RULE, TRIES, True, DEPENDENT,
         )  # fmt: skip
     elif GROUP > 0:
         part = token - 2 * num_tokens
-        rows, channels = part // (PADDED // CHANNELS), part % (PADDED // CHANNELS)
+        PARTS: tl.constexpr = PADDED // CHANNELS + (1 if PAGE > 0 else 0)
+        rows, channels = part // PARTS, part % PARTS
         wait_and_release(DEPENDENT)
-        project_and_store(
-            q, q_matrix, rotated, num_queries, stride_qt, stride_qh, stride_rt, stride_rh, head, rows,
-            channels * CHANNELS, GROUP, DIM, PADDED, ROWS, CHANNELS,
-        )  # fmt: skip
+        if channels < PADDED // CHANNELS:
+            project_and_store(
+                q, q_matrix, rotated, num_queries, stride_qt, stride_qh, stride_rt, stride_rh, head, rows,
+                channels * CHANNELS, GROUP, DIM, PADDED, ROWS, CHANNELS,
+            )  # fmt: skip
+        elif PAGE > 0:
+            fold_and_store(
+                q, pairs, fold, rotated, num_queries, stride_qt, stride_qh, stride_rt, stride_rh, head, rows,
+                GROUP, DIM, PADDED // 2, ROWS,
+            )  # fmt: skip

@@ -6,10 +6,12 @@ import triton
 import triton.language as tl
 
 from ..device.address import block_base
-from ..device.rotate import project, project_and_store
+from ..device.page_mean import fold_and_store
+from ..device.rotate import flag_rows, project, project_and_store
 from ..format.codec import SCALE_MAX, V_SCALE_MAX
 from ..format.columns import COLUMNS
 from ..format.layout import BLOCK_SLOTS
+from ..format.page_mean import SCALE_MIN
 from .nearest import nearest
 from .plan import TILE_FIELDS
 from .scale import TINY, correct, of_first_best, sums_of_squares, try_factor
@@ -19,6 +21,7 @@ _SLOTS = tl.constexpr(BLOCK_SLOTS)
 _SCALE_MAX = tl.constexpr(SCALE_MAX)
 _V_SCALE_MAX = tl.constexpr(V_SCALE_MAX)
 _TINY = tl.constexpr(TINY)
+_SCALE_MIN = tl.constexpr(SCALE_MIN)
 _N = tl.constexpr(TILE_FIELDS)
 #: Adding 2^23 to a whole float32 puts the number into its low bits.
 _WHOLE = tl.constexpr(8388608.0)
@@ -69,6 +72,8 @@ def _encode(
     num_factors,
     spread,  # rows per token: 1, or TRIES with a factor each
     num_tokens,
+    positions,  # None without page means, as means
+    means,
     stride_t,
     stride_h,
     row_bytes,
@@ -79,6 +84,7 @@ def _encode(
     head,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
+    PAGE: tl.constexpr,  # positions of a page
     TILES: tl.constexpr,
     BINS: tl.constexpr,
     BOOKS: tl.constexpr,
@@ -94,7 +100,12 @@ def _encode(
     live = token < num_tokens
     at = token.to(tl.int64) * stride_t + head * stride_h
     lookup += head * 4 * PADDED
-    ys = project(x, at, live, matrix, head, 0, TILES, DIM, PADDED)
+    if means is None:
+        ys = project(x, at, live, matrix, head, 0, TILES, DIM, PADDED)
+    else:
+        page = tl.load(positions + token, mask=live, other=0).to(tl.int32) // PAGE
+        flag = flag_rows(x, at, live, head, page, means, DIM, PADDED)
+        ys = project(x, at, live, matrix, head, 0, TILES, DIM, PADDED, page, flag, means)
 
     # Sums of squares are taken of y / max|y|, so that no input overflows or underflows them.
     top = tl.full([ROWS], _TINY, tl.float32)
@@ -142,6 +153,8 @@ def _encode(
     scale = tl.where(rms > 0, tl.minimum(best_scale * rms, most), 0.0)
     side: tl.constexpr = 1 if VALUES else 0
     to = block + (norm_offset + 4 * head) * (_SLOTS // 2) + within * 2 + side
+    if means is not None:
+        scale = tl.where(flag, -tl.maximum(scale, _SCALE_MIN), scale)
     tl.store(scales + to, scale.to(tl.float16), mask=live)
 
     codes = ()
@@ -176,7 +189,7 @@ _FREE = ["num_factors", "spread", "num_tokens", "num_queries", "heads", "row_byt
 _FREE += ["k_code_bytes", "k_at", "v_code_bytes", "v_at"]
 
 
-@triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=["loc"])
+@triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=["loc", "positions"])
 def encode_many_kernel(
     k,  # [T, H, DIM]
     v,  # [T, H, V_DIM]
@@ -185,6 +198,12 @@ def encode_many_kernel(
     words,
     scales,
     loc,
+    positions,  # [T]; this and what the means are of (..device.page_mean) None without them
+    turns,
+    mean_vectors,
+    block_of,
+    pairs,
+    fold,
     k_matrix,
     k_lookup,
     k_pack,
@@ -228,25 +247,32 @@ def encode_many_kernel(
     RULE: tl.constexpr,
     TRIES: tl.constexpr,
     GROUP: tl.constexpr,  # 0: no query
+    PAGE: tl.constexpr,  # 0: keys have no means
     ROWS: tl.constexpr,
 ):
     side, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     if side == 0:
         if tl.program_id(0) * ROWS < num_tokens * spread:
+            means = None if PAGE == 0 else (turns, mean_vectors, block_of)
             _encode(
                 k, words, scales, loc, k_matrix, k_lookup, k_pack, cells, search, num_factors, spread, num_tokens,
-                stride_kt, stride_kh, row_bytes, k_at, k_code_bytes, norm_offset, pad_at, head,
-                DIM, PADDED, TILES, BINS, BOOKS, COUNT, INTERPRET, RULE, TRIES, False, ROWS,
+                positions, means, stride_kt, stride_kh, row_bytes, k_at, k_code_bytes, norm_offset, pad_at, head,
+                DIM, PADDED, PAGE, TILES, BINS, BOOKS, COUNT, INTERPRET, RULE, TRIES, False, ROWS,
             )  # fmt: skip
     elif side == 1:
         if tl.program_id(0) * ROWS < num_tokens * spread:
             _encode(
                 v, words, scales, loc, v_matrix, v_lookup, v_pack, cells, search, num_factors, spread, num_tokens,
-                stride_vt, stride_vh, row_bytes, v_at, v_code_bytes, norm_offset, pad_at, head,
-                V_DIM, V_PADDED, V_TILES, V_BINS, BOOKS, COUNT, INTERPRET, RULE, TRIES, True, ROWS,
+                None, None, stride_vt, stride_vh, row_bytes, v_at, v_code_bytes, norm_offset, pad_at, head,
+                V_DIM, V_PADDED, 0, V_TILES, V_BINS, BOOKS, COUNT, INTERPRET, RULE, TRIES, True, ROWS,
             )  # fmt: skip
     elif GROUP > 0:
         project_and_store(
             q, q_matrix, rotated, num_queries, stride_qt, stride_qh, stride_rt, stride_rh, head, tl.program_id(0), 0,
             GROUP, DIM, PADDED, ROWS, PADDED,
         )  # fmt: skip
+        if PAGE > 0:
+            fold_and_store(
+                q, pairs, fold, rotated, num_queries, stride_qt, stride_qh, stride_rt, stride_rh, head,
+                tl.program_id(0), GROUP, DIM, PADDED // 2, ROWS,
+            )  # fmt: skip

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from .layout import RowLayout
+from .page_mean import PageMean
 
 #: How the stored scale follows from the normalised vector y and its codewords c
 #: (weights w, see LayerCodec.k_weight):
@@ -36,6 +37,7 @@ class LayerCodec:
     q_in ``[H, D, D]``: the inverse transpose, so that ``(q_in q) . (k_in k) = q . k``.
     v_in, v_out ``[H, Dv, Dv]``: the same for values; ``v_out`` turns the attention output back.
     k_weight ``[H, D]``: weights of the scale rule, the mean energy of each transformed query channel.
+    mean: of the keys, which are coded less it; None where they are coded as they are.
     All tensors float32.
     """
 
@@ -47,10 +49,13 @@ class LayerCodec:
     k_weight: torch.Tensor
     scale_rule: str = "norm"
     scale_search: tuple[float, ...] = SCALE_SEARCH
+    mean: PageMean | None = None
 
     def __post_init__(self) -> None:
         if self.scale_rule not in SCALE_RULES:
             raise ValueError(f"scale rule {self.scale_rule!r} is not one of {', '.join(SCALE_RULES)}")
+        if self.mean is not None and not self.layout.in_columns:
+            raise ValueError("only rows in columns hold keys less their page's mean")
 
     @property
     def head_dim(self) -> int:
@@ -61,7 +66,8 @@ class LayerCodec:
         return self.v_in.shape[-1]
 
     def to(self, device: torch.device | str) -> LayerCodec:
-        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
+        kinds = torch.Tensor, PageMean
+        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), kinds)}
         return replace(self, **moved)
 
     @classmethod

@@ -139,6 +139,7 @@ class HostReader:
 
     def __init__(self, codec: LayerCodec):
         row = self.layout = codec.layout
+        self.mean = codec.mean
         kinds = {layout: [h for h in range(row.heads) if row.k[h] == layout] for layout in row.k}
         self.k = [(heads, Dequantizer(layout)) for layout, heads in kinds.items()]
         self.v = Dequantizer(row.v)
@@ -161,17 +162,24 @@ class HostReader:
         scales = rows[:, row.norm_offset : row.pad_offset].contiguous().view(torch.float16).float()
         return k, v, scales.unflatten(1, (row.heads, 2))
 
-    def dense(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def dense(self, rows: torch.Tensor, positions: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows to keys ``[N, H, D]`` and values ``[N, H, Dv]`` float32, as :func:`..reference.decode` has them."""
         k, v, scales = self.levels(rows)
         k, v = k * scales[..., :1], v * scales[..., 1:]
-        return torch.einsum("the,hed->thd", k, self.q_in), torch.einsum("the,hde->thd", v, self.v_out)
+        k, v = torch.einsum("the,hed->thd", k, self.q_in), torch.einsum("the,hde->thd", v, self.v_out)
+        if self.mean is not None:
+            k += torch.where(scales[..., :1] < 0, self.mean.at(positions), 0.0)
+        return k, v
 
     def attend(self, q: torch.Tensor, rows: torch.Tensor, sm_scale: float) -> torch.Tensor:
-        """One query ``q [Hq, D]`` over its rows ``[N, row_bytes]``: ``[Hq, Dv]`` float32."""
+        """One query ``q [Hq, D]`` over its rows ``[N, row_bytes]``, from position 0: ``[Hq, Dv]`` float32."""
         k, v, scales = self.levels(rows)
         k_scale, v_scale = scales.permute(2, 1, 0)[:, :, None]  # [H, 1, N]
-        rotated = q.float().unflatten(0, (self.layout.heads, -1)) @ self.q_in.mT  # [H, G, D]
-        logits = (rotated * sm_scale) @ k.permute(1, 2, 0)
-        prob = (logits * k_scale).softmax(-1) * v_scale
+        q = q.float().unflatten(0, (self.layout.heads, -1)) * sm_scale
+        logits = q @ self.q_in.mT @ k.permute(1, 2, 0) * k_scale
+        if self.mean is not None:
+            means = self.mean.of_pages(-(-len(rows) // self.mean.page)).permute(1, 2, 0)
+            bias = (q @ means).repeat_interleave(self.mean.page, -1)[..., : len(rows)]
+            logits += torch.where(k_scale < 0, bias, 0.0)
+        prob = logits.softmax(-1) * v_scale
         return (prob @ v.transpose(0, 1) @ self.v_out.mT).flatten(0, 1)

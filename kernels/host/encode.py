@@ -9,6 +9,7 @@ from ..format.codebook import MAX_LEVELS, boundaries, codebook_table
 from ..format.codec import SCALE_MAX, V_SCALE_MAX, LayerCodec
 from ..format.columns import COLUMNS
 from ..format.layout import CodeLayout
+from ..format.page_mean import signed
 from ..reference import corrected_scale
 
 MOST_TOKENS = 8  # every threshold of every channel is compared with: of more tokens that is too much memory
@@ -61,6 +62,7 @@ class HostEncoder:
 
     def __init__(self, codec: LayerCodec):
         row = self.row = codec.layout
+        self.mean = codec.mean
         k = codec, list(row.k), codec.k_in, codec.k_weight, [SCALE_MAX] * row.heads
         v = codec, [row.v] * row.heads, codec.v_in, torch.ones(row.heads, row.v.dim), [V_SCALE_MAX] * row.heads
         if row.k[0].dim == row.v.dim:
@@ -69,18 +71,22 @@ class HostEncoder:
         else:
             self.vectors = [_Vectors(*k), _Vectors(*v)]
 
-    def __call__(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def __call__(self, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Keys ``[T, H, D]`` and values ``[T, H, Dv]`` to rows ``[T, row_bytes]`` uint8, as :func:`..reference.encode`.
 
         T at most MOST_TOKENS.
         """
         row = self.row
+        if self.mean is not None:
+            k, flags = self.mean.residual(k, positions)
         if len(self.vectors) == 1:
             codes, scales = self.vectors[0](torch.cat([k, v], 1))
             k_codes, v_codes = codes[:, : row.heads], codes[:, row.heads :]
             k_scales, v_scales = scales[:, : row.heads], scales[:, row.heads :]
         else:
             (k_codes, k_scales), (v_codes, v_scales) = self.vectors[0](k), self.vectors[1](v)
+        if self.mean is not None:
+            k_scales = signed(k_scales, flags)
         parts = [k_codes[..., : row.k_code_bytes].flatten(1), v_codes[..., : row.v_code_bytes].flatten(1)]
         parts.append(torch.stack([k_scales, v_scales], -1).flatten(1).view(torch.uint8))
         parts.append(torch.zeros(len(k), row.row_bytes - row.pad_offset, dtype=torch.uint8))

@@ -13,6 +13,7 @@ import triton.language as tl
 from ..decode.kernel import load_shifts, load_words, pick
 from ..device.address import block_base
 from ..device.dequant import segment_levels
+from ..device.page_mean import load_mean
 from ..format.columns import COLUMNS
 from ..format.layout import BLOCK_SLOTS
 from .copy_chunk import copy_chunk
@@ -36,6 +37,8 @@ def _unpack_side(
     column_shifts,
     indices,
     dest,
+    positions,
+    means,  # None: of values, and of keys without page means
     out,
     matrix,
     gain,
@@ -50,6 +53,7 @@ def _unpack_side(
     ROW_BYTES: tl.constexpr,
     NORM_OFFSET: tl.constexpr,
     SCALE_BIT: tl.constexpr,
+    PAGE: tl.constexpr,
     BINS: tl.constexpr,
     REPEAT: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -90,6 +94,14 @@ def _unpack_side(
                 value = value.to(matrix.dtype.element_ty)
             dense = tl.dot(value, back[i], dense, input_precision="ieee")
         dense = dense * scale[:, None]
+        if means is not None:
+            flag = tl.where(scale < 0, 1.0, 0.0)[:, None]
+            page = tl.load(positions + known).to(tl.int32) // PAGE
+            top = tl.max(page, 0)
+            if tl.min(page, 0) == top:
+                dense += flag * load_mean(means, head, top, channel, PADDED // 2)[None, :]
+            else:
+                dense += flag * load_mean(means, head, page[:, None], channel[None, :], PADDED // 2)
         if out.dtype.element_ty == tl.float16:
             dense = tl.minimum(tl.maximum(dense, -65504.0), 65504.0)
         if dest is None:
@@ -101,7 +113,7 @@ def _unpack_side(
 
 @triton.jit(
     do_not_specialize=["num_tokens", "tiles", "programs", "chunk_tokens"],
-    do_not_specialize_on_alignment=["indices", "dest", "chunk_dest"],
+    do_not_specialize_on_alignment=["indices", "dest", "positions", "chunk_dest"],
 )
 def unpack_columns_kernel(
     rows16,  # the rows as int16 and int32
@@ -110,6 +122,10 @@ def unpack_columns_kernel(
     k_kinds,  # int32 [H], each head's template; None where there is one
     indices,
     dest,  # None: token n goes to place n
+    positions,  # [N]; this and what the means are of (..device.page_mean) None without them
+    turns,
+    mean_vectors,
+    block_of,
     num_tokens,
     tiles,  # per program
     programs,  # of a side of a head that unpack; further ones copy a tile of the chunk each
@@ -136,6 +152,7 @@ def unpack_columns_kernel(
     V_STRIDE: tl.constexpr,
     V_OFFSET: tl.constexpr,
     NORM_OFFSET: tl.constexpr,
+    PAGE: tl.constexpr,  # positions of a page; 0: keys have no means
     # What begins with K_ is a tuple over templates, of what V has once.
     K_BINS: tl.constexpr,
     V_BINS: tl.constexpr,
@@ -173,9 +190,10 @@ def unpack_columns_kernel(
         kind = 0 if k_kinds is None else tl.load(k_kinds + head)
         for i in tl.static_range(len(K_SEGMENTS)):
             if len(K_SEGMENTS) == 1 or kind == i:
+                means = None if PAGE == 0 else (turns, mean_vectors, block_of)
                 _unpack_side(
-                    rows16, rows32, column_shifts, indices, dest, k_out, k_matrix, k_gain, head, part, first, last,
-                    num_tokens, head * K_STRIDE, stride_kt, stride_kh, ROW_BYTES, NORM_OFFSET, 0,
+                    rows16, rows32, column_shifts, indices, dest, positions, means, k_out, k_matrix, k_gain, head, part,
+                    first, last, num_tokens, head * K_STRIDE, stride_kt, stride_kh, ROW_BYTES, NORM_OFFSET, 0, PAGE,
                     pick(K_BINS, i), pick(K_REPEAT, i), pick(K_SEGMENTS, i), pick(K_POLY, i),
                     K_DIM, K_PADDED, TOKENS, STAGES, ASM,
                 )  # fmt: skip
@@ -191,7 +209,7 @@ def unpack_columns_kernel(
                 )  # fmt: skip
                 return
         _unpack_side(
-            rows16, rows32, column_shifts, indices, dest, v_out, v_matrix, v_gain, head, part, first, last, num_tokens,
-            V_OFFSET + head * V_STRIDE, stride_vt, stride_vh, ROW_BYTES, NORM_OFFSET, 16,
+            rows16, rows32, column_shifts, indices, dest, None, None, v_out, v_matrix, v_gain, head, part, first, last,
+            num_tokens, V_OFFSET + head * V_STRIDE, stride_vt, stride_vh, ROW_BYTES, NORM_OFFSET, 16, 0,
             V_BINS, V_REPEAT, V_SEGMENTS, V_POLY, V_DIM, V_PADDED, TOKENS, STAGES, ASM,
         )  # fmt: skip

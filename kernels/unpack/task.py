@@ -39,9 +39,10 @@ class UnpackTask:
     """Which slots are unpacked to where; the same for all layers of a step.
 
     Slots ``indices [N]`` to ``k_out [M, H, D]`` and ``v_out [M, H, Dv]``, of any float type; float16 saturates.
-    indices, dest, chunk_dest: int32 or int64, on the device. Token n goes to place ``dest[n]``, or n; the other
-    places stay as they are. chunk: further tokens, which come with their keys and values and are copied, to places
-    ``chunk_dest``, or N and on. ValueError for shapes that do not fit each other.
+    indices, dest, positions, chunk_dest: int32 or int64, on the device. Token n goes to place ``dest[n]``, or n; the
+    other places stay as they are. positions ``[N]``: the tokens', where keys have page means. chunk: further tokens,
+    which come with their keys and values and are copied, to places ``chunk_dest``, or N and on. ValueError for shapes
+    that do not fit each other.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class UnpackTask:
         k_out: torch.Tensor,
         v_out: torch.Tensor,
         dest: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
         chunk: int = 0,
         chunk_dest: torch.Tensor | None = None,
     ):
@@ -60,19 +62,22 @@ class UnpackTask:
                     f"{name} {tuple(out.shape)} with strides {out.stride()}: [places, heads, channels] with "
                     "contiguous channels is needed"
                 )
-        for name, to, count in (("dest", dest, tokens), ("chunk_dest", chunk_dest, chunk)):
+        given = ("dest", dest, tokens), ("positions", positions, tokens), ("chunk_dest", chunk_dest, chunk)
+        for name, to, count in given:
             if to is not None and to.shape != (count,):
-                raise ValueError(f"{name} {tuple(to.shape)}: one place for each of {count} tokens is needed")
+                raise ValueError(f"{name} {tuple(to.shape)}: one for each of {count} tokens is needed")
         needed = max(tokens if dest is None else 0, tokens + chunk if chunk and chunk_dest is None else 0)
         if min(k_out.shape[0], v_out.shape[0]) < needed:
             raise ValueError(f"k_out and v_out have {k_out.shape[0]} and {v_out.shape[0]} places for {needed} tokens")
         self.tokens, self.chunk, self.dtypes = tokens, chunk, (k_out.dtype, v_out.dtype)
+        self.has_positions = positions is not None
         self.shapes = tuple(k_out.shape[1:]), tuple(v_out.shape[1:])
         tiles, programs = _tiles(tokens, k_out.shape[1])
         self.programs = programs + -(-chunk // TOKENS)
         self._values = {
             "indices": indices,
             "dest": dest,
+            "positions": positions,
             "num_tokens": tokens,
             "tiles": tiles,
             "programs": programs,
@@ -91,7 +96,8 @@ class UnpackTask:
         """For the kernel of some layers."""
         found = self._arguments.get(kernel)
         if found is None:
-            found = self._arguments[kernel] = Arguments(kernel, **self._values)
+            taken = {name: value for name, value in self._values.items() if name in kernel.arg_names}
+            found = self._arguments[kernel] = Arguments(kernel, **taken)
         return found
 
 

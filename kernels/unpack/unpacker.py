@@ -32,6 +32,7 @@ class Unpacker:
         # q_in undoes k_in when it is transposed, and v_out undoes v_in.
         self.k, self.v = UnpackMatrix.of(tables.k.back.mT), UnpackMatrix.of(tables.v.back)
         self._shapes = (tables.heads, tables.k.dim), (tables.heads, tables.v.dim)
+        self._needs_positions = isinstance(tables, ColumnTables) and tables.means is not None
 
     def bind(self, rows: torch.Tensor) -> Unpacker:
         """Unpack ``rows [slots, row_bytes]`` uint8 from now on. ValueError unless they are this layer's."""
@@ -55,6 +56,8 @@ class Unpacker:
         """
         if task.shapes != self._shapes:
             raise ValueError(f"k_out and v_out of {task.shapes}: {self._shapes} is needed for these rows")
+        if self._needs_positions and task.tokens and not task.has_positions:
+            raise ValueError("positions: needed, since keys are less the means of their pages")
         stride_kt = stride_kh = stride_vt = stride_vh = 0
         if task.chunk:
             stride_kt, stride_kh = self._chunk_strides(task, "k", k, 0)
@@ -83,9 +86,13 @@ class Unpacker:
 
 
 def _launch_columns(tables: ColumnTables, k: UnpackMatrix, v: UnpackMatrix, rows: torch.Tensor) -> Launch:
-    row, templates, v_spec = tables.row, tables.k_templates, tables.v_spec
+    row, templates, v_spec, means = tables.row, tables.k_templates, tables.v_spec, tables.means
     return Launch(
         unpack_columns_kernel,
+        turns=means and means.turns,
+        mean_vectors=means and means.vectors,
+        block_of=means and means.block_of,
+        PAGE=means.page if means else 0,
         rows16=rows.view(torch.int16),
         rows32=rows.view(torch.int32),
         column_shifts=tables.column_shifts,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
@@ -20,6 +20,7 @@ from sglang_blockgtq.kernels.device.tables import ColumnTables, Tables
 from sglang_blockgtq.kernels.encode.encoder import Encoder
 from sglang_blockgtq.kernels.format.codec import LayerCodec
 from sglang_blockgtq.kernels.format.layout import CodeLayout, RowLayout, num_slots, scatter_rows, uniform_layout
+from sglang_blockgtq.kernels.format.page_mean import PageMean
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: Largest relative error of an attention output: float32 dots in the interpreter, float16 ones on a GPU.
@@ -49,11 +50,18 @@ class Case:
     lengths: tuple[int, ...] = (0, 1, 39, 4)
     queries: tuple[int, ...] = (2, 1, 3, 0)
     v_dim: int | None = None  # None: head_dim
+    page: int = 0  # positions; 0: keys have no page means
+    rotary: int | None = None  # channels with RoPE, interleaved; None: all, neox
 
     def __str__(self) -> str:
         bits = f"k{self.k_bits:g}v{self.v_bits:g}"
         dims = f"d{self.head_dim}" if self.v_dim is None else f"d{self.head_dim}v{self.v_dim}"
-        return f"{self.allocator}-{bits}-{dims}-h{self.heads}g{self.group}-{self.dtype}-{self.order}"
+        page = f"-page{self.page}" if self.page else ""
+        return f"{self.allocator}-{bits}-{dims}-h{self.heads}g{self.group}-{self.dtype}-{self.order}{page}"
+
+    @property
+    def rope(self) -> RopeBlocks:
+        return RopeBlocks(self.head_dim, self.head_dim if self.rotary is None else self.rotary, self.rotary is None)
 
 
 TEMPLATE = Case("template", 3, 3, 64, 2, 3)
@@ -67,6 +75,13 @@ TEMPLATES = [
     Case("paper-segment", 3, 2, 64, 2, 6, "float32", "pages"),
     Case("handmade-segment", 3, 1, 64, 4, 1, lengths=(0, 1, 34), queries=(2, 1, 3)),
 ]
+_PAGED = {"lengths": (0, 1, 139, 70), "page": 64}
+MEANS = Case("template", 3, 3, 64, 2, 3, **_PAGED)
+MEAN_CASES = [
+    MEANS,
+    Case("product-segment", 2.5, 3, 128, 3, 3, "float16", rotary=96, **_PAGED),
+    Case("template", 3, 3, 256, 1, 4, "float16", "pages", **_PAGED),
+]
 IN_COLUMNS = [
     TEMPLATE,
     PAGES,
@@ -77,6 +92,7 @@ IN_COLUMNS = [
     Case("uniform", 2.5, 4, 64, 1, 2, order="sorted"),
     CUT,
     *TEMPLATES,
+    *MEAN_CASES,
 ]
 PRODUCT = Case("product", 3, 2.5, 48, 2, 3)  # a scale for each width: six and seven
 HANDMADE = Case("handmade", 0, 5, 64, 2, 1)
@@ -99,6 +115,8 @@ LARGE = [
     Case("uniform", 8, 8, 128, 2, 16, "bfloat16", **_LONG),
     Case("uniform", 3, 2.25, 128, 3, 1, "float16", "sorted", **_LONG),
     Case("product-segment", 3, 3, 128, 8, 4, "bfloat16", **_LONG),
+    Case("template", 3, 3, 128, 8, 4, "bfloat16", page=512, **_LONG),
+    Case("product-segment", 2, 2, 128, 2, 7, "bfloat16", "pages", page=64, rotary=64, **_LONG),
     Case("paper", 3, 3, 128, 2, 7, "float16", "pages", **_LONG),
 ]
 
@@ -125,6 +143,7 @@ class Data:
     rows: torch.Tensor  # [slots, row_bytes], 0xFF where no token lies
     kv_indptr: torch.Tensor
     kv_indices: torch.Tensor
+    positions: torch.Tensor  # [sum(lengths)], each token's in its request
     qo_indptr: torch.Tensor
     sm_scale: float
 
@@ -150,14 +169,26 @@ def make_codec(case: Case) -> LayerCodec:
     allocator, _, granularity = case.allocator.partition("-")
     table = build_table(
         moments(case.heads, case.head_dim),
-        [RopeBlocks(case.head_dim, case.head_dim)],
+        [case.rope],
         k_bits=case.k_bits,
         v_bits=case.v_bits,
         allocator=allocator,
         granularity=granularity or ("block" if allocator in ("paper", "product") else "segment"),
         v_head_dim=case.v_dim,
     )
-    return table.layer_codec(0)
+    codec = table.layer_codec(0)
+    return replace(codec, mean=page_mean(case)) if case.page else codec
+
+
+def page_mean(case: Case) -> PageMean:
+    """Of slow blocks, several times as large as the rest of a key."""
+    generator, energy, blocks = torch.Generator().manual_seed(3), moments(case.heads, case.head_dim), case.head_dim // 2
+    turned = case.rope.rotary_dim // 2
+    theta = torch.zeros(blocks, dtype=torch.float64)
+    theta[:turned] = 1e5 ** -(torch.arange(turned, dtype=torch.float64) / turned)
+    mean = torch.randn(case.heads, blocks, 2, generator=generator) * 3 * energy.k[0].sqrt()[..., None].float()
+    mean[:, theta * case.page > 1] = 0
+    return PageMean(case.page, mean, energy.q[0].float(), theta, case.rope.channels())
 
 
 def _handmade(dim: int, heads: int) -> tuple[CodeLayout, ...]:
@@ -209,7 +240,7 @@ def data(case: Case) -> Data:
     codec = make_codec(case)
     dtype, tokens = getattr(torch, case.dtype), sum(case.lengths)
     energy = moments(case.heads, case.head_dim)
-    pairs = RopeBlocks(case.head_dim, case.head_dim).channels().flatten()
+    pairs = case.rope.channels().flatten()
 
     spread = torch.zeros(2, case.heads, case.head_dim)  # of q, k
     spread[..., pairs] = torch.cat([energy.q, energy.k]).div(2).sqrt().float().repeat_interleave(2, -1)
@@ -223,7 +254,11 @@ def data(case: Case) -> Data:
     k = draw(tokens, case.head_dim, spread[1])
     v = draw(tokens, case.v_dim or case.head_dim, v_spread)
     codec = codec.to(DEVICE)
-    packed = reference.encode(codec, k, v)
+    positions = torch.cat([torch.arange(n) for n in case.lengths]).to(DEVICE)
+    if codec.mean:  # some keys are like the mean and some are not
+        like = (torch.rand(k.shape[:2], generator=generator) < 0.7).to(DEVICE)[..., None]
+        k = (k.float() + torch.where(like, codec.mean.at(positions), 0.0)).to(dtype)
+    packed = reference.encode(codec, k, v, positions)
 
     pages = (tokens + 15) // 16 + 2
     if case.order == "sorted":
@@ -251,6 +286,7 @@ def data(case: Case) -> Data:
         rows,
         indptr(case.lengths),
         indices,
+        positions.to(indices.dtype),
         indptr(case.queries),
         # Keeps softmax from being one-hot on these wide-spread synthetic heads.
         1.5 / float((q.float().square().mean() * k.float().square().mean() * case.head_dim).sqrt()),

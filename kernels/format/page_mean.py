@@ -1,0 +1,80 @@
+"""What the keys of a head have in common, held as a mean per page of positions (docs/format.md, rows version 3).
+
+A model's key bias and its outliers lie in blocks that RoPE turns slowly. Within a page of positions such a block
+hardly turns, so the mean key, turned to the page's first position, can be taken off before a key is coded:
+``k - R_p mean``. It is static, so a row still depends on the token and its position alone. Not every key is like the
+mean: those that are, are flagged. A flagged key is coded as ``R_p mean - k`` and has a negative scale, so that readers
+multiply by the scale as ever, and its sign is the flag. They add ``q . R_p mean``, one number for each query and page,
+to the logits of flagged keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+#: Tokens of a page are a multiple of it, so that no tile of a kernel lies in two pages.
+PAGE_UNIT = 64
+SCALE_MIN = 2.0**-24  # of a flagged key: the least that float16 holds
+
+
+@dataclass(frozen=True)
+class PageMean:
+    """Of one layer. H KV heads, B = D / 2 blocks, P = ``page`` positions.
+
+    mean ``[H, B, 2]`` float32: at position 0, zero in blocks that turn too fast to have one.
+    weight ``[H, B]`` float32: energy of the queries' blocks, what an error in a key's block costs.
+    theta ``[B]`` float64: radians a position, 0 for channels without RoPE.
+    pairs ``[B, 2]`` int64: the channels of each block.
+    """
+
+    page: int
+    mean: torch.Tensor
+    weight: torch.Tensor
+    theta: torch.Tensor
+    pairs: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.page <= 0 or self.page & (self.page - 1) or self.page % PAGE_UNIT:
+            raise ValueError(f"page = {self.page}: a power of two of at least {PAGE_UNIT} positions is needed")
+
+    def to(self, device: torch.device | str) -> PageMean:
+        tensors = (self.mean, self.weight, self.theta, self.pairs)
+        return PageMean(self.page, *(x.to(device) for x in tensors))
+
+    def turns(self, pages: int) -> torch.Tensor:
+        """Cosines and sines ``[pages, 2, B]`` float32 of the turn from position 0 to each page's first."""
+        first = torch.arange(pages, dtype=torch.float64, device=self.theta.device) * self.page
+        angle = first[:, None] * self.theta
+        return torch.stack([angle.cos(), angle.sin()], 1).float()
+
+    def of_pages(self, pages: int) -> torch.Tensor:
+        """``[pages, H, D]`` float32, in the channels of a key."""
+        (x, y), (cos, sin) = self.mean.unbind(-1), self.turns(pages)[:, :, None].unbind(1)
+        out = torch.empty(pages, len(self.mean), 2 * len(self.theta), device=self.mean.device)
+        out[..., self.pairs] = torch.stack([x * cos - y * sin, y * cos + x * sin], -1)
+        return out
+
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
+        """``[T, H, D]`` float32 for each of ``positions [T]``."""
+        page, index = (positions // self.page).unique(return_inverse=True)
+        return self.of_pages(int(page.max()) + 1)[page][index] if len(page) else self.of_pages(0)
+
+    def flags(self, k: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        """Which keys are better without their mean, bool ``[T, H]``: those whose weighted energy falls."""
+        weight = torch.empty_like(self.mean.flatten(1))
+        weight[:, self.pairs] = self.weight[..., None].expand(-1, -1, 2)
+        gain = weight.double() * mean.double() * (2 * k.double() - mean.double())
+        return gain.sum(-1) > 0
+
+    def residual(self, k: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is coded for keys ``[T, H, D]``, in their dtype, and their flags ``[T, H]``."""
+        mean = self.at(positions)
+        flags = self.flags(k, mean)
+        return torch.where(flags[..., None], (mean - k.float()).to(k.dtype), k), flags
+
+
+def signed(scale: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:
+    """float16 scales with a sign for their flags: of flagged keys, none is zero."""
+    return torch.where(flags, -scale.clamp(min=SCALE_MIN), scale)
