@@ -48,6 +48,10 @@ class PackedLayer(ABC):
         """Write to and read from ``rows`` of :meth:`new_rows` from now on."""
         self.rows = rows
 
+    def unbind(self) -> None:
+        """Let go of the rows."""
+        del self.rows
+
     @abstractmethod
     def encode(
         self,
@@ -119,6 +123,11 @@ class TritonLayer(PackedLayer):
         super().bind(rows)
         self.encoder = Encoder(self.tables, rows) if self.fast else AnyEncoder(self.tables, rows)
         self.unpacker.bind(rows)
+
+    def unbind(self) -> None:
+        super().unbind()
+        del self.encoder
+        self.unpacker.unbind()
 
     def encode(self, k, v, loc, positions=None, q=None):
         if not self.fast:

@@ -8,7 +8,7 @@ captured in a CUDA graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -43,6 +43,8 @@ class Tuning:
 TUNING = Tuning()
 #: Where a head's keys may be of several templates: loops of which each has its place in the instruction cache.
 TEMPLATES_TUNING = Tuning(block_n=32, warps_per_sm=16, registers=128, prefetch=32)
+#: The same with page means, which take registers.
+MEANS_TUNING = replace(TEMPLATES_TUNING, warps_per_sm=14, registers=144)
 #: Where a tile has 16 query rows or more than 128 channels, for which no number of registers is too many.
 WIDE_TUNING = Tuning(block_n=32, warps_per_sm=16, prefetch=32)
 
@@ -50,7 +52,9 @@ WIDE_TUNING = Tuning(block_n=32, warps_per_sm=16, prefetch=32)
 def _tuning(tables: ColumnTables, block_m: int) -> Tuning:
     if block_m > 8 or max(tables.k.padded, tables.v.padded) > 128:
         return WIDE_TUNING
-    return TUNING if len(tables.k_templates) == 1 else TEMPLATES_TUNING
+    if len(tables.k_templates) == 1:
+        return TUNING
+    return TEMPLATES_TUNING if tables.means is None else MEANS_TUNING
 
 
 @cache

@@ -19,7 +19,7 @@ from ..format.page_mean import PageMean
 class MeanTables:
     """Of one layer, for up to ``pages`` pages. H KV heads, P padded channels, b = P / 2 blocks.
 
-    turns ``[pages, 2, b]`` float32: cosine and sine; the same for layers of one theta, which may share it.
+    turns ``[pages, 2, b]`` float32: cosine and sine.
     vectors ``[H, 3, P]`` float32: what cosine and sine are multiplied with, and the weight, of each channel.
     block_of ``[P]`` int32: each channel's block.
     pairs ``[2, b]`` int32: each block's channels. fold ``[H, 2, b]`` float32: the mean, as they are.
@@ -33,8 +33,7 @@ class MeanTables:
     page: int
 
     @classmethod
-    def of(cls, mean: PageMean, pages: int, padded: int, turns: torch.Tensor | None = None) -> MeanTables:
-        """turns: of another layer with these pages and this theta."""
+    def of(cls, mean: PageMean, pages: int, padded: int) -> MeanTables:
         heads, blocks = mean.weight.shape
         room = padded // 2 - blocks
         x, y = mean.pairs.unbind(-1)
@@ -44,8 +43,7 @@ class MeanTables:
         vectors[:, 2, x] = vectors[:, 2, y] = mean.weight
         block_of = torch.zeros(padded, dtype=torch.int32)
         block_of[x] = block_of[y] = torch.arange(blocks, dtype=torch.int32)
-        if turns is None:
-            turns = torch.nn.functional.pad(mean.turns(pages), (0, room))
+        turns = torch.nn.functional.pad(mean.turns(pages), (0, room))
         pairs = torch.nn.functional.pad(mean.pairs.T, (0, room)).int()
         fold = torch.nn.functional.pad(mean.mean.mT, (0, room))
         return cls(turns, vectors, block_of, pairs, fold.contiguous(), mean.page)
@@ -68,6 +66,14 @@ def load_mean(means, head, page, channel, BLOCKS: tl.constexpr):
 def flag_gain(means, head, channel, key, mean, BLOCKS: tl.constexpr):
     """What of weighted energy each channel's mean takes away; a key is flagged where their sum is positive."""
     return tl.load(means[1] + head * 6 * BLOCKS + 4 * BLOCKS + channel) * mean * (2 * key - mean)
+
+
+@triton.jit
+def narrowed(x, dtype: tl.constexpr):
+    """float32 to a key's type, which it may be beyond."""
+    if dtype == tl.float16:
+        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+    return x.to(dtype)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .dependent import dependent, wait_and_release
-from .page_mean import flag_gain, fold_and_store, load_mean
+from .page_mean import flag_gain, fold_and_store, load_mean, narrowed
 from .tables import ColumnTables, Tables
 
 BLOCK = 16  # rows per program, the least a tensor-core dot takes
@@ -62,18 +62,22 @@ def project(
     ``[H, PADDED, PADDED]``.
     """
     SPLIT: tl.constexpr = x.dtype.element_ty == tl.bfloat16
-    # All of a common matrix at once: it is one trip to the cache.
-    BLOCK_K: tl.constexpr = (PADDED if PADDED <= 128 else 64) if SPLIT else 32 if PADDED >= 32 else PADDED
+    # All of a common matrix at once: it is one trip to the cache. Means beside it are more than registers hold.
+    WHOLE: tl.constexpr = PADDED <= (128 if means is None else 64)
+    BLOCK_K: tl.constexpr = (PADDED if WHOLE else 64) if SPLIT else 32 if PADDED >= 32 else PADDED
     matrix += head * PADDED * PADDED * (2 if SPLIT else 1)
     ys = ()
     for t in tl.static_range(len(TILES) // 5):
         ys += (tl.full([live.shape[0], TILES[5 * t + 1]], 0.0, tl.float32),)
+    if means is not None:
+        # As numbers: the compiler cannot bring truth values into the layout of a product's operand.
+        share, sign = tl.where(flag, 1.0, 0.0), tl.where(flag, -1.0, 1.0)
     for start in range(0, DIM, BLOCK_K):
         channel = start + tl.arange(0, BLOCK_K)
         part = _load_rows(x, at, live, channel, DIM)
         if means is not None:
             mean = load_mean(means, head, page[:, None], channel[None, :], PADDED // 2)
-            part = tl.where(flag[:, None], (mean - part.to(tl.float32)).to(part.dtype), part)
+            part = narrowed(mean * share[:, None] + part.to(tl.float32) * sign[:, None], part.dtype)
         sums = ()
         for t in tl.static_range(len(TILES) // 5):
             out = first + TILES[5 * t] + tl.arange(0, TILES[5 * t + 1])

@@ -236,7 +236,7 @@ class ColumnTables(Tables):
             k_order=kinds.argsort(stable=True).int(),
             v_spec=CodeSpec.of(row.v),
             column_shifts=column_shifts(),
-            means=MeanTables.of(codec.mean, -(-positions // codec.mean.page), k.padded) if codec.mean else None,
+            means=MeanTables.of(codec.mean, positions // codec.mean.page + 1, k.padded) if codec.mean else None,
         )
         return moved(tables, torch.device(device))
 

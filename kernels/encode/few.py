@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ..device.address import block_base
 from ..device.dependent import wait_and_release
-from ..device.page_mean import flag_gain, fold_and_store, load_mean
+from ..device.page_mean import flag_gain, fold_and_store, load_mean, narrowed
 from ..device.rotate import project_and_store
 from ..format.codec import SCALE_MAX, V_SCALE_MAX
 from ..format.columns import COLUMNS
@@ -65,7 +65,7 @@ def _multiply(
         if PAGE > 0:
             # In the model's own type, as every encoder has it: none turns a code that another would not.
             mean = load_mean(means, head, page, channel, PADDED // 2)
-            value = tl.where(flag > 0, mean - value, value).to(x.dtype.element_ty).to(tl.float32)
+            value = narrowed(tl.where(flag > 0, mean - value, value), x.dtype.element_ty).to(tl.float32)
         y += tl.sum(part * value[:, None], 0)
     return y, slot, flag
 

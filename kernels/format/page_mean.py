@@ -56,8 +56,10 @@ class PageMean:
         out[..., self.pairs] = torch.stack([x * cos - y * sin, y * cos + x * sin], -1)
         return out
 
-    def at(self, positions: torch.Tensor) -> torch.Tensor:
-        """``[T, H, D]`` float32 for each of ``positions [T]``."""
+    def at(self, positions: torch.Tensor | None) -> torch.Tensor:
+        """``[T, H, D]`` float32 for each of ``positions [T]``. ValueError without them."""
+        if positions is None:
+            raise ValueError("positions: needed, since keys are less the means of their pages")
         page, index = (positions // self.page).unique(return_inverse=True)
         return self.of_pages(int(page.max()) + 1)[page][index] if len(page) else self.of_pages(0)
 
@@ -72,7 +74,8 @@ class PageMean:
         """What is coded for keys ``[T, H, D]``, in their dtype, and their flags ``[T, H]``."""
         mean = self.at(positions)
         flags = self.flags(k, mean)
-        return torch.where(flags[..., None], (mean - k.float()).to(k.dtype), k), flags
+        most = torch.finfo(k.dtype).max
+        return torch.where(flags[..., None], (mean - k.float()).clamp(-most, most).to(k.dtype), k), flags
 
 
 def signed(scale: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:

@@ -49,6 +49,10 @@ class Unpacker:
         """Bytes of its matrices."""
         return self.k.matrix.nbytes + self.v.matrix.nbytes
 
+    def unbind(self) -> None:
+        """Let go of the rows."""
+        del self._launch
+
     def __call__(self, task: UnpackTask, k: torch.Tensor | None = None, v: torch.Tensor | None = None) -> None:
         """k ``[T, H, D]``, v ``[T, H, Dv]``: of the task's chunk, in its dtypes, any strides but contiguous channels.
 

@@ -32,10 +32,22 @@ class _PatchedOnce:
         self.scope.restore()
 
 
+def _rounded(plain):
+    """In place of the interpreter's ``_convert_float``, which cuts float32 off where a GPU rounds it to bfloat16."""
+
+    def convert(x, source, target, rounding_mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return plain(x, source, target, rounding_mode)
+        return torch.tensor(x).bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+    return convert
+
+
 @pytest.fixture(autouse=True)
 def _swift(monkeypatch):
-    """The interpreter without what it does in vain."""
+    """The interpreter without what it does in vain, and with a GPU's bfloat16."""
     if not torch.cuda.is_available():
+        monkeypatch.setattr(interpreter, "_convert_float", _rounded(interpreter._convert_float))
         monkeypatch.setattr(interpreter, "_patch_lang", _PatchedOnce())
         # Each addition and product of integers in 64 bits beside it, for an assertion that it does not make.
         options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)

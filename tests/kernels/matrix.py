@@ -81,6 +81,7 @@ MEAN_CASES = [
     MEANS,
     Case("product-segment", 2.5, 3, 128, 3, 3, "float16", rotary=96, **_PAGED),
     Case("template", 3, 3, 256, 1, 4, "float16", "pages", **_PAGED),
+    Case("template", 4, 3, 192, 1, 1, "bfloat16", lengths=(0, 1, 104), queries=(2, 1, 3), page=64),
 ]
 IN_COLUMNS = [
     TEMPLATE,

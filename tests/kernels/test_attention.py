@@ -11,8 +11,9 @@ from sglang_blockgtq.kernels.any_layout import attention as any_layout
 from sglang_blockgtq.kernels.decode import attention
 from sglang_blockgtq.kernels.decode.attention import DecodeScratch, decode_attention
 from sglang_blockgtq.kernels.decode.splits import num_splits, split_lengths
+from sglang_blockgtq.kernels.device.rotate import rotate_queries
 from sglang_blockgtq.kernels.device.tables import MAX_TEMPLATES, CodeSpec, ColumnTables, templates_of
-from sglang_blockgtq.kernels.format.layout import CodeLayout, gather_rows, uniform_layout
+from sglang_blockgtq.kernels.format.layout import CodeLayout, gather_rows, scatter_rows, uniform_layout
 
 from .matrix import (
     ANY_LAYOUT,
@@ -20,6 +21,8 @@ from .matrix import (
     EVERY,
     HANDMADE,
     LARGE,
+    MEAN_CASES,
+    MEANS,
     OTHER_VALUES,
     PAGES,
     PRODUCT,
@@ -36,7 +39,7 @@ from .matrix import (
     relative_error,
 )
 
-LLAMA, LARGE_TEMPLATES, LARGE_ANY = LARGE[0], LARGE[-2], LARGE[-1]
+LLAMA, LARGE_TEMPLATES, LARGE_MEANS, LARGE_ANY = LARGE[0], LARGE[7], LARGE[8], LARGE[-1]
 
 
 @cache
@@ -83,8 +86,11 @@ def with_q_len(*pairs: tuple[Case, int]):
     (OTHER_VALUES, 3),
     (TEMPLATES[1], 3),
     (HANDMADE, 5),
+    (MEANS, 4),
+    (MEAN_CASES[1], 2),
     *((LLAMA, q_len) for q_len in (2, 8)),
     (LARGE_TEMPLATES, 3),
+    (LARGE_MEANS, 3),
     (LARGE_ANY, 4),
 )
 def test_several_queries_of_a_request(case, q_len):
@@ -96,20 +102,22 @@ def test_several_queries_of_a_request(case, q_len):
     assert_same(decode(case, q_len, target=8), want, TOLERANCE[DEVICE][case.dtype])
 
 
-@over([TEMPLATE, PRODUCT, TEMPLATES[0]])
+@over([TEMPLATE, PRODUCT, TEMPLATES[0], MEANS])
 def test_a_later_tile_with_greater_logits(case):
-    """What was summed up before must shrink by as much: tokens lie in the order of their logits, in one split."""
+    """What was summed up before must shrink by as much: tokens come in the order of their logits, in one split."""
     d, q = data(case), decode_queries(case)
     request = case.lengths.index(max(case.lengths))
     part = slice(int(d.kv_indptr[request]), int(d.kv_indptr[request + 1]))
-    packed, slots = d.packed[part], d.kv_indices[part]
-    indptr = torch.tensor([0, len(packed)], dtype=torch.int32, device=DEVICE)
+    k, v, slots = d.k[part], d.v[part], d.kv_indices[part]
+    indptr = torch.tensor([0, len(k)], dtype=torch.int32, device=DEVICE)
     q = q[request : request + 1]
-    k, _ = reference.decode(d.codec, packed)
     for falling in (False, True):
-        order = (k[:, 0] @ q[0, 0].float()).argsort(descending=falling)
-        want = reference.decode_attention(d.codec, q, packed[order], indptr, d.sm_scale)
-        got = decode_attention(d.tables, q, d.rows, indptr, slots[order], d.sm_scale, target=1)
+        order = (k[:, 0].float() @ q[0, 0].float()).argsort(descending=falling)
+        packed = reference.encode(d.codec, k[order], v[order], torch.arange(len(k), device=DEVICE))
+        rows = d.rows.clone()
+        scatter_rows(d.codec.layout, rows, slots.long(), packed)
+        want = reference.decode_attention(d.codec, q, packed, indptr, d.sm_scale)
+        got = decode_attention(d.tables, q, rows, indptr, slots, d.sm_scale, target=1)
         assert_same(got, want, TOLERANCE[DEVICE][case.dtype])
 
 
@@ -171,7 +179,7 @@ def test_partial_results_may_be_float16():
     assert_same(got, expected(TEMPLATE), 2e-3)
 
 
-@pytest.mark.parametrize("case, q_len", [(TEMPLATE, 3), (PRODUCT, 1)], ids=str)
+@pytest.mark.parametrize("case, q_len", [(TEMPLATE, 3), (PRODUCT, 1), (MEANS, 3)], ids=str)
 def test_splits_are_those_of_the_reference(case, q_len, monkeypatch):
     """What each split leaves is the attention over the tokens that ``split_lengths`` gives it, and nothing more."""
     monkeypatch.setattr(attention, "merge_splits", lambda *_: None)  # which works in place
@@ -182,7 +190,8 @@ def test_splits_are_those_of_the_reference(case, q_len, monkeypatch):
     size, counts = split_lengths(torch.tensor(case.lengths), target)
     split = 0
     for b, (length, count) in enumerate(zip(case.lengths, counts.tolist(), strict=True)):
-        k, _ = reference.decode(d.codec, d.packed[d.kv_indptr[b] : d.kv_indptr[b + 1]])
+        part = slice(int(d.kv_indptr[b]), int(d.kv_indptr[b + 1]))
+        k, _ = reference.decode(d.codec, d.packed[part], d.positions[part])
         k = k.repeat_interleave(case.group, 1)
         for begin in range(0, length, size):
             for i in range(q_len):
@@ -216,11 +225,11 @@ def test_scratch_fits_every_batch_up_to_its_own():
             assert_same(got, want, TOLERANCE[DEVICE]["float32"])
 
 
-@over([TEMPLATE, PRODUCT, LLAMA])
+@over([TEMPLATE, PRODUCT, MEANS, LLAMA, LARGE_MEANS])
 def test_a_rotated_query_is_taken_as_it_is(case):
     """Encode may have rotated it already; then q itself is not read."""
     d, q = data(case), decode_queries(case)
-    rotated = torch.einsum("thgd,hed->thge", q.float().unflatten(1, (case.heads, -1)), d.codec.q_in).flatten(1, 2)
+    rotated = rotate_queries(d.tables, q, case.group)
     got = decode_attention(
         d.tables, torch.full_like(q, torch.nan), d.rows, d.kv_indptr, d.kv_indices, d.sm_scale, rotated=rotated
     )
@@ -333,7 +342,7 @@ def test_tables_say_how_much_memory_they_take(case):
     assert 1 < tables.nbytes / sum(x.nbytes for x in sides) < 1.3
 
 
-@with_q_len((LLAMA, 1), (LLAMA, 2), (LARGE_TEMPLATES, 1), (LARGE_ANY, 4))
+@with_q_len((LLAMA, 1), (LLAMA, 2), (LARGE_TEMPLATES, 1), (LARGE_MEANS, 1), (LARGE_ANY, 4))
 def test_decode_in_a_cuda_graph_follows_new_lengths(case, q_len):
     """Captured once with one set of lengths, replayed with another; nothing may ask the device while capturing."""
     d, q = data(case), decode_queries(case, q_len)

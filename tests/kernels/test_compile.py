@@ -18,8 +18,10 @@ import pytest
 MAX_SHARED = {80: 101_376, 90: 232_448}
 
 
-def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, folder: Path) -> None:
+def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page: int, folder: Path) -> None:
     """Compile each launch of encode, decode, unpack and merge instead of making it. No interpreter here.
+
+    page: positions of a page, if keys have page means.
 
     Prints a line of JSON for each; TTGIR, PTX and cubin of the n-th go to ``folder/n.*``.
     """
@@ -42,6 +44,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, fold
     from sglang_blockgtq.kernels.device import rotate
     from sglang_blockgtq.kernels.device.tables import ColumnTables
     from sglang_blockgtq.kernels.encode import encoder
+    from sglang_blockgtq.kernels.format.page_mean import PageMean
     from sglang_blockgtq.kernels.unpack import unpacker
     from sglang_blockgtq.kernels.unpack.task import UnpackTask
 
@@ -58,7 +61,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, fold
 
     class Compile:
         def __init__(self, kernel):
-            self.kernel = kernel
+            self.kernel, self.arg_names = kernel, kernel.arg_names
 
         def __getitem__(self, grid):
             return self.launch
@@ -106,14 +109,20 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, fold
         energy, heads = energy[:, :1] ** spread, 4
     moments = Moments(energy, energy, torch.full((1, heads), float(dim), dtype=torch.float64), 2048)
     granularity = granularity or ("block" if name == "product" else "segment")
-    table = build_table(moments, [RopeBlocks(dim, dim)], k_bits=3, v_bits=3, allocator=name, granularity=granularity)
+    rope = RopeBlocks(dim, dim)
+    table = build_table(moments, [rope], k_bits=3, v_bits=3, allocator=name, granularity=granularity)
     codec = table.layer_codec(0)
+    if page:
+        blocks = torch.ones(heads, dim // 2)
+        mean = PageMean(page, blocks[..., None].expand(-1, -1, 2), blocks, blocks[0].double(), rope.channels())
+        codec = replace(codec, mean=mean)
     in_columns = codec.layout.in_columns
     tables = ColumnTables.of(codec) if in_columns else AnyTables.of(codec)
     rows = torch.zeros(64, codec.layout.row_bytes, dtype=torch.uint8)
     indptr, slots = torch.arange(9, dtype=torch.int32), torch.arange(8, dtype=torch.int32)
     q, k, v = torch.zeros(8, 4 * heads, dim, dtype=dtype), *torch.zeros(2, 8, heads, dim, dtype=dtype)
-    first = in_columns and len(tables.k_templates) == 1  # what the other sets have no other kernels for
+    one_template = in_columns and len(tables.k_templates) == 1
+    first = one_template and not page  # what the other sets have no other kernels for
 
     def scratch(splits: int, q_len: int = 1) -> attention.DecodeScratch:
         found = attention.DecodeScratch.for_splits(tables, splits, q.shape[1], q_len)
@@ -121,9 +130,10 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, fold
 
     if first:
         gather.gather_slots(torch.zeros(8, 16, dtype=torch.int32), *torch.ones(2, 8, dtype=torch.int64), indptr, slots)
+    if one_template:
         for encoder.FEW_CHANNELS in (8 * heads * dim, 0):
-            queries = (q, torch.zeros_like(q, dtype=torch.float32)) if capability >= 90 else ()
-            encoder.Encoder(tables, rows)(k, v, torch.arange(8), *queries)
+            queries = (q, torch.zeros(*q.shape[:2], tables.query_channels)) if capability >= 90 else ()
+            encoder.Encoder(tables, rows)(k, v, slots.long(), slots.long(), *queries)
     if not in_columns:
         any_encode.AnyEncoder(tables, rows)(k, v, torch.arange(8))
         tables = replace(tables, levels=tables.half_levels)  # as products take them on a GPU
@@ -139,14 +149,15 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, fold
     for side in ("k", "v"):
         setattr(unpack, side, replace(getattr(unpack, side), matrix=getattr(unpack, side).matrix.half()))
     unpack.bind(rows)
-    unpack(UnpackTask(slots, *torch.zeros(2, 16, heads, dim, dtype=dtype), slots, 8, slots + 8), k, v)
+    unpack(UnpackTask(slots, *torch.zeros(2, 16, heads, dim, dtype=dtype), slots, slots.long(), 8, slots + 8), k, v)
     if first:
         unpack(UnpackTask(slots, k, v))
 
 
-TEMPLATE, SEGMENTS = ("bfloat16", "template", 128, 90), ("bfloat16", "product-segment", 128, 90)
-TEMPLATE_80, ANY_LAYOUT = ("float16", "template", 128, 80), ("float16", "product", 64, 90)
-SETS = SEGMENTS, TEMPLATE, TEMPLATE_80, ANY_LAYOUT
+TEMPLATE, SEGMENTS = ("bfloat16", "template", 128, 90, 0), ("bfloat16", "product-segment", 128, 90, 0)
+TEMPLATE_80, ANY_LAYOUT = ("float16", "template", 128, 80, 0), ("float16", "product", 64, 90, 0)
+MEANS = ("bfloat16", "template", 128, 90, 512)
+SETS = SEGMENTS, TEMPLATE, MEANS, TEMPLATE_80, ANY_LAYOUT
 
 
 def compile_set(folder: Path, kind: tuple) -> list[dict]:
@@ -177,6 +188,7 @@ FIRST = [
 KERNELS = {
     TEMPLATE: FIRST,
     TEMPLATE_80: FIRST,
+    MEANS: [*FIRST[1:6], "unpack_columns_kernel"],
     SEGMENTS: ["_rotate_kernel", "decode_kernel", "merge_group_kernel", "unpack_columns_kernel"],
     ANY_LAYOUT: [
         *["encode_any_kernel"] * 2,
@@ -190,10 +202,10 @@ def test_every_launch_compiles(compiled, kind):
     launches = compiled(kind)
     assert [launch["name"] for launch in launches] == KERNELS[kind]
     for launch in launches:
-        assert launch["shared"] <= MAX_SHARED[kind[-1]], launch
+        assert launch["shared"] <= MAX_SHARED[kind[3]], launch
 
 
-@pytest.mark.parametrize("kind", [TEMPLATE, TEMPLATE_80], ids=["sm90", "sm80"])
+@pytest.mark.parametrize("kind", [TEMPLATE, MEANS, TEMPLATE_80], ids=["sm90", "means", "sm80"])
 def test_kernels_of_a_step_wait_for_each_other_on_hopper(compiled, kind):
     """A kernel that is launched early and does not wait reads what is not there yet."""
     step = [
@@ -214,20 +226,27 @@ def test_kernels_of_a_step_wait_for_each_other_on_hopper(compiled, kind):
             assert waits == (0 if kind is TEMPLATE_80 else 3 if launch["name"] == "encode_few_kernel" else 1)
 
 
-def loops_of(ttgir: str) -> list[str]:
-    """The bodies of all loops."""
-    loops, lines = [], ttgir.splitlines()
+def regions_of(ttgir: str, kind: str) -> list[str]:
+    """All loops (scf.for) or branches (scf.if), with their bodies."""
+    found, lines = [], ttgir.splitlines()
     for i, line in enumerate(lines):
-        if " scf.for " in line:
-            indent = re.match(r" *", line)[0]
-            stop = next(j for j in range(i + 1, len(lines)) if lines[j].startswith(indent + "}"))
-            loops.append("\n".join(lines[i : stop + 1]))
-    return loops
+        if f" {kind} " in line:
+            end = re.match(r" *", line)[0] + "}"
+            stop = next(j for j, x in enumerate(lines) if j > i and x.startswith(end) and "} else" not in x)
+            found.append("\n".join(lines[i : stop + 1]))
+    return found
 
 
 def token_loops(file: Path) -> list[str]:
     """The loops over tokens."""
-    return [loop for loop in loops_of(file.with_suffix(".ttgir").read_text()) if "tt.dot" in loop]
+    return [loop for loop in regions_of(file.with_suffix(".ttgir").read_text(), "scf.for") if "tt.dot" in loop]
+
+
+def of_most_tiles(loop: str) -> str:
+    """Without branches."""
+    for branch in regions_of(loop, "scf.if"):
+        loop = loop.replace(branch, "")
+    return loop
 
 
 def copied(tile: int) -> list[str]:
@@ -243,17 +262,18 @@ def decode_of(launches: list[dict]) -> Path:
     return next(Path(launch["file"]) for launch in launches if launch["name"] == "decode_kernel")
 
 
-@pytest.fixture(scope="module", params=[TEMPLATE, TEMPLATE_80], ids=["sm90", "sm80"])
+@pytest.fixture(scope="module", params=[TEMPLATE, MEANS, TEMPLATE_80], ids=["sm90", "means", "sm80"])
 def decode_file(request, compiled) -> Path:
     return decode_of(compiled(request.param))
 
 
 @pytest.fixture(scope="module", params=TILES)
 def decode(request, decode_file) -> tuple[int, str, str]:
-    """Tokens of a tile, the TTGIR of its loop and the PTX of both."""
+    """Tokens of a tile, the TTGIR of its loop as most tiles go through it, and the PTX of both loops."""
     loops = token_loops(decode_file)
     assert len(loops) == len(TILES)
-    return request.param, loops[TILES.index(request.param)], decode_file.with_suffix(".ptx").read_text()
+    loop = of_most_tiles(loops[TILES.index(request.param)])
+    return request.param, loop, decode_file.with_suffix(".ptx").read_text()
 
 
 def assert_operands_stay(loop: str, tile: int) -> None:
@@ -296,22 +316,29 @@ def tool(name: str, *args: str) -> str:
     return subprocess.run([str(path), *args], capture_output=True, text=True, check=True).stdout
 
 
-def machine_loops(cubin: Path) -> list[list[str]]:
-    """The instructions of each loop with a tile's tensor products in it, from the target of a branch to the branch."""
+def machine_loops(cubin: Path, most_tiles: bool = False) -> list[list[str]]:
+    """The instructions of each loop with a tile's tensor products in it, from the target of a branch to the branch.
+
+    most_tiles: without those that a branch passes over.
+    """
     code, labels, spans = [], {}, []
     for line in tool("nvdisasm", "-c", str(cubin)).splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label[1]] = len(code)
         elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             code.append(found[1])
-    for i, instruction in enumerate(code):
-        branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction)
-        first = labels.get(branch[1], i) if branch else i
+    targets = [re.search(r"BRA.*`\((\.L_x_\d+)\)", x) for x in code]
+    targets = [labels.get(found[1], i) if found else i for i, found in enumerate(targets)]
+    for i, first in enumerate(targets):
         if sum("HMMA" in x for x in code[first:i]) >= 32:
             spans.append((first, i + 1))
     # What has a loop in it is a branch back from code that was moved to the end.
     inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
-    return [code[a:b] for a, b in inner]
+    loops = []
+    for a, b in inner:
+        passed = {j for i in range(a, b) for j in range(i + 1, targets[i])} if most_tiles else ()
+        loops.append([code[i] for i in range(a, b) if i not in passed])
+    return loops
 
 
 def assert_fits_registers(file: Path, most: int, reloads: int, loops: int) -> None:
@@ -333,6 +360,17 @@ def test_decode_keeps_its_loops_in_registers(decode_file):
     assert_fits_registers(decode_file, 255, reloads=0, loops=len(TILES))
 
 
+def test_page_means_cost_a_tile_little(compiled):
+    """What a query gets of a page's mean is worked out for the page's first tile alone; each tile adds it to the logits
+    of flagged keys, which takes so many instructions more."""
+    plain, paged = (decode_of(compiled(kind)) for kind in (TEMPLATE, MEANS))
+    assert [len(regions_of(loop, "scf.if")) for loop in token_loops(plain)] == [0, 0]
+    assert [len(regions_of(loop, "scf.if")) for loop in token_loops(paged)] == [1, 1]
+    loops = (machine_loops(file.with_suffix(".cubin"), most_tiles=True) for file in (plain, paged))
+    for without, with_means in zip(*loops, strict=True):
+        assert 0 < len(with_means) - len(without) <= 45
+
+
 def test_every_template_has_a_loop_like_the_only_one(compiled):
     """Of heads of four templates: as many copies, dots and conversions in each loop; sixteen programs at a time."""
     file = decode_of(compiled(SEGMENTS))
@@ -348,5 +386,5 @@ def test_every_template_has_a_loop_like_the_only_one(compiled):
 
 
 if __name__ == "__main__":
-    dtype, allocator, dim, capability, folder = sys.argv[1:]
-    compile_all(dtype, allocator, int(dim), int(capability), Path(folder))
+    dtype, allocator, dim, capability, page, folder = sys.argv[1:]
+    compile_all(dtype, allocator, int(dim), int(capability), int(page), Path(folder))

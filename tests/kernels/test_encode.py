@@ -23,6 +23,8 @@ from .matrix import (
     HANDMADE,
     IN_COLUMNS,
     LARGE,
+    MEAN_CASES,
+    MEANS,
     PRODUCT,
     TEMPLATE,
     TEMPLATES,
@@ -36,7 +38,7 @@ from .matrix import (
     relative_error,
 )
 
-LLAMA, LARGE_HALF, LARGE_ANY = LARGE[0], LARGE[3], LARGE[-1]
+LLAMA, LARGE_HALF, LARGE_MEANS, LARGE_ANY = LARGE[0], LARGE[3], LARGE[8], LARGE[-1]
 #: bfloat16 takes a matrix of its own, in two pieces.
 BFLOAT16 = replace(TEMPLATE, dtype="bfloat16")
 #: Both kernels of rows in columns, and the number of channels up to which the one for a few tokens is chosen.
@@ -61,15 +63,24 @@ def codes_and_scales(d: Data, rows: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return torch.cat(parts, -1), rows[:, row.norm_offset : row.pad_offset].contiguous().view(torch.float16)
 
 
-def run(
-    d: Data, k: torch.Tensor, v: torch.Tensor, loc: torch.Tensor, kernel: str = "many", *queries: torch.Tensor
-) -> torch.Tensor:
+def chosen(case: Case, kernel: str) -> torch.Tensor:
+    """Which tokens of a case a kernel encodes: all, or some of all of its pages."""
+    tokens = sum(case.lengths)
+    return torch.arange(0, tokens, -(-tokens // MOST[kernel]), device=DEVICE)
+
+
+def tokens_of(d: Data, which: torch.Tensor | slice) -> list[torch.Tensor]:
+    """Keys, values, slots and positions."""
+    return [x[which] for x in (d.k, d.v, d.kv_indices, d.positions)]
+
+
+def run(d: Data, tokens: list[torch.Tensor], kernel: str = "many", *queries: torch.Tensor) -> torch.Tensor:
     """A pool that held 0xFF in every byte, after the kernel encoded these tokens."""
     storage = torch.full_like(d.rows, 255)
     usual = encoder.FEW_CHANNELS
     encoder.FEW_CHANNELS = KERNELS.get(kernel, usual)
     try:
-        encoder_of(d.tables, storage)(k, v, loc, *queries)
+        encoder_of(d.tables, storage)(*tokens, *queries)
     finally:
         encoder.FEW_CHANNELS = usual
     return storage
@@ -81,9 +92,21 @@ def rows_at(d: Data, storage: torch.Tensor, slots: torch.Tensor) -> torch.Tensor
 
 @cache
 def encoded(case: Case, kernel: str) -> torch.Tensor:
-    """The pool after the first tokens of the case were encoded by the kernel."""
-    d, part = data(case), slice(MOST[kernel])
-    return run(d, d.k[part], d.v[part], d.kv_indices[part], kernel)
+    """The pool after the kernel encoded its tokens of the case."""
+    d = data(case)
+    return run(d, tokens_of(d, chosen(case, kernel)), kernel)
+
+
+@over([*MEAN_CASES, *LARGE[8:10]])
+def test_every_kernel_encodes_keys_with_and_without_their_mean(case):
+    """What the other tests stand on: both kinds, in more pages than one."""
+    d = data(case)
+    for kernel in KERNELS:
+        part = chosen(case, kernel)
+        flags = reference.scales_of(d.codec, d.packed[part])[..., 0] < 0
+        for page in range(2):
+            mine = flags[d.positions[part] // case.page == page]
+            assert bool(mine.any()) and not bool(mine.all())
 
 
 @over([*EVERY, BFLOAT16])
@@ -91,7 +114,7 @@ def test_matches_reference(case):
     d = data(case)
     row = d.codec.layout
     for kernel in kernels_of(case):
-        storage, part = encoded(case, kernel), slice(MOST[kernel])
+        storage, part = encoded(case, kernel), chosen(case, kernel)
         slots, packed = d.kv_indices[part], d.packed[part]
         want_codes, want_scales = codes_and_scales(d, packed)
         got = rows_at(d, storage, slots)
@@ -102,6 +125,7 @@ def test_matches_reference(case):
 
         codes, scales = codes_and_scales(d, got)
         assert (codes != want_codes).double().mean() < 5e-3
+        assert ((scales < 0) != (want_scales < 0)).double().mean() < 1e-4  # flags
         same = (codes == want_codes).all(-1)
         assert bool(same.double().mean() > 0.9)
         torch.testing.assert_close(scales[same].float(), want_scales[same].float(), rtol=2e-3, atol=1e-7)
@@ -111,16 +135,29 @@ def test_matches_reference(case):
                 assert bool((got[:, gap] == 255).all())
                 got[:, gap] = 0
         # Padding, and the code bytes and scales that a head with fewer of them leaves over, are zero.
-        used = reference.encode(d.codec, torch.randn_like(d.k), torch.randn_like(d.v)) | d.packed
+        used = reference.encode(d.codec, torch.randn_like(d.k), torch.randn_like(d.v), d.positions) | d.packed
         assert bool((got[:, ~used.bool().any(0)] == 0).all())
 
-        both = reference.decode(d.codec, got), reference.decode(d.codec, packed)
+        both = (reference.decode(d.codec, rows, d.positions[part]) for rows in (got, packed))
         for a, b, x in zip(*both, (d.k[part], d.v[part]), strict=True):
             assert relative_error(a, b) < 1e-2
             assert relative_error(a, x) == pytest.approx(relative_error(b, x), rel=1e-3)
 
 
-@over([c for c in (*IN_COLUMNS, HANDMADE, *LARGE[:4]) if c.allocator.startswith(("template", "handmade"))])
+@over(MEAN_CASES[1:3])
+def test_both_kernels_write_the_same_rows(case):
+    """A flag or a mean's rounding to the model's type that differed would change every code."""
+    d, slots = data(case), data(case).kv_indices[chosen(case, "few")]
+    assert torch.equal(rows_at(d, encoded(case, "few"), slots), rows_at(d, encoded(case, "many"), slots))
+
+
+@over(
+    [
+        case
+        for case in (*IN_COLUMNS, HANDMADE, *LARGE[:4])
+        if case.allocator.startswith(("template", "handmade")) and case not in MEAN_CASES[1:]
+    ]
+)
 def test_exact_where_codes_are_well_separated(case):
     """Tokens whose codes survive a disturbance many times that of rounding have the reference's codes exactly.
 
@@ -138,33 +175,32 @@ def test_exact_where_codes_are_well_separated(case):
                 x.double() + sign * size * x.double().square().mean((1, 2), keepdim=True).sqrt() * n
                 for x, n in zip((d.k, d.v), noise, strict=True)
             )
-            stable &= (codes_and_scales(d, reference.encode(d.codec, k, v))[0] == want).all(-1)
+            stable &= (codes_and_scales(d, reference.encode(d.codec, k, v, d.positions))[0] == want).all(-1)
     assert stable.double().mean() > 0.3
     ulp = torch.finfo(torch.float16).eps
     for kernel in kernels_of(case):
-        part = slice(MOST[kernel])
+        part = chosen(case, kernel)
         sure = stable[part]
         codes, scales = codes_and_scales(d, rows_at(d, encoded(case, kernel), d.kv_indices[part]))
         assert torch.equal(codes[sure], want[part][sure])
         torch.testing.assert_close(scales[sure].float(), want_scales[part][sure].float(), rtol=ulp, atol=6e-8)
 
 
-@over([TEMPLATE, HANDMADE, LLAMA, LARGE_ANY])
+@over([TEMPLATE, HANDMADE, MEANS, LLAMA, LARGE_MEANS, LARGE_ANY])
 def test_a_token_does_not_depend_on_its_batch(case):
     d = data(case)
     for kernel in kernels_of(case):
-        batch, part = encoded(case, kernel), slice(MOST[kernel])
-        flipped = (x[part].flip(0) for x in (d.k, d.v, d.kv_indices))
-        assert torch.equal(run(d, *flipped, kernel), batch)
-        for token in (0, 7):
-            alone = run(d, d.k[token : token + 1], d.v[token : token + 1], d.kv_indices[token : token + 1], kernel)
+        batch, part = encoded(case, kernel), chosen(case, kernel)
+        assert torch.equal(run(d, tokens_of(d, part.flip(0)), kernel), batch)
+        for token in part[[0, 7]]:
+            alone = run(d, tokens_of(d, token[None]), kernel)
             slots = torch.arange(len(batch), device=DEVICE)
             mine = slots == d.kv_indices[token]
             assert torch.equal(rows_at(d, alone, slots[mine]), rows_at(d, batch, slots[mine]))
             assert bool((rows_at(d, alone, slots[~mine]) == 255).all())
 
 
-@over([TEMPLATE, CUT, TEMPLATES[1]])
+@over([TEMPLATE, CUT, TEMPLATES[1], MEANS])
 def test_a_row_for_each_factor_gives_the_same_bytes(case, monkeypatch):
     """Small batches spread a token's scale search over rows of the program, large ones do not."""
     d = data(case)
@@ -176,25 +212,36 @@ def test_a_row_for_each_factor_gives_the_same_bytes(case, monkeypatch):
             return slots[-1]
 
         monkeypatch.setattr(encoder, "_rows_per_token", rows_per_token)
-        part = slice(0, 20)
-        got = run(d, d.k[part], d.v[part], d.kv_indices[part])
+        part = torch.arange(0, len(d.k), -(-len(d.k) // 20), device=DEVICE)
+        got = run(d, tokens_of(d, part))
         want = rows_at(d, encoded(case, "many"), d.kv_indices[part])
         assert torch.equal(rows_at(d, got, d.kv_indices[part]), want)
     assert slots == [1, 1 if d.codec.scale_search == NO_SEARCH else 8]
 
 
-@over([TEMPLATE, BFLOAT16, LLAMA, LARGE_HALF])
+@over([TEMPLATE, BFLOAT16, *MEAN_CASES[:2], LLAMA, LARGE_HALF, LARGE_MEANS])
 def test_rotates_queries_in_the_same_launch(case):
+    """With page means a query's part in them follows: times a page's cosines and sines it is what the query gets of
+    that page's mean."""
     d = data(case)
     tokens = min(len(d.k), len(d.q))
-    k, v, q, loc = d.k[:tokens], d.v[:tokens], d.q[:tokens], d.kv_indices[:tokens]
-    heads = d.codec.q_in.shape[0]
-    want = torch.einsum("thgd,hed->thge", q.double().unflatten(1, (heads, -1)), d.codec.q_in.double()).flatten(1, 2)
-    assert relative_error(rotate_queries(d.tables.k, q, case.group), want) < 1e-5
+    some, q = tokens_of(d, slice(tokens)), d.q[:tokens]
+    heads, dim = d.codec.q_in.shape[:2]
+    of_head = q.double().unflatten(1, (heads, -1))
+    want = torch.einsum("thgd,hed->thge", of_head, d.codec.q_in.double()).flatten(1, 2)
+    alone = rotate_queries(d.tables, q, case.group)
+    each = [alone]
     for kernel in KERNELS:
-        rotated = torch.full(q.shape, torch.nan, device=DEVICE)
-        assert torch.equal(run(d, k, v, loc, kernel, q, rotated), run(d, k, v, loc, kernel))
-        assert relative_error(rotated, want) < 1e-5
+        rotated = torch.full_like(alone, torch.nan)
+        assert torch.equal(run(d, some, kernel, q, rotated), run(d, some, kernel))
+        each.append(rotated)
+    for got in each:
+        assert got.shape == (*q.shape[:2], d.tables.query_channels)
+        assert relative_error(got[..., :dim], want) < 1e-5
+        if case.page:
+            turns, means = d.tables.means.turns[:3].flatten(1), d.codec.mean.of_pages(3)
+            of_page = torch.einsum("thgd,phd->thgp", of_head, means.double()).flatten(1, 2)
+            assert relative_error(got[..., dim:] @ turns.T, of_page) < 1e-5
 
 
 def packed_by_plan(plan: EncodePlan, h: int, codes: torch.Tensor, code_bytes: int) -> torch.Tensor:
@@ -262,8 +309,8 @@ def test_bfloat16_pieces_keep_the_matrix():
     assert not bool((error <= matrix.abs() * 2.0**-20).all())
 
 
-@over([TEMPLATE, HANDMADE])
-def test_strided_views_and_int32_loc(case):
+@over([TEMPLATE, HANDMADE, MEANS])
+def test_strided_views_and_int32_numbers(case):
     """Keys and values as slices of a fused projection, as models hand them over."""
     d = data(case)
     heads, dim = d.k.shape[1:]
@@ -272,13 +319,14 @@ def test_strided_views_and_int32_loc(case):
     v = fused[:, 3 * heads * dim :].unflatten(1, (heads, dim))
     k.copy_(d.k)
     v.copy_(d.v)
+    part = chosen(case, kernels_of(case)[-1])
+    every, slots = slice(0, None, int(part[1] - part[0])), d.kv_indices[part]
     for kernel in kernels_of(case):
-        part = slice(MOST[kernel])
-        got = run(d, k[part], v[part], d.kv_indices[part].to(torch.int32), kernel)
-        assert torch.equal(got, encoded(case, kernel))
+        got = run(d, [k[every], v[every], slots.int(), d.positions[part].int()], kernel)
+        assert torch.equal(rows_at(d, got, slots), rows_at(d, encoded(case, kernel), slots))
 
 
-@over([TEMPLATE, HANDMADE, BFLOAT16, LLAMA, LARGE_ANY])
+@over([TEMPLATE, HANDMADE, BFLOAT16, MEANS, LLAMA, LARGE_MEANS, LARGE_ANY])
 def test_zero_and_huge_vectors(case):
     d = data(case)
     k, v = d.k[:4].clone(), d.v[:4].clone()
@@ -287,25 +335,25 @@ def test_zero_and_huge_vectors(case):
     k[1], v[1] = k[1] * huge, v[1] * huge
     k[2], v[2] = k[2] * 1e-12, v[2] * 1e-12
     loc = torch.arange(4, device=DEVICE)
-    want = reference.encode(d.codec, k, v)
+    want = reference.encode(d.codec, k, v, loc)
     for kernel in kernels_of(case):
-        rows = rows_at(d, run(d, k, v, loc, kernel), loc)
+        rows = rows_at(d, run(d, [k, v, loc, loc], kernel), loc)
         codes, scales = codes_and_scales(d, rows)
         assert bool(torch.isfinite(scales).all())
         assert torch.equal(codes[0], codes_and_scales(d, want)[0][0])
         assert bool((scales[0] == 0).all())
         if case.dtype != "float16":
-            of_head = scales[1].view(case.heads, -1)
+            of_head = scales[1].abs().view(case.heads, -1)
             assert float(of_head[:, 0].max()) == SCALE_MAX and bool((of_head[:, -1] == V_SCALE_MAX).all())
-        for x in reference.decode(d.codec, rows):
+        for x in reference.decode(d.codec, rows, loc):
             assert bool((x[0] == 0).all())
             assert bool(torch.isfinite(x).all())
 
 
 def test_no_tokens():
-    for case in (TEMPLATE, PRODUCT):
+    for case in (TEMPLATE, PRODUCT, MEANS):
         d = data(case)
-        assert bool((run(d, d.k[:0], d.v[:0], d.kv_indices[:0]) == 255).all())
+        assert bool((run(d, tokens_of(d, slice(0))) == 255).all())
 
 
 def test_rejects_other_shapes():
@@ -327,7 +375,7 @@ def test_rejects_other_shapes():
             encoder_of(d.tables, d.rows.repeat(1, 2)[:, : d.rows.shape[1]])
     d = data(TEMPLATE)
     encode, q = Encoder(d.tables, d.rows.clone()), d.q[:4]
-    some = d.k[:4], d.v[:4], d.kv_indices[:4]
+    some = tokens_of(d, slice(4))
     with pytest.raises(ValueError, match="rotated: a float32 tensor"):
         encode(*some, q)
     with pytest.raises(ValueError, match=r"q \(4, 6, 64\) torch.float16"):

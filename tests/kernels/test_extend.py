@@ -20,6 +20,7 @@ from .matrix import DEVICE, LARGE, TOLERANCE, Case, data, over, relative_error
 MIXED = Case("template", 3, 3, 64, 2, 3, lengths=(0, 5, 39, 0, 7, 1, 20, 0), queries=(2, 0, 3, 1, 1, 4, 0, 2))
 ONE = Case("product", 3, 2.5, 32, 1, 4, lengths=(44,), queries=(6,))
 NONE = Case("uniform", 3, 3, 32, 2, 1, "float16", lengths=(0, 0, 0), queries=(3, 0, 4))
+PAGED = replace(MIXED, page=64, lengths=(0, 5, 139, 0, 7, 1, 80, 0))  # of three pages
 SAME = replace(MIXED, dtype="float16", order="pages", lengths=(16, 16, 16, 16), queries=(1, 5, 2, 3))
 float32_on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="float32 is not for FlashAttention-3; see the gpu tests")
 
@@ -113,11 +114,11 @@ def expected(case: Case) -> torch.Tensor:
 
 
 @float32_on_cpu
-@pytest.mark.parametrize("case", [MIXED, ONE, NONE, SAME], ids=["mixed", "one", "none", "same"])
+@pytest.mark.parametrize("case", [MIXED, PAGED, ONE, NONE, SAME], ids=["mixed", "paged", "one", "none", "same"])
 def test_extend_matches_reference(case):
     """All in one call, with and without room to spare, and in ever smaller pieces."""
     prefix, new, want = sum(case.lengths), sum(case.queries), expected(case)
-    for size in (1000, 85, 84, 39, 16, 5):
+    for size in (1000, 245, 244, 90) if case.page else (1000, 85, 84, 39, 16, 5):
         attend = FlashStandIn()
         out = run(case, attend, size)
         # Each piece's output is rounded once to the queries' type.
@@ -215,7 +216,7 @@ def test_plan_asks_the_device_nothing():
     assert [(p.task.tokens, p.task.chunk, len(p.keys), len(p.values)) for p in pieces] == [(8, 0, 8, 8), (6, 0, 6, 6)]
 
 
-@over([LARGE[0], LARGE[3], LARGE[4], LARGE[-1]])
+@over([LARGE[0], LARGE[3], LARGE[4], LARGE[8], LARGE[-1]])
 def test_extend_on_a_gpu(case):
     """With what the GPU is given, and with SGLang's Triton kernel; at once, and in few and many pieces."""
     chosen = choose(DEVICE, data(case).q.dtype, case.head_dim, case.head_dim).attend

@@ -17,6 +17,7 @@ from sglang_blockgtq.kernels.format.layout import gather_rows, scatter_rows
 from .matrix import (
     DEVICE,
     LARGE,
+    MEANS,
     PAGES,
     PRODUCT,
     TEMPLATE,
@@ -31,7 +32,7 @@ from .matrix import (
 TOKENS = 5
 OUTLIER = 2  # the token whose value is one
 TIMES = 5000.0  # the values' rms in calibration
-CASES = [TEMPLATE, PAGES, PRODUCT, LARGE[0], LARGE[2], LARGE[-1]]
+CASES = [TEMPLATE, PAGES, MEANS, PRODUCT, LARGE[0], LARGE[2], LARGE[8], LARGE[-1]]
 
 
 def keys_and_values(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,21 +46,19 @@ def keys_and_values(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 
 def value_scales(case: Case, rows: torch.Tensor) -> torch.Tensor:
     """``[T, H]``."""
-    row = data(case).codec.layout
-    scales = rows[:, row.norm_offset : row.pad_offset].contiguous().view(torch.float16)
-    return scales.view(len(rows), case.heads, row.norms)[..., -1]
+    return reference.scales_of(data(case).codec, rows)[..., -1]
 
 
 @over(CASES)
 def test_encode_stores_the_largest_scale(case, monkeypatch):
     """Exactly, as the reference does; 65504 would be what a float16 holds."""
     d, (k, v) = data(case), keys_and_values(case)
-    want = value_scales(case, reference.encode(d.codec, k, v))
     slots = torch.arange(TOKENS, device=DEVICE)
+    want = value_scales(case, reference.encode(d.codec, k, v, slots))
     for few in (0, 1 << 30):  # channels that go to the kernel for a few tokens
         monkeypatch.setattr(encoder, "FEW_CHANNELS", few)
         rows = torch.zeros_like(d.rows)
-        encoder_of(d.tables, rows)(k, v, slots)
+        encoder_of(d.tables, rows)(k, v, slots, slots)
         got = value_scales(case, gather_rows(d.codec.layout, rows, slots))
         for scales in (got, want):
             assert bool((scales[OUTLIER] == V_SCALE_MAX).all())
@@ -72,13 +71,13 @@ def test_encode_stores_the_largest_scale(case, monkeypatch):
 def test_decode_of_such_a_value_is_finite(case):
     """Alone, and among others with nearly all of the probability."""
     d, (k, v) = data(case), keys_and_values(case)
-    packed = reference.encode(d.codec, k, v)
     slots = torch.arange(TOKENS, device=DEVICE)
+    packed = reference.encode(d.codec, k, v, slots)
     rows = torch.zeros_like(d.rows)
     scatter_rows(d.codec.layout, rows, slots, packed)
     # Two requests: that token, and all of them; a query's product with its key is 1, and with the others 0.
     indptr, order = torch.tensor([0, 1, 1 + TOKENS], device=DEVICE), torch.tensor([OUTLIER, *range(TOKENS)])
-    keys, _ = reference.decode(d.codec, packed)
+    keys, _ = reference.decode(d.codec, packed, slots)
     q = torch.linalg.pinv(keys.permute(1, 0, 2).double())[..., OUTLIER].repeat_interleave(case.group, 0)
     q, sm_scale = q.expand(2, -1, -1).to(d.q.dtype), 12.0
     want = reference.decode_attention(d.codec, q, packed[order], indptr, sm_scale)

@@ -25,30 +25,32 @@ def layer_of(case) -> TorchLayer:
 
 @over
 def test_rows_are_those_of_the_reference(case):
-    """A few tokens at a time and all at once, to the last bit; huge, tiny and zero vectors among them."""
+    """All at once and a few at a time, to the last bit; huge, tiny and zero vectors among them."""
     d, layer = data(case), layer_of(case)
     k, v = d.k.float().cpu().clone(), d.v.float().cpu().clone()
     k[0], v[1] = 0, 0
     k[2], v[3] = k[2] * 1e15, v[3] * 1e-15
-    want = reference.encode(layer.codec, k, v)
-    loc = d.kv_indices.cpu()
-    layer.encode(k, v, loc)
+    loc, positions = d.kv_indices.cpu(), d.positions.cpu()
+    want = reference.encode(layer.codec, k, v, positions)
+    layer.encode(k, v, loc, positions)
     assert torch.equal(layer.gather(loc), want)
     layer.rows.zero_()
-    for start in range(0, len(k), MOST_TOKENS):
-        part = slice(start, start + MOST_TOKENS)
-        layer.encode(k[part], v[part], loc[part])
-    assert torch.equal(layer.gather(loc), want)
+    parts = torch.arange(len(k)).split(MOST_TOKENS)
+    for part in parts[:: -(-len(parts) // 6)]:  # of all requests
+        layer.encode(k[part], v[part], loc[part], positions[part])
+        assert torch.equal(layer.gather(loc[part]), want[part])
     assert (layer.encoder is not None) == d.codec.layout.in_columns
 
 
 @over
 def test_dense_keys_and_values(case):
     d, layer = data(case), layer_of(case)
-    loc = d.kv_indices.cpu()
+    loc, positions = d.kv_indices.cpu(), d.positions.cpu()
     layer.scatter(loc, d.packed.cpu())
-    assert [tuple(x.shape) for x in layer.dense(loc[:0])] == [(0, *d.k.shape[1:]), (0, *d.v.shape[1:])]
-    for got, want in zip(layer.dense(loc), reference.decode(layer.codec, d.packed.cpu()), strict=True):
+    none = layer.dense(loc[:0], positions[:0])
+    assert [tuple(x.shape) for x in none] == [(0, *d.k.shape[1:]), (0, *d.v.shape[1:])]
+    both = layer.dense(loc, positions), reference.decode(layer.codec, d.packed.cpu(), positions)
+    for got, want in zip(*both, strict=True):
         error = (got - want).square().sum(0) / want.square().sum(0)
         assert float(error.max().sqrt()) < 1e-5
 

@@ -17,7 +17,7 @@ from sglang_blockgtq.kernels.format.codec import (
 )
 from sglang_blockgtq.kernels.format.layout import RowLayout, uniform_layout
 
-from .matrix import HANDMADE, PRODUCT, SMALL, TEMPLATE, data, decode_queries, over, relative_error
+from .matrix import HANDMADE, MEANS, PRODUCT, SMALL, TEMPLATE, data, decode_queries, over, relative_error
 
 GAUSSIAN_MSE = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.00950, 5: 0.00250}
 
@@ -93,19 +93,20 @@ def test_zero_and_huge_vectors(case):
     assert float(scales[:, :-1].max()) == SCALE_MAX and bool((scales[:, -1] == V_SCALE_MAX).all())
 
 
-@over([TEMPLATE, PRODUCT])
+@over([TEMPLATE, PRODUCT, MEANS])
 def test_a_token_does_not_depend_on_its_batch(case):
     d = data(case)
     for part in (slice(0, 1), slice(17, 18), slice(5, 36)):
-        assert torch.equal(reference.encode(d.codec, d.k[part], d.v[part]), d.packed[part])
-    assert torch.equal(reference.encode(d.codec, d.k.flip(0), d.v.flip(0)).flip(0), d.packed)
+        assert torch.equal(reference.encode(d.codec, d.k[part], d.v[part], d.positions[part]), d.packed[part])
+    flipped = reference.encode(d.codec, d.k.flip(0), d.v.flip(0), d.positions.flip(0))
+    assert torch.equal(flipped.flip(0), d.packed)
 
 
 @over(SMALL)
 def test_decode_undoes_the_transforms(case):
     """More bits, less error; and keys come back in their own channels."""
     d = data(case)
-    k, v = reference.decode(d.codec, d.packed)
+    k, v = reference.decode(d.codec, d.packed, d.positions)
     bound = {1: 0.7, 2: 0.4, 2.25: 0.37, 2.5: 0.35, 2.7: 0.33, 3: 0.25, 4: 0.15, 5: 0.1, 7: 0.03, 8: 0.02}
     assert relative_error(v, d.v) < bound[case.v_bits]
     # A codec by hand knows nothing of the keys' energies.
@@ -127,7 +128,7 @@ def dense(q, k, v, sm_scale):
 def test_prefix_attention_is_softmax_over_decoded_tokens(case):
     d = data(case)
     out, lse = reference.prefix_attention(d.codec, d.q, d.packed, d.qo_indptr, d.kv_indptr, d.sm_scale)
-    k, v = reference.decode(d.codec, d.packed)
+    k, v = reference.decode(d.codec, d.packed, d.positions)
     qo, kv = d.qo_indptr.tolist(), d.kv_indptr.tolist()
     for b in range(len(qo) - 1):
         mine, theirs = slice(qo[b], qo[b + 1]), slice(kv[b], kv[b + 1])
@@ -149,12 +150,12 @@ def test_decode_attention_is_prefix_attention_of_one_query():
 
 
 @pytest.mark.parametrize("q_len", [2, 5])
-@over([TEMPLATE, HANDMADE])
+@over([TEMPLATE, HANDMADE, MEANS])
 def test_each_of_several_queries_sees_the_tokens_up_to_its_own(case, q_len):
     """Query i of a request of n tokens sees the first n - (q_len - 1 - i); where there are none, nothing."""
     d, q = data(case), decode_queries(case, q_len)
     out, lse = reference.decode_attention(d.codec, q, d.packed, d.kv_indptr, d.sm_scale, q_len)
-    k, v = reference.decode(d.codec, d.packed)
+    k, v = reference.decode(d.codec, d.packed, d.positions)
     for b, length in enumerate(case.lengths):
         first = int(d.kv_indptr[b])
         for i in range(q_len):

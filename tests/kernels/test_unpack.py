@@ -18,6 +18,7 @@ from .matrix import (
     EVERY,
     HANDMADE,
     LARGE,
+    MEANS,
     OTHER_VALUES,
     PAGES,
     PRODUCT,
@@ -32,7 +33,7 @@ from .matrix import (
     relative_error,
 )
 
-LLAMA, LARGE_ANY = LARGE[0], LARGE[-1]
+LLAMA, LARGE_MEANS, LARGE_ANY = LARGE[0], LARGE[8], LARGE[-1]
 
 
 def room(case: Case, places: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,11 +46,17 @@ def room(case: Case, places: int, dtype: torch.dtype | None = None) -> tuple[tor
 
 def expected(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     d = data(case)
-    return reference.decode(d.codec, d.packed)
+    return reference.decode(d.codec, d.packed, d.positions)
 
 
 def unpacker_of(case: Case, tables: Tables | None = None) -> Unpacker:
     return Unpacker(tables or data(case).tables).bind(data(case).rows)
+
+
+def task_of(case: Case, k: torch.Tensor, v: torch.Tensor, *chunk) -> UnpackTask:
+    """All tokens of a case, and a chunk's dest, size and places."""
+    d, (dest, *chunk) = data(case), chunk or (None,)
+    return UnpackTask(d.kv_indices, k, v, dest, d.positions, *chunk)
 
 
 def with_half_operands(unpacker: Unpacker) -> Unpacker:
@@ -71,7 +78,7 @@ def error_of_channels(got: torch.Tensor, want: torch.Tensor) -> float:
 @over(EVERY)
 def test_unpack_matches_reference(case):
     k, v = room(case, sum(case.lengths))
-    unpacker_of(case)(UnpackTask(data(case).kv_indices, k, v))
+    unpacker_of(case)(task_of(case, k, v))
     for got, want in zip((k, v), expected(case), strict=True):
         assert error_of_channels(got, want) < 2 * TOLERANCE[DEVICE][case.dtype]
 
@@ -97,7 +104,7 @@ def _like(x: torch.Tensor) -> torch.Tensor:
 WAYS = [(False, 16), (True, 3)]
 
 
-@over([TEMPLATE, PAGES, WIDE, OTHER_VALUES, PRODUCT, LLAMA, LARGE[4], LARGE_ANY])
+@over([TEMPLATE, PAGES, WIDE, OTHER_VALUES, MEANS, PRODUCT, LLAMA, LARGE[4], LARGE_MEANS, LARGE_ANY])
 def test_chunk_is_copied_in_the_same_launch(monkeypatch, case):
     """Bit for bit, in more tiles than one, from rows of any stride; nothing else is written or read."""
     d, new = data(case), TOKENS + 7
@@ -113,7 +120,7 @@ def test_chunk_is_copied_in_the_same_launch(monkeypatch, case):
         order = order.to(DEVICE)
         places = (order[:old], order[old : old + new]) if given else (None, None)
         launches.clear()
-        unpacker_of(case)(UnpackTask(d.kv_indices, k, v, places[0], new, places[1]), *both)
+        unpacker_of(case)(task_of(case, k, v, places[0], new, places[1]), *both)
         assert len(launches) == 1
         for got, want, copied in zip((k, v), expected(case), both, strict=True):
             assert relative_error(got[order[:old]], want) < TOLERANCE[DEVICE][case.dtype]
@@ -121,7 +128,7 @@ def test_chunk_is_copied_in_the_same_launch(monkeypatch, case):
             assert bool(got[order[old + new :]].isnan().all())
 
 
-@over([TEMPLATE, PRODUCT])
+@over([TEMPLATE, MEANS, PRODUCT])
 def test_chunk_without_a_prefix(case):
     d, new = data(case), 5
     k, v = room(case, new + 1)
@@ -131,15 +138,15 @@ def test_chunk_without_a_prefix(case):
     assert bool(k[new:].isnan().all()) and bool(v[new:].isnan().all())
 
 
-@over([TEMPLATE, PRODUCT, LLAMA])
+@over([TEMPLATE, PRODUCT, MEANS, LLAMA])
 def test_a_chunk_does_not_change_the_prefix(case):
     """Nor does another layer, which takes the same task, nor rows that were bound before."""
     d, new = data(case), 9
     both = chunk(case, new, 0)
     alone, beside = room(case, len(d.k)), room(case, len(d.k) + new)
     unpacker = unpacker_of(case)
-    unpacker(UnpackTask(d.kv_indices, *alone))
-    task = UnpackTask(d.kv_indices, *beside, chunk=new)
+    unpacker(task_of(case, *alone))
+    task = task_of(case, *beside, None, new)
     for rows in (torch.zeros_like(d.rows), d.rows):
         unpacker.bind(rows)(task, *both)
     for x, y in zip(alone, beside, strict=True):
@@ -147,15 +154,15 @@ def test_a_chunk_does_not_change_the_prefix(case):
 
 
 @pytest.mark.usefixtures("placeless_products")
-@over([TEMPLATE, PRODUCT, LLAMA])
+@over([TEMPLATE, PRODUCT, MEANS, LLAMA, LARGE_MEANS])
 def test_a_token_does_not_depend_on_its_batch(case):
     """Bit for bit: what a tile holds beside a token, and how many tiles a program takes, must not show."""
     d, unpacker = data(case), unpacker_of(case)
     once, alone = room(case, len(d.k)), room(case, len(d.k))
-    unpacker(UnpackTask(d.kv_indices, *once))
+    unpacker(task_of(case, *once))
     for start in range(0, len(d.k), 1 + len(d.k) // 3):
         part = slice(start, start + 1 + len(d.k) // 3)
-        unpacker(UnpackTask(d.kv_indices[part], alone[0][part], alone[1][part]))
+        unpacker(UnpackTask(d.kv_indices[part], alone[0][part], alone[1][part], positions=d.positions[part]))
     assert torch.equal(once[0], alone[0]) and torch.equal(once[1], alone[1])
 
 
@@ -174,12 +181,12 @@ def test_tiles_of_a_program(monkeypatch, programs):
             assert relative_error(part, want) < TOLERANCE[DEVICE]["float32"]
 
 
-@pytest.mark.parametrize("case", [TEMPLATE, PRODUCT, HANDMADE], ids=str)
+@pytest.mark.parametrize("case", [TEMPLATE, MEANS, PRODUCT, HANDMADE], ids=str)
 def test_half_operands_are_accurate_enough(case):
     """The GPU's operand type, in the interpreter too. Codewords and matrix are rounded by 2^-12 of themselves."""
     d = data(case)
     k, v = room(case, len(d.k), torch.float32)
-    with_half_operands(Unpacker(d.tables)).bind(d.rows)(UnpackTask(d.kv_indices, k, v))
+    with_half_operands(Unpacker(d.tables)).bind(d.rows)(task_of(case, k, v))
     for got, want in zip((k, v), expected(case), strict=True):
         assert 0 < relative_error(got, want) < 5e-4
         # In each channel, though a token's scales lie far apart: less than the result's rounding to bfloat16.
@@ -193,7 +200,7 @@ def test_half_operands_hold_any_gain(gain):
     uneven = torch.logspace(-3, 3, TEMPLATE.head_dim, device=DEVICE) * gain
     tables = make_tables(replace(d.codec, k_in=d.codec.k_in / uneven, q_in=d.codec.q_in * uneven))
     k, v = room(TEMPLATE, len(d.k), torch.float32)
-    with_half_operands(Unpacker(tables)).bind(d.rows)(UnpackTask(d.kv_indices, k, v))
+    with_half_operands(Unpacker(tables)).bind(d.rows)(task_of(TEMPLATE, k, v))
     assert error_of_channels(k, expected(TEMPLATE)[0] * uneven) < 2**-9
 
 
@@ -203,7 +210,7 @@ def test_float16_saturates(case):
     d, unpacker = data(case), Unpacker(data(case).tables)
     unpacker.k = replace(unpacker.k, gain=unpacker.k.gain * 1e6)
     k, v = room(case, len(d.k), torch.float16)
-    unpacker.bind(d.rows)(UnpackTask(d.kv_indices, k, v))
+    unpacker.bind(d.rows)(task_of(case, k, v))
     assert bool(k.isfinite().all()) and float(k.abs().max()) == 65504
 
 
@@ -238,7 +245,7 @@ def test_bad_shapes_are_refused():
         UnpackTask(slots, k, v[..., ::2])
     with pytest.raises(ValueError, match="places for"):
         UnpackTask(slots, k[:-1], v)
-    with pytest.raises(ValueError, match="one place for each"):
+    with pytest.raises(ValueError, match="dest .* each of 44"):
         UnpackTask(slots, k, v, torch.zeros(1, dtype=torch.int64, device=DEVICE))
     for tables in (d.tables, data(PRODUCT).tables):
         with pytest.raises(ValueError, match="this layer's rows"):
@@ -246,10 +253,10 @@ def test_bad_shapes_are_refused():
     k, v = room(TEMPLATE, len(d.k) + 2)
     both, to = (k[:2], v[:2]), torch.arange(2, device=DEVICE)
     with pytest.raises(ValueError, match=f"places for {len(d.k) + 2} tokens"):
-        UnpackTask(slots, k[:-1], v, None, 2)
+        UnpackTask(slots, k[:-1], v, chunk=2)
     with pytest.raises(ValueError, match="chunk_dest .* each of 2"):
-        UnpackTask(slots, k, v, None, 2, to[:1])
-    task = UnpackTask(slots, k, v, None, 2, to)
+        UnpackTask(slots, k, v, chunk=2, chunk_dest=to[:1])
+    task = UnpackTask(slots, k, v, chunk=2, chunk_dest=to)
     for bad in ((both[0], both[1][:1]), (both[0], both[1].half()), (both[0][..., ::2], both[1])):
         with pytest.raises(ValueError, match="of the chunk .* is needed"):
             unpacker(task, *bad)

@@ -13,7 +13,7 @@ from sglang_blockgtq.kernels.device.tables import templates_of
 from sglang_blockgtq.kernels.encode import encoder
 from sglang_blockgtq.kernels.layer import TritonLayer
 
-from .matrix import DEVICE, PRODUCT, TEMPLATE, data
+from .matrix import DEVICE, MEANS, PRODUCT, TEMPLATE, data
 
 
 @pytest.mark.parametrize("most, sizes", [(1, [1]), (8, [1]), (9, [1, 9]), (512, [1, 9, 65]), (4096, [1, 9, 65])])
@@ -48,12 +48,12 @@ def _kinds(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("case", [TEMPLATE, PRODUCT], ids=str)
+@pytest.mark.parametrize("case", [TEMPLATE, MEANS, PRODUCT], ids=str)
 def test_requests_need_what_is_prepared(monkeypatch, case):
     d = data(case)
     monkeypatch.setattr(encoder, "FEW_CHANNELS", 4 * case.heads * d.tables.k.padded)
     layer = TritonLayer(d.codec, DEVICE, templates_of(d.codec.layout.k))
-    layer.bind(d.rows.clone())
+    layer.bind(layer.new_rows(len(d.rows), DEVICE))
     scratch = DecodeScratch.of(layer.tables, 12, d.q.shape[1])
     seen = _kinds(monkeypatch)
     for job in warm_up.jobs(layer, scratch, d.q.shape[1], d.k.dtype, 12):
@@ -67,8 +67,8 @@ def test_requests_need_what_is_prepared(monkeypatch, case):
         kv_indptr = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE)
         rotated = None
         if layer.fast or batch == 1:  # of any layout the interpreter takes a second for a token
-            layer.encode(k, v, slots)
-            rotated = layer.encode(k, v, slots, q)
+            layer.encode(k, v, slots, slots)
+            rotated = layer.encode(k, v, slots, slots, q)
         layer.decode(q, kv_indptr, slots, 0.1, rotated=rotated, scratch=scratch)
     assert seen == prepared
 
