@@ -30,6 +30,7 @@ class Allocator:
 
     norms: "one" scale per key, or one per width "group".
     balance: scale each block so that query and key have equal energy (the logit does not change).
+    means: code keys less their page's mean (kernels.format.page_mean), and give out bits by what is left.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Allocator:
     balance: bool
     scale_rule: str
     scale_search: tuple[float, ...]
+    means: bool = False
 
 
 def block_budget(blocks: int, bits: float) -> int:
@@ -185,6 +187,6 @@ ALLOCATORS = {
         Allocator("uniform", _uniform, norms="one", balance=False, scale_rule="norm", scale_search=NO_SEARCH),
         Allocator("paper", _paper, norms="group", balance=False, scale_rule="norm", scale_search=NO_SEARCH),
         Allocator("product", _product, norms="group", balance=True, scale_rule="norm", scale_search=SCALE_SEARCH),
-        Allocator("template", _template, norms="one", balance=True, scale_rule="unbiased", scale_search=SCALE_SEARCH),
+        Allocator("template", _template, "one", True, "unbiased", SCALE_SEARCH, means=True),
     )
 }

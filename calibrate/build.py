@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from .allocate import Allocator, block_budget
@@ -11,9 +13,10 @@ from .segments import rule_of
 from .table import AllocationTable, TableHeader
 
 ROTATION_SEED = 0x6774
+PAGE = 512  # positions: a mean per page and query is next to nothing to compute, and most slow blocks are slow in it
 #: In the name of a cached table. Raise it when moments or what is here give another table for the same widths, so that
 #: tables of earlier builds are made anew (see allocate.ALLOCATOR_VERSION for the widths).
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 #: Blocks below this share of their head's mean energy count as so much; heads, of the model's (see _floored).
 FLOOR, HEAD_FLOOR = 1e-6, 1e-3
 V_GAIN_FLOOR = 1e-3  # of the mean over all heads: format.codec.V_SCALE_MAX of it is the mean again
@@ -43,6 +46,18 @@ def _floored(energy: torch.Tensor) -> torch.Tensor:
     return energy.clamp(min=1e-30).maximum(FLOOR * head.maximum(HEAD_FLOOR * energy.mean()))
 
 
+def page_means(moments: Moments, page: int) -> torch.Tensor:
+    """``[layers, heads, blocks, 2]`` float64: the mean key of slow blocks, at the first position of a page.
+
+    Slow is what rotates by at most a radian within a page, so that one mean serves all of it: the mean key averaged
+    over the page's positions. Zero in other blocks, and in layers without frequencies.
+    """
+    steps = torch.arange(page, dtype=torch.float64)[:, None, None] * moments.theta.nan_to_num()
+    turn = torch.complex(steps.cos().mean(0), steps.sin().mean(0))[:, None]
+    slow = (moments.theta * page <= 1)[:, None, :, None]  # False for NaN
+    return torch.view_as_real(torch.view_as_complex(moments.mean.contiguous()) * turn) * slow
+
+
 def build_table(
     moments: Moments,
     rope: list[RopeBlocks],
@@ -58,11 +73,13 @@ def build_table(
     text_hash: str = "",
     seed: int = ROTATION_SEED,
     rule: Allocator | None = None,
+    page: int = PAGE,
 ) -> AllocationTable:
     """Allocate bits and build the table. ``rope`` has one entry per layer.
 
     granularity: "segment", or "block" for ``paper`` and ``product`` (see :mod:`.segments`). rule: in place of the
-    allocator's own, for experiments. Raises ValueError for an unknown allocator or granularity, a budget outside 1..8
+    allocator's own, for experiments. page: positions of a page of keys' means, where the rule has them and the moments
+    know them. Raises ValueError for an unknown allocator or granularity, a budget outside 1..8
     bits, an unsupported head_dim, or segments that do not fit it.
     """
     rule = rule or rule_of(allocator, granularity)
@@ -72,7 +89,11 @@ def build_table(
     check_budget("k_bits", k_bits, blocks)
     check_budget("v_bits", v_bits, v_head_dim // 2)
 
-    q, k = _floored(moments.q), _floored(moments.k)
+    energy, mean = moments.k, None
+    if rule.means and moments.mean is not None:
+        mean = page_means(moments, page)
+        energy = energy - mean.square().sum(-1)
+    q, k = _floored(moments.q), _floored(energy)
     safe = Moments(q, k, moments.v, moments.tokens)
 
     widths = rule.widths(safe, k_bits)
@@ -122,6 +143,9 @@ def build_table(
         "v_rotation": haar_rotation(v_head_dim, seed + 1).float(),
         **{f"rotation.{n}": haar_rotation(n, seed).float() for n in sorted(sizes)},
     }
+    if mean is not None:
+        theta = moments.theta.nan_to_num()
+        tensors |= {"mean": mean.float(), "mean_weight": q.float(), "theta": theta}
     header = TableHeader(
         model_id=model_id,
         config_hash=config_hash,
@@ -139,5 +163,24 @@ def build_table(
         head_dim=head_dim,
         v_head_dim=v_head_dim,
         rope=tuple((r.rotary_dim, r.neox) for r in rope),
+        page=0 if mean is None else page,
     )
-    return AllocationTable(header, tensors).sealed()
+    table = AllocationTable(header, tensors)
+    if mean is not None and not all(table.row_layout(i).in_columns for i in range(layers)):
+        # Rows of any layout have no room for a flag.
+        return build_table(
+            replace(moments, mean=None),
+            rope,
+            k_bits=k_bits,
+            v_bits=v_bits,
+            allocator=allocator,
+            granularity=granularity,
+            v_head_dim=v_head_dim,
+            model_id=model_id,
+            config_hash=config_hash,
+            weights_hash=weights_hash,
+            text_hash=text_hash,
+            seed=seed,
+            rule=rule,
+        )
+    return table.sealed()

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from .build import build_table, check_budget
+from .frequencies import frequencies, of_blocks
 from .model import (
     ModelError,
     check_model,
@@ -21,25 +22,29 @@ from .model import (
     head_dim,
     kv_heads,
     rope_blocks,
+    rope_parameters,
     text_config,
     v_head_dim,
 )
 from .moments import Moments, MomentSums
+from .quality import TOKENS, HeldOut, Hook, Quality
 from .rope import RopeBlocks
-from .rope_check import check_swings, probe_positions, swing
+from .rope_check import check_swings, drift, probe_positions, swing, trusted
 from .segments import SEGMENT_ALLOCATORS, check_segments, rule_of
-from .table import AllocationTable
-from .text import MAX_SEQUENCE, check_text_size, check_tokens, read_text, text_hash, token_sequences
+from .table import AllocationTable, layers_of
+from .text import MAX_SEQUENCE, check_text_size, check_tokens, held_out, read_text, text_hash, token_sequences
 from .weights import weights_hash
 
 logger = logging.getLogger(__name__)
 
-Take = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
+#: take(layer, q, k, v) may return other keys and values to attend to.
+Take = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], Any]
 
 _NAME = "blockgtq_capture"
+CHANGING_ROPE = ("dynamic", "longrope")  # their frequencies depend on the sequence's length
 
 
-def _attention(take: Take, heads: int, dim: int, v_dim: int) -> Callable:
+def _attention(take: Take, heads: int, dim: int, v_dim: int, scales: dict[int, float] | None = None) -> Callable:
     """An attention function of transformers' interface that shows q, k and v to ``take`` and attends causally."""
 
     def forward(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
@@ -60,7 +65,10 @@ def _attention(take: Take, heads: int, dim: int, v_dim: int) -> Callable:
                 f"{where}: {query.shape[1]} query heads and {found[0]} KV heads of {found[1]} and {found[2]} channels, "
                 f"the config says {heads} KV heads of {dim} and {v_dim}"
             )
-        take(layer, *(x[0].transpose(0, 1) for x in (query, key, value)))
+        if scales is not None:
+            scales[layer] = scaling
+        if found := take(layer, *(x[0].transpose(0, 1) for x in (query, key, value))):
+            key, value = (x.transpose(0, 1)[None] for x in found)
         out = scaled_dot_product_attention(
             query, key, value, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=query.shape[1] != heads
         )
@@ -70,10 +78,13 @@ def _attention(take: Take, heads: int, dim: int, v_dim: int) -> Callable:
 
 
 @contextmanager
-def _captured(model: torch.nn.Module, take: Take) -> Iterator[None]:
-    """Within the context, ``take(layer, q, k, v)`` sees every layer's tensors ``[T, heads, channels]``."""
+def _captured(model: torch.nn.Module, take: Take, scales: dict[int, float] | None = None) -> Iterator[None]:
+    """Within the context, ``take(layer, q, k, v)`` sees every layer's tensors ``[T, heads, channels]``.
+
+    scales: takes each layer's scale of logits.
+    """
     config = model.config
-    attention = _attention(take, kv_heads(config), head_dim(config), v_head_dim(config))
+    attention = _attention(take, kv_heads(config), head_dim(config), v_head_dim(config), scales)
     former = config._attn_implementation
     AttentionInterface.register(_NAME, attention)
     try:
@@ -96,12 +107,42 @@ def _context(config: PretrainedConfig) -> int:
     return getattr(text_config(config), "max_position_embeddings", None) or MAX_SEQUENCE
 
 
-def check_rope(model: torch.nn.Module, rope: Sequence[RopeBlocks], token: int) -> None:
-    """ModelError if the model turns other channel pairs than ``rope`` says (see :mod:`.rope_check`)."""
+def _of_pairs(x: torch.Tensor) -> torch.Tensor:
+    """A value for each pair, of values for each channel: each twice, in two halves or next to one another."""
+    half = x.shape[-1] // 2
+    return x[:, :half] if torch.equal(x[:, :half], x[:, half:]) else x[:, ::2]
+
+
+def model_frequencies(model: torch.nn.Module, rope: Sequence[RopeBlocks]) -> list[torch.Tensor | None]:
+    """How fast each layer's blocks rotate, by the model's own rotary module; None where it does not tell."""
+    device, rotated = next(model.parameters()).device, None
+    rotary = getattr(model.base_model, "rotary_emb", None)
+
+    def turn(positions: torch.Tensor) -> torch.Tensor:
+        sides = rotary(torch.zeros(1, device=device), positions[None].to(device))
+        return torch.stack([_of_pairs(x[0]) for x in sides], 1)
+
+    if rotary is not None and rope_parameters(model.config).get("rope_type") not in CHANGING_ROPE:
+        try:
+            rotated = frequencies(turn, _context(model.config))
+        except (TypeError, ValueError, RuntimeError, IndexError):  # a module of another kind
+            logger.warning("%s says no frequencies", type(rotary).__name__)
+    return [of_blocks(rotated, r) for r in rope]
+
+
+def check_rope(
+    model: torch.nn.Module, rope: Sequence[RopeBlocks], theta: Sequence[torch.Tensor | None], token: int
+) -> list[torch.Tensor | None]:
+    """ModelError if the model rotates other channel pairs than ``rope`` says (see :mod:`.rope_check`).
+
+    Returns ``theta`` without the layers whose keys do not rotate by it.
+    """
     swings: dict[int, float] = {}
+    drifts: dict[int, float] = {}
 
     def take(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         swings[layer] = swing(k, rope[layer])
+        drifts[layer] = drift(k, rope[layer], theta[layer], positions)
 
     device = next(model.parameters()).device
     positions = probe_positions(_context(model.config))
@@ -111,6 +152,7 @@ def check_rope(model: torch.nn.Module, rope: Sequence[RopeBlocks], token: int) -
     _check_all_seen(model.config, set(swings))
     if any(r.rotary_dim for r in rope):  # else learned positions, if any, change the keys themselves
         check_swings([swings[layer] for layer in range(len(rope))], rope)
+    return trusted(theta, [drifts[layer] for layer in range(len(rope))], rope)
 
 
 def collect(
@@ -124,8 +166,8 @@ def collect(
     """
     config = model.config
     check_model(config)
-    check_rope(model, rope, sequences[0][-1])
-    sums = MomentSums(text_config(config).num_hidden_layers, kv_heads(config), rope)
+    theta = check_rope(model, rope, model_frequencies(model, rope), sequences[0][-1])
+    sums = MomentSums(text_config(config).num_hidden_layers, kv_heads(config), rope, theta)
 
     def take(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         sums.add(layer, 0, q, k, v)
@@ -138,6 +180,20 @@ def collect(
             model.base_model(input_ids=torch.tensor([list(sequence)], device=device), use_cache=False)
             bar.update(len(sequence))
     return sums.mean(tokens)
+
+
+def measure(model: torch.nn.Module, ids: Sequence[int], table: AllocationTable) -> Quality:
+    """What the cache of ``table`` costs on ``ids``, which it was not calibrated on."""
+    device = next(model.parameters()).device
+    tokens, scales = torch.tensor([list(ids)], device=device), {}
+
+    def run(hook: Hook, answers: torch.Tensor) -> torch.Tensor:
+        with _captured(model, hook, scales):
+            return model(input_ids=tokens, use_cache=False, logits_to_keep=answers.to(device)).logits[0]
+
+    exact = HeldOut(run, len(ids), scales)
+    sums = exact.sums(layers_of(table, slice(None), range(table.header.layers), device, len(ids)), table.header.layers)
+    return sums.quality(len(exact.answers))
 
 
 def _first_line(error: Exception) -> str:
@@ -199,8 +255,9 @@ def calibrate_model(
     if allocator != "uniform" and not any(r.rotary_dim for r in rope):
         logger.warning("no layer of %s has RoPE: there are no blocks to rank, so widths are uniform", model_path)
         allocator, granularity = "uniform", "segment"
-    return build_table(
-        collect(model, sequences, rope),
+    moments, ids = collect(model, sequences, rope), held_out(tokenizer, text, tokens, min(TOKENS, _context(config)))
+    table = build_table(
+        moments,
         rope,
         k_bits=k_bits,
         v_bits=v_bits,
@@ -212,3 +269,7 @@ def calibrate_model(
         weights_hash=weights_hash(model_path, revision),
         text_hash=text_hash(sequences),
     )
+    if not ids:
+        logger.warning("the calibration text has no more tokens: what the cache costs is not measured")
+        return table
+    return table.with_quality(measure(model, ids, table))

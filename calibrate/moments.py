@@ -1,11 +1,12 @@
-"""Second moments of post-RoPE queries and keys per RoPE block, gathered in one pass.
+"""Moments of post-RoPE queries and keys per RoPE block, gathered in one pass.
 
-A rotation by RoPE keeps the energy of a two-channel block, so moments taken after RoPE hold
-at every position, however long the served context is.
+A rotation by RoPE keeps the energy of a two-channel block, so second moments taken after RoPE hold at every position,
+however long the served context is. The mean is that of keys rotated back to position 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,17 +16,22 @@ from .rope import RopeBlocks
 
 @dataclass
 class Moments:
-    """Mean energies per layer and KV head.
+    """Means per layer and KV head.
 
     q, k ``[layers, heads, blocks]``: ``E|q_i|^2`` over tokens and all query heads of the KV head's
     group, and ``E|k_i|^2``. v ``[layers, heads]``: ``E|v|^2``. All float64.
     tokens: calibration tokens that went in.
+    theta ``[layers, blocks]`` float64: how fast blocks rotate (see :mod:`.frequencies`); NaN for layers that do not
+    say. mean ``[layers, heads, blocks, 2]`` float64: of keys rotated back to position 0, zero in such layers. None
+    where they were not taken.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     tokens: int
+    theta: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
 
     @property
     def layers(self) -> int:
@@ -42,27 +48,39 @@ class MomentSums:
     ``flat`` is one float64 tensor holding everything; a rank fills only the layers and heads it has.
     """
 
-    def __init__(self, layers: int, heads: int, blocks: list[RopeBlocks]):
+    def __init__(
+        self, layers: int, heads: int, blocks: list[RopeBlocks], theta: Sequence[torch.Tensor | None] | None = None
+    ):
+        """theta: frequencies of each layer's blocks, None for a layer that has none; None: no means are taken."""
         self.layers, self.heads, self.blocks = layers, heads, blocks
         self.num_blocks = blocks[0].num_blocks
-        # per layer and head: q blocks, k blocks, v, number of q samples, number of k samples
-        self.flat = torch.zeros(layers, heads, 2 * self.num_blocks + 3, dtype=torch.float64)
+        # per layer and head: q blocks, k blocks, the mean's two sides, v, number of q samples, number of k samples
+        self.flat = torch.zeros(layers, heads, 4 * self.num_blocks + 3, dtype=torch.float64)
         self._pairs = [b.channels() for b in blocks]
+        unknown = torch.full((self.num_blocks,), torch.nan, dtype=torch.float64)
+        self.theta = None if theta is None else torch.stack([unknown if t is None else t for t in theta])
 
     def add(self, layer: int, first_head: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """q ``[T, Hq, D]``, k ``[T, H, D]``, v ``[T, H, Dv]`` of heads ``first_head .. first_head + H``."""
-        n, heads = self.num_blocks, k.shape[1]
+        """A whole sequence: q ``[T, Hq, D]``, k ``[T, H, D]``, v ``[T, H, Dv]`` of heads ``first_head .. + H``."""
+        heads = k.shape[1]
         group = q.shape[1] // heads
         if group * heads != q.shape[1]:
             raise ValueError(f"{q.shape[1]} query heads are not a multiple of {heads} KV heads")
         pairs = self._pairs[layer].to(k.device)
         q_energy = q.double().square()[..., pairs].sum(-1).unflatten(1, (heads, group)).sum((0, 2))
-        k_energy = k.double().square()[..., pairs].sum(-1).sum(0)
+        blocks = k.double()[..., pairs]
+        mean = torch.zeros(heads, self.num_blocks, 2, dtype=torch.float64, device=k.device)
+        if self.theta is not None and not self.theta[layer].isnan().any():
+            positions = torch.arange(len(k), dtype=torch.float64, device=k.device)
+            angle = positions[:, None] * self.theta[layer].to(k.device)
+            back = torch.polar(torch.ones_like(angle), -angle)
+            mean = torch.view_as_real((torch.view_as_complex(blocks.contiguous()) * back[:, None]).sum(0))
         v_energy = v.double().square().sum((0, 2))
         part = torch.cat(
             [
                 q_energy,
-                k_energy,
+                blocks.square().sum((0, 3)),
+                mean.flatten(1),
                 v_energy[:, None],
                 torch.full_like(v_energy[:, None], q.shape[0] * group),
                 torch.full_like(v_energy[:, None], k.shape[0]),
@@ -70,7 +88,6 @@ class MomentSums:
             dim=1,
         )
         self.flat[layer, first_head : first_head + heads] += part.to(self.flat.device)
-        assert part.shape[1] == 2 * n + 3
 
     def mean(self, tokens: int) -> Moments:
         """Divide by the counts. ValueError where a layer or head was not seen, or had values that are not finite."""
@@ -86,6 +103,8 @@ class MomentSums:
         return Moments(
             q=self.flat[..., :n] / q_count,
             k=self.flat[..., n : 2 * n] / k_count,
-            v=self.flat[..., 2 * n] / k_count[..., 0],
+            v=self.flat[..., 4 * n] / k_count[..., 0],
             tokens=tokens,
+            theta=self.theta,
+            mean=None if self.theta is None else (self.flat[..., 2 * n : 4 * n] / k_count).unflatten(-1, (n, 2)),
         )

@@ -1,11 +1,12 @@
-"""Whether a model pairs its channels as it is thought to: seen from the keys of one token at many positions.
+"""Whether a model rotates its channels as it is thought to: seen from the keys of one token at many positions.
 
-One token repeated gives every position the same hidden state in all layers, so its keys are one vector turned by RoPE,
-and the energy of a true block is the same at all positions.
+One token repeated gives every position the same hidden state in all layers, so its keys are one vector rotated by RoPE:
+the energy of a true block is the same at all positions, and rotated back by true frequencies so is the block.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -13,15 +14,19 @@ import torch
 from .model import ModelError
 from .rope import RopeBlocks
 
+logger = logging.getLogger(__name__)
+
 PROBE_TOKENS = 48
 PROBE_STRIDE = 7  # in positions; far enough for most blocks to turn
+DRIFT_LIMIT = 0.1  # of keys rotated back; bf16 rounding gives 0.01, a wrong frequency about 1
 PROBE_LIMIT = 0.15  # mean swing: bf16 rounding gives 0.02, a wrong pairing about 1
 
 
 def probe_positions(context: int) -> list[int]:
     """Positions of the repeated token, within a model's context length."""
     stride = max(1, min(PROBE_STRIDE, (context - 1) // (PROBE_TOKENS - 1)))
-    return list(range(0, PROBE_TOKENS * stride, stride))
+    near = range(0, PROBE_TOKENS * stride, stride)
+    return sorted({*near, *(far for i in range(1, 5) if (far := i * (context - 1) // 4) > near[-1])})
 
 
 def swing(k: torch.Tensor, blocks: RopeBlocks) -> float:
@@ -38,3 +43,32 @@ def check_swings(swings: Sequence[float], rope: Sequence[RopeBlocks]) -> None:
                 f"layer {layer}: block energies change with position under rotary_dim {r.rotary_dim}, "
                 f"{'neox' if r.neox else 'interleaved'} pairing: the model pairs its channels otherwise"
             )
+
+
+def drift(k: torch.Tensor, blocks: RopeBlocks, theta: torch.Tensor | None, positions: Sequence[int]) -> float:
+    """How far keys ``[T, H, D]`` at ``positions``, rotated back by theta, are from the first: rms over its size.
+
+    Infinite without theta.
+    """
+    if theta is None:
+        return float("inf")
+    pairs = torch.view_as_complex(k.double()[..., blocks.channels().to(k.device)].contiguous())
+    where = torch.tensor(positions, dtype=torch.float64, device=k.device)
+    angle = where[:, None] * theta.to(k.device)
+    back = pairs * torch.polar(torch.ones_like(angle), -angle)[:, None]
+    return float(((back - back[0]).abs().square().mean() / back[0].abs().square().mean().clamp(min=1e-30)).sqrt())
+
+
+def trusted(
+    theta: Sequence[torch.Tensor | None], drifts: Sequence[float], rope: Sequence[RopeBlocks]
+) -> list[torch.Tensor | None]:
+    """The frequencies of layers whose keys do rotate by them, None for others, with a warning that names those."""
+    good = [t is not None and d <= DRIFT_LIMIT for t, d in zip(theta, drifts, strict=True)]
+    if not all(good) and any(r.rotary_dim for r in rope):
+        layers = [i for i, ok in enumerate(good) if not ok]
+        logger.warning(
+            "keys of layers %s do not rotate by one angle a position: they are coded without page means, which costs "
+            "quality where keys have a bias",
+            str(layers[:8])[:-1] + (", ...]" if len(layers) > 8 else "]"),
+        )
+    return [t if ok else None for t, ok in zip(theta, good, strict=True)]

@@ -161,7 +161,7 @@ SEGMENT_ALLOCATORS = {
     a.name: a
     for a in (
         Allocator("paper", _paper, norms="one", balance=False, scale_rule="norm", scale_search=SCALE_SEARCH),
-        Allocator("product", _product, norms="one", balance=True, scale_rule="norm", scale_search=SCALE_SEARCH),
+        Allocator("product", _product, "one", True, "norm", SCALE_SEARCH, means=True),
     )
 }
 

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import secrets
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -19,11 +20,14 @@ from safetensors.torch import save
 from ..kernels.device.tables import templates_of
 from ..kernels.format.codec import LayerCodec
 from ..kernels.format.layout import CodeLayout, RowLayout, uniform_layout
+from ..kernels.format.page_mean import PageMean
+from ..kernels.layer import PackedLayer, TorchLayer, TritonLayer
 from .files import file_problem
+from .quality import Quality
 from .rope import RopeBlocks
 from .validate import TableError, check_fields, validate
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 AGAIN = "make it again with python -m sglang_blockgtq.calibrate"
 _METADATA_KEY = "blockgtq"
 
@@ -47,7 +51,9 @@ class TableHeader:
     v_head_dim: int
     rope: tuple[tuple[int, bool], ...]  # per layer (rotary_dim, neox)
     granularity: str = "segment"  # what gets a width of its own; "block" only for paper and product
+    page: int = 0  # positions of a page of keys' means; 0: keys are coded as they are
     weights_hash: str = ""  # "" when the weights could not be fingerprinted
+    quality: dict[str, float] | None = None  # what it costs: fields of calibrate.quality.Quality; None: not measured
     format_version: int = FORMAT_VERSION
     table_hash: str = ""  # over all tensors and this header without the hash
 
@@ -100,6 +106,10 @@ class AllocationTable:
         v_gain      [L, H]    float32  static gain of the value vector
         rotation.N  [N, N]    float32  one rotation for every group of N channels
         v_rotation  [Dv, Dv]  float32
+    and where header.page is not 0 (kernels.format.page_mean):
+        mean        [L, H, B, 2] float32  of keys, at a page's first position, before RoPE; 0 in fast blocks
+        mean_weight [L, H, B] float32  energy of the queries' blocks, which chooses the keys that are less their mean
+        theta       [L, B]    float64  radians a position of each block
     """
 
     header: TableHeader
@@ -167,7 +177,17 @@ class AllocationTable:
             k_weight=t["k_weight"][layer, heads].clone(),
             scale_rule=head.scale_rule,
             scale_search=head.scale_search,
+            mean=self.page_mean(layer, heads),
         )
+
+    def page_mean(self, layer: int, heads: slice = slice(None)) -> PageMean | None:
+        """Of one layer's keys, for a rank's KV heads."""
+        t, head = self.tensors, self.header
+        if not head.page:
+            return None
+        rotary_dim, neox = head.rope[layer]
+        pairs = RopeBlocks(head.head_dim, rotary_dim, neox).channels()
+        return PageMean(head.page, t["mean"][layer, heads], t["mean_weight"][layer, heads], t["theta"][layer], pairs)
 
     def computed_hash(self) -> str:
         """sha256 over the header (without its hash) and every tensor's name, dtype, shape and bytes."""
@@ -184,6 +204,11 @@ class AllocationTable:
         """The same table with its hash filled in."""
         header = TableHeader(**{**asdict(self.header), "table_hash": self.computed_hash()})
         return AllocationTable(header, self.tensors)
+
+    def with_quality(self, quality: Quality | None) -> AllocationTable:
+        """The same table with what it costs in its header, sealed."""
+        found = None if quality is None else quality.to_dict()
+        return replace(self, header=replace(self.header, quality=found)).sealed()
 
     def save(self, path: str | os.PathLike) -> None:
         """Write atomically: a reader sees the whole file or none. Raises OSError, and leaves nothing behind then."""
@@ -222,3 +247,13 @@ class AllocationTable:
         except TableError as e:
             raise TableError(f"table {path}: {e}; {AGAIN}") from e
         return table
+
+
+def layers_of(
+    table: AllocationTable, heads: slice, layer_ids: Iterable[int], device: torch.device | str, positions: int
+) -> dict[int, PackedLayer]:
+    """Layers by id, for a rank's KV heads, all but their rows. positions: most that a request may have."""
+    if torch.device(device).type != "cuda":
+        return {i: TorchLayer(table.layer_codec(i, heads)) for i in layer_ids}
+    # The whole model's templates, so that one binary of each kernel serves all layers.
+    return {i: TritonLayer(table.layer_codec(i, heads), device, table.k_templates, positions) for i in layer_ids}

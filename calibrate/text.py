@@ -13,6 +13,7 @@ DEFAULT_TOKENS = 2048
 MIN_TOKENS = 2048
 MAX_SEQUENCE = 2048  # tokens; longer sequences only cost memory, the moments hold at every position
 MIN_SEQUENCE = 64
+HELD_OUT_LEAST = 128
 
 TEXT_OPTION = "--kv-quant-calibration-text"
 TOKENS_OPTION = "--kv-quant-calibration-tokens"
@@ -120,6 +121,16 @@ def token_sequences(tokenizer, text: str, tokens: int, max_length: int) -> list[
         sequences.append(prefix + ids[start : start + length])
         start += length
     return sequences
+
+
+def held_out(tokenizer, text: str, tokens: int, count: int) -> list[int]:
+    """``count`` ids of the text behind the ``tokens`` of :func:`token_sequences`, as a prompt, to measure on.
+
+    Fewer where the text ends, and none where fewer than HELD_OUT_LEAST are left.
+    """
+    prefix = _prefix(tokenizer)
+    ids = _encode(tokenizer, text, tokens + count)[tokens : tokens + count - len(prefix)]
+    return prefix + ids if len(prefix) + len(ids) >= HELD_OUT_LEAST else []
 
 
 def text_hash(sequences: Sequence[Sequence[int]]) -> str:

@@ -10,7 +10,8 @@ import torch
 
 from ..kernels.device.tables import MAX_TEMPLATES
 from ..kernels.format.codebook import MAX_BITS, MIN_BITS
-from ..kernels.format.codec import SCALE_RULES
+from ..kernels.format.codec import SCALE_MAX, SCALE_RULES
+from ..kernels.format.page_mean import PAGE_UNIT
 from .allocate import ALLOCATORS, block_budget
 from .rope import RopeBlocks, check_head_dim
 from .segments import GRANULARITIES, rule_of
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Balance and gains are divided by one another in float32; calibration stays far within (see build.FLOOR).
 GAINS = (1e-18, 1e18)
+#: Of calibrate.quality.Quality.
+QUALITY_FIELDS = {"kl", "attention_kl", "worst_layer", "worst_layer_kl", "tokens"}
 ORTHOGONAL_TOLERANCE = 1e-3  # of an element of R R^T
 
 
@@ -62,6 +65,12 @@ def validate_header(header: TableHeader) -> None:
     for name, known in (("allocator", ALLOCATORS), ("granularity", GRANULARITIES), ("scale_rule", SCALE_RULES)):
         value = getattr(header, name)
         _require(isinstance(value, str) and value in known, f"{name} = {value!r} is none of {', '.join(known)}")
+    quality = header.quality
+    _require(
+        quality is None
+        or (isinstance(quality, dict) and quality.keys() == QUALITY_FIELDS and all(map(_is_number, quality.values()))),
+        f"quality = {str(quality)[:80]} is not made of the numbers {', '.join(sorted(QUALITY_FIELDS))}",
+    )
     search, rope = header.scale_search, header.rope
     _require(
         isinstance(search, tuple) and len(search) > 0 and all(_is_number(x) and x > 0 for x in search),
@@ -107,6 +116,28 @@ def _check_rotation(name: str, matrix: torch.Tensor) -> None:
     _require(error <= ORTHOGONAL_TOLERANCE, f"tensor {name} is not orthogonal (off by {error:.2g})")  # NaN, too
 
 
+def _is_page(page: Any) -> bool:
+    whole = isinstance(page, int) and not isinstance(page, bool)
+    return whole and (page == 0 or (page >= PAGE_UNIT and page & (page - 1) == 0))
+
+
+def _check_page_means(table: AllocationTable) -> None:
+    head, t = table.header, table.tensors
+    shape, blocks = (head.layers, head.kv_heads), head.head_dim // 2
+    _check_shape(table, "mean", (*shape, blocks, 2), torch.float32)
+    _check_shape(table, "mean_weight", (*shape, blocks), torch.float32)
+    _check_shape(table, "theta", (head.layers, blocks), torch.float64)
+    mean, weight, theta = t["mean"], t["mean_weight"], t["theta"]
+    small = mean.abs() <= SCALE_MAX  # NaN fails this, and what follows
+    _check_heads(small.all(-1).all(-1), f"mean is not within what float16 holds ({SCALE_MAX:g})")
+    _check_heads(((weight >= 0) & (weight <= GAINS[1])).all(-1), f"mean_weight is not within 0 to {GAINS[1]:g}")
+    turning = (theta.abs() <= math.pi)[:, None].expand(*shape, blocks)
+    _check_heads(turning.all(-1), "theta is not within pi radians a position")
+    fast = (theta.abs() * head.page > 1 + 1e-6)[:, None, :, None]
+    slow = ~((mean != 0) & fast).any(-1).any(-1)
+    _check_heads(slow, f"a block with a mean rotates by more than a radian within a page of {head.page} positions")
+
+
 def validate(table: AllocationTable) -> None:
     """TableError that says what is wrong with the first senseless thing found, in one line without the file's name."""
     head, t = table.header, table.tensors
@@ -121,13 +152,19 @@ def validate(table: AllocationTable) -> None:
         "k_gain": (head.head_dim, torch.float32),
         "k_weight": (head.head_dim, torch.float32),
     }
-    fixed = {*parts, "v_gain", "v_rotation"}
+    _require(
+        _is_page(head.page), f"page = {head.page!r} is neither 0 nor a power of two of at least {PAGE_UNIT} positions"
+    )
+    of_page = {"mean", "mean_weight", "theta"} if head.page else set()
+    fixed = {*parts, "v_gain", "v_rotation", *of_page}
     missing = sorted(fixed - t.keys())
     _require(not missing, f"it has no tensor {', '.join(missing)}")
     for name, (size, dtype) in parts.items():
         _check_shape(table, name, (*shape, size), dtype)
     _check_shape(table, "v_gain", shape, torch.float32)
     _check_shape(table, "v_rotation", (head.v_head_dim, head.v_head_dim), torch.float32)
+    if head.page:
+        _check_page_means(table)
 
     widths, order, group = t["widths"].int(), t["order"].long(), t["group"].long()
     usable = ((widths >= MIN_BITS) & (widths <= MAX_BITS)).all(-1)
@@ -161,4 +198,8 @@ def validate(table: AllocationTable) -> None:
     _require(
         len(table.k_templates) <= MAX_TEMPLATES,
         f"its keys have {len(table.k_templates)} layouts in columns; up to {MAX_TEMPLATES} can be served",
+    )
+    _require(
+        not head.page or all(table.row_layout(layer).in_columns for layer in range(head.layers)),
+        f"page = {head.page}, and its rows are not in columns, which means of keys need",
     )

@@ -8,12 +8,13 @@ attention and adds up energies is all it takes. Every TP and PP rank walks the s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sglang.srt.distributed.parallel_state import get_attn_tp_group, get_pp_group
+from sglang.srt.distributed.parallel_state import get_pp_group
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import (
@@ -26,11 +27,13 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang.srt.runtime_context import get_parallel
 from tqdm import tqdm
 
+from .calibrate.frequencies import frequencies, of_blocks
 from .calibrate.model import ModelError, rope_parameters
 from .calibrate.moments import Moments, MomentSums
 from .calibrate.rope import RopeBlocks
-from .calibrate.rope_check import check_swings, probe_positions, swing
+from .calibrate.rope_check import check_swings, drift, probe_positions, swing, trusted
 from .options import NAME, KVQuantError
+from .ranks import reduce
 
 
 def attention_layers(model: torch.nn.Module) -> list[RadixAttention]:
@@ -49,26 +52,50 @@ def local_heads(total_kv_heads: int) -> slice:
     return slice(head, head + 1)
 
 
-def rope_of(model: torch.nn.Module, head_dim: int) -> dict[int, RopeBlocks]:
-    """RoPE pairing per layer id, read off the module that owns both rotary_emb and the attention.
-
-    A layer without one gets ``rotary_dim`` 0.
-    """
-    out = {layer.layer_id: RopeBlocks(head_dim, 0) for layer in attention_layers(model)}
+def rotary_modules(model: torch.nn.Module) -> dict[int, Any]:
+    """The rotary embedding of each layer id that has one, found at the module that owns both it and the attention."""
+    out = {}
     for module in model.modules():
         rotary = getattr(module, "rotary_emb", None)
         if rotary is None or getattr(module, "use_rope", True) is False:
             continue
         for child in module.children():
             if isinstance(child, RadixAttention):
-                out[child.layer_id] = RopeBlocks(head_dim, int(rotary.rotary_dim), bool(rotary.is_neox_style))
+                out[child.layer_id] = rotary
+    return out
+
+
+def rope_of(model: torch.nn.Module, head_dim: int) -> dict[int, RopeBlocks]:
+    """RoPE pairing per layer id; ``rotary_dim`` 0 for a layer without one."""
+    out = {layer.layer_id: RopeBlocks(head_dim, 0) for layer in attention_layers(model)}
+    for layer, rotary in rotary_modules(model).items():
+        out[layer] = RopeBlocks(head_dim, int(rotary.rotary_dim), bool(getattr(rotary, "is_neox_style", True)))
+    return out
+
+
+def _turns(cache: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return cache[positions.to(cache.device)].unflatten(-1, (2, -1))
+
+
+def frequencies_of(model: torch.nn.Module, head_dim: int) -> dict[int, torch.Tensor | None]:
+    """How fast blocks rotate per layer id; None where positions have several sides (M-RoPE) or no linear table."""
+    known: dict[int, torch.Tensor | None] = {}  # by rotary module, which layers share
+    rotaries, out = rotary_modules(model), {}
+    for layer, blocks in rope_of(model, head_dim).items():
+        rotary = rotaries.get(layer)
+        if rotary is not None and id(rotary) not in known:
+            cache = getattr(rotary, "cos_sin_cache", None)
+            linear = cache is not None and cache.dim() == 2 and not getattr(rotary, "mrope_section", None)
+            known[id(rotary)] = frequencies(partial(_turns, cache), len(cache)) if linear else None
+        out[layer] = of_blocks(None if rotary is None else known[id(rotary)], blocks)
     return out
 
 
 class CaptureBackend(AttentionBackend):
-    """Dense causal attention over one batch of whole sequences; ``take(layer_id, q, k, v)`` sees ``[T, heads, D]``."""
+    """Dense causal attention over one batch of whole sequences. ``take(layer_id, q, k, v)`` sees ``[T, heads, D]``, and
+    may return other keys and values to attend to."""
 
-    def __init__(self, take: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]):
+    def __init__(self, take: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], Any]):
         super().__init__()
         # uint8 keeps fused RoPE-and-store kernels off: there is no pool to store into.
         self.token_to_kv_pool = SimpleNamespace(dtype=torch.uint8)
@@ -85,7 +112,7 @@ class CaptureBackend(AttentionBackend):
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
         v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
-        self.take(layer.layer_id, q, k, v)
+        k, v = self.take(layer.layer_id, q, k, v) or (k, v)
         out = q.new_empty(q.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         start = 0
         for n in forward_batch.extend_seq_lens_cpu:
@@ -106,9 +133,15 @@ def refuse_extras(kwargs: dict[str, Any]) -> None:
             )
 
 
-def _batch(runner: Any, ids: list[int], positions: Sequence[int]) -> ForwardBatch:
-    """An extend batch of one whole sequence, without cache slots behind it."""
+def _batch(runner: Any, ids: list[int], positions: Sequence[int], answers: torch.Tensor | None) -> ForwardBatch:
+    """An extend batch of one whole sequence, without cache slots behind it.
+
+    answers ``[N]``: places in the sequence whose logits are wanted; None: the last one's. SGLang gives those of the
+    last token of each sequence by its lengths on the device, which nothing else reads.
+    """
     device, n = runner.device, len(ids)
+    ends = torch.tensor([n - 1]) if answers is None else answers
+    lengths = (ends + 1).diff(prepend=torch.zeros(1, dtype=ends.dtype)).to(device, torch.int32)
     length = torch.tensor([n], dtype=torch.int64, device=device)
     positions = torch.tensor(positions, dtype=torch.int64, device=device)
     batch = ForwardBatch(
@@ -123,7 +156,7 @@ def _batch(runner: Any, ids: list[int], positions: Sequence[int]) -> ForwardBatc
         seq_lens_sum=n,
         positions=positions,
         extend_num_tokens=n,
-        extend_seq_lens=length.to(torch.int32),
+        extend_seq_lens=lengths,
         extend_prefix_lens=torch.zeros(1, dtype=torch.int32, device=device),
         extend_start_loc=torch.zeros(1, dtype=torch.int32, device=device),
         extend_prefix_lens_cpu=[0],
@@ -138,50 +171,69 @@ def _batch(runner: Any, ids: list[int], positions: Sequence[int]) -> ForwardBatc
     return batch
 
 
-def _forward(runner: Any, backend: CaptureBackend, ids: list[int], positions: Sequence[int]) -> None:
-    """One sequence through this rank's part of the model."""
-    pp, batch, extra = get_pp_group(), _batch(runner, ids, positions), {}
+def forward(
+    runner: Any, take: Callable, ids: list[int], positions: Sequence[int], answers: torch.Tensor | None = None
+) -> Any:
+    """One sequence through this rank's part of the model, attention by :class:`CaptureBackend`.
+
+    Returns what the model does, on the last pipeline stage: logits of the places ``answers [N]`` among it.
+    """
+    pp, batch, extra = get_pp_group(), _batch(runner, ids, positions, answers), {}
+    backend = CaptureBackend(take)
     with torch.inference_mode(), forward_context(ForwardContext(attn_backend=backend)):
         if pp.world_size > 1 and not pp.is_first_rank:
             extra["pp_proxy_tensors"] = PPProxyTensors(pp.recv_tensor_dict())
         out = runner.model.forward(batch.input_ids, batch.positions, batch, **extra)
         if pp.world_size > 1 and not pp.is_last_rank:
             pp.send_tensor_dict(out.tensors)
-
-
-def _reduce(values: torch.Tensor, op: torch.distributed.ReduceOp = torch.distributed.ReduceOp.SUM) -> torch.Tensor:
-    """``values`` (CPU) over the ranks that hold parts of the model."""
-    for group in (get_attn_tp_group(), get_pp_group()):
-        if group.world_size > 1:
-            torch.distributed.all_reduce(values, op, group=group.cpu_group)
-    return values
+            return None
+    return out
 
 
 def model_rope(runner: Any) -> list[RopeBlocks]:
     """RoPE pairing of every layer of the model, the same on all ranks: pipeline stages hold disjoint layers."""
     config = runner.model_config
     here, layers = rope_of(runner.model, config.head_dim), range(config.num_hidden_layers)
-    found = _reduce(torch.tensor([[here[i].rotary_dim, here[i].neox, 1] if i in here else [0, 0, 0] for i in layers]))
+    found = reduce(torch.tensor([[here[i].rotary_dim, here[i].neox, 1] if i in here else [0, 0, 0] for i in layers]))
     ranks = found[:, 2].clamp(min=1)  # that hold the layer
     return [RopeBlocks(config.head_dim, int(d // n), bool(x)) for (d, x, _), n in zip(found, ranks, strict=True)]
 
 
-def check_rope(runner: Any, rope: list[RopeBlocks], token: int) -> None:
-    """KVQuantError, on every rank, if the model turns other channel pairs than ``rope`` says (calibrate.rope_check)."""
+def model_frequencies(runner: Any) -> list[torch.Tensor | None]:
+    """How fast the blocks of every layer rotate, the same on all ranks; None as in :func:`frequencies_of`."""
     config = runner.model_config
-    if not any(r.rotary_dim for r in rope) and not rope_parameters(config.hf_config):
-        return  # no RoPE; learned positions, if any, change the keys themselves
-    swings = torch.zeros(len(rope), dtype=torch.float64)
+    table = torch.zeros(config.num_hidden_layers, config.head_dim // 2 + 2, dtype=torch.float64)
+    for layer, theta in frequencies_of(runner.model, config.head_dim).items():
+        table[layer, 0] = 1  # ranks that hold the layer, and those that know its frequencies
+        if theta is not None:
+            table[layer, 1], table[layer, 2:] = 1, theta
+    held, known, theta = reduce(table).split([1, 1, config.head_dim // 2], 1)
+    theta /= known.clamp(min=1)
+    return [row if ok else None for row, ok in zip(theta, (known == held.clamp(min=1))[:, 0].tolist(), strict=True)]
+
+
+def check_rope(
+    runner: Any, rope: list[RopeBlocks], theta: list[torch.Tensor | None], token: int
+) -> list[torch.Tensor | None]:
+    """KVQuantError, on every rank, if the model rotates other channel pairs than ``rope`` says (calibrate.rope_check).
+
+    Returns ``theta`` without the layers whose keys do not rotate by it.
+    """
+    config, found = runner.model_config, torch.zeros(2, len(rope), dtype=torch.float64)
 
     def take(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        swings[layer] = swing(k, rope[layer])
+        found[0, layer] = swing(k, rope[layer])
+        found[1, layer] = drift(k, rope[layer], theta[layer], positions)
 
     positions = probe_positions(config.context_len)
-    _forward(runner, CaptureBackend(take), [token] * len(positions), positions)
-    try:
-        check_swings(_reduce(swings, torch.distributed.ReduceOp.MAX).tolist(), rope)
-    except ModelError as e:
-        raise KVQuantError(f"--kv-quant {NAME}: {e}; serve this model without --kv-quant") from None
+    forward(runner, take, [token] * len(positions), positions)
+    swings, drifts = reduce(found, torch.distributed.ReduceOp.MAX).tolist()
+    if any(r.rotary_dim for r in rope) or rope_parameters(config.hf_config):  # else learned positions may change keys
+        try:
+            check_swings(swings, rope)
+        except ModelError as e:
+            raise KVQuantError(f"--kv-quant {NAME}: {e}; serve this model without --kv-quant") from None
+    return trusted(theta, drifts, rope)
 
 
 def collect_moments(runner: Any, sequences: list[list[int]]) -> tuple[Moments, list[RopeBlocks]]:
@@ -191,13 +243,16 @@ def collect_moments(runner: Any, sequences: list[list[int]]) -> tuple[Moments, l
     pairing is not the model's own.
     """
     rope, heads = model_rope(runner), runner.model_config.get_total_num_kv_heads()
-    check_rope(runner, rope, sequences[0][-1])
-    sums, first = MomentSums(len(rope), heads, rope), local_heads(heads).start
-    backend = CaptureBackend(lambda layer, q, k, v: sums.add(layer, first, q, k, v))
+    theta = check_rope(runner, rope, model_frequencies(runner), sequences[0][-1])
+    sums, first = MomentSums(len(rope), heads, rope, theta), local_heads(heads).start
+
+    def take(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        sums.add(layer, first, q, k, v)
+
     show = get_parallel().tp_rank == 0 and get_pp_group().is_first_rank
     for ids in tqdm(sequences, desc="Calibrating KV quantization", unit="seq", disable=not show):
-        _forward(runner, backend, ids, range(len(ids)))
-    _reduce(sums.flat)  # replicated heads are counted once a replica, in the counts too
+        forward(runner, take, ids, range(len(ids)))
+    reduce(sums.flat)  # replicated heads are counted once a replica, in the counts too
     try:
         return sums.mean(sum(map(len, sequences))), rope
     except ValueError as e:

@@ -241,7 +241,7 @@ def check_granularity(config: Any, options: KVQuantOptions) -> None:
 
     head_dim = _head_dim(_text_config(config))
     by_segments = options.allocator in BY_SEGMENTS and options.granularity == "segment"
-    if head_dim and by_segments and options.table is None:
+    if head_dim and by_segments and options.k_bits is not None:
         try:
             check_segments(head_dim, options.k_bits)
         except ValueError as e:

@@ -42,6 +42,12 @@ def emit_gauges(labels: dict[str, str], runtime: Runtime) -> None:
         "v_bits": ("Average bits per value channel.", header.v_bits),
         "table_seconds": ("Seconds start-up spent on the allocation table.", runtime.seconds),
     }
+    if header.quality is not None:
+        values |= {
+            "kl": ("KL of the answer on held-out text, nats a token.", header.quality["kl"]),
+            "attention_kl": ("KL of attention on held-out text, mean over layers.", header.quality["attention_kl"]),
+            "worst_layer_kl": ("The same of the worst layer.", header.quality["worst_layer_kl"]),
+        }
     for name, (text, value) in values.items():
         gauge = Gauge(f"sglang:kv_quant_{name}", text, labelnames=list(labels), multiprocess_mode="mostrecent")
         gauge.labels(**labels).set(value)

@@ -1,35 +1,29 @@
-"""Where the allocation table of a scheduler process comes from.
-
-A file the user named, the cache of earlier starts, or a calibration pass. World rank 0 reads, decides and builds, and
-sends what it has to the others, its errors included, so that no two ranks can differ or wait for each other.
-"""
+"""Where the allocation table of a scheduler process comes from: a file the user named, the cache of earlier starts, or
+a calibration pass. Rank 0 reads, builds and keeps."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import Any
 
 from .calibrate.allocate import ALLOCATOR_VERSION
 from .calibrate.build import BUILDER_VERSION, build_table
 from .calibrate.model import config_hash, head_dim, kv_heads, text_config, v_head_dim
+from .calibrate.moments import Moments
+from .calibrate.quality import CPU_TOKENS, QUALITY_VERSION, TOKENS
 from .calibrate.rope import RopeBlocks
 from .calibrate.segments import SEGMENT_ALLOCATORS, rule_of
 from .calibrate.table import FORMAT_VERSION, AllocationTable, TableError
-from .calibrate.text import TextError, read_text, text_hash, token_sequences
+from .calibrate.text import TextError, held_out, read_text, text_hash, token_sequences
 from .calibrate.weights import weights_hash
 from .options import NAME, KVQuantError, KVQuantOptions, flag
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 #: What savers leave in the cache folder when they are killed: ours, and safetensors' own.
 SCRATCH = (".*.tmp", ".tmp*")
@@ -72,13 +66,17 @@ def load_named_table(options: KVQuantOptions, config: Any) -> AllocationTable:
     return table
 
 
-def calibration_sequences(tokenizer: Any, options: KVQuantOptions, context_len: int) -> list[list[int]]:
-    """Token ids to calibrate on. Raises KVQuantError."""
+def calibration_text(
+    tokenizer: Any, options: KVQuantOptions, context_len: int, device: str
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids to calibrate on, and further ones to measure on. Raises KVQuantError."""
     try:
         text = read_text(options.calibration_text)
-        return token_sequences(tokenizer, text, options.calibration_tokens, context_len)
+        sequences = token_sequences(tokenizer, text, options.calibration_tokens, context_len)
     except TextError as e:
         raise KVQuantError(str(e)) from None
+    count = CPU_TOKENS if device.startswith("cpu") else TOKENS
+    return sequences, held_out(tokenizer, text, options.calibration_tokens, min(count, context_len))
 
 
 def granularity_of(options: KVQuantOptions) -> str:
@@ -99,8 +97,11 @@ def cache_path(options: KVQuantOptions, model_config_hash: str, weights: str, te
             model_config_hash,
             weights,
             text,
+            QUALITY_VERSION,
             options.k_bits,
             options.v_bits,
+            options.max_kl if options.k_bits is None else None,
+            options.bits_range if options.k_bits is None else None,
             rule.name,
             granularity,
             rule.norms,
@@ -124,87 +125,12 @@ def _from_cache(path: Path, model_config_hash: str) -> AllocationTable | None:
     return table if table.header.config_hash == model_config_hash else None
 
 
-def keep(table: AllocationTable, path: Path, cache_dir: str) -> None:
-    """Save to the cache. A table that cannot be kept is served all the same, with a warning."""
-    try:
-        table.save(path)
-    except OSError as e:
-        logger.warning(
-            "%s: %s %s: the table cannot be kept there, so the next start calibrates again (%s); "
-            "name a folder on a disk with room that can be written to",
-            NAME,
-            flag("cache_dir"),
-            cache_dir,
-            e,
-        )
-
-
 def sweep(folder: Path) -> None:
     """Remove what savers that were killed have left."""
     with suppress(OSError):  # others may sweep, too, and it can wait for the next save
         for scratch in (file for pattern in SCRATCH for file in folder.glob(pattern)):
             if time.time() - scratch.stat().st_mtime > SCRATCH_AGE:
                 scratch.unlink(missing_ok=True)
-
-
-def from_rank_zero(make: Callable[[], T]) -> T:
-    """World rank 0's ``make()`` on every rank; where that fails, KVQuantError with its message on every rank."""
-    from sglang.srt.distributed.parallel_state import get_world_group
-
-    group = get_world_group()
-    value = message = cause = None
-    if group.rank_in_group == 0:
-        try:
-            value = make()
-        except Exception as e:
-            said = " ".join(str(e).split()) or "no message"
-            message = said if isinstance(e, KVQuantError) else f"--kv-quant {NAME}: {type(e).__name__}: {said}"
-            cause = e
-    if group.world_size > 1:
-        box = [value, message]
-        torch.distributed.broadcast_object_list(box, src=group.ranks[0], group=group.cpu_group)
-        value, message = box
-    if message is not None:
-        raise KVQuantError(message) from cause
-    return value
-
-
-def is_rank_zero() -> bool:
-    from sglang.srt.distributed.parallel_state import get_world_group
-
-    return get_world_group().rank_in_group == 0
-
-
-def check_ranks(table_hash: str, cell_size: int) -> None:
-    """Every rank must serve one table, and all ranks of a pipeline stage take as many bytes a token.
-
-    A collective of the whole world. Raises KVQuantError on all ranks, naming those that differ.
-    """
-    from sglang.srt.distributed.parallel_state import get_pp_group, get_world_group
-
-    group = get_world_group()
-    if group.world_size == 1:
-        return
-    found: list = [None] * group.world_size
-    mine = (table_hash, get_pp_group().rank_in_group, cell_size)
-    torch.distributed.all_gather_object(found, mine, group=group.cpu_group)
-    stages = {}
-    for rank, (_, stage, size) in enumerate(found):
-        stages.setdefault(stage, (rank, size))
-    for rank, (table, stage, size) in enumerate(found):
-        first, expected = stages[stage]
-        if table != found[0][0]:
-            ranks = [i for i, (other, *_) in enumerate(found) if other != found[0][0]]
-            what = f"table {table[:12]}, rank 0 has {found[0][0][:12]}"
-        elif size != expected:
-            ranks = [i for i, (_, s, other) in enumerate(found) if s == stage and other != expected]
-            what = f"{size} bytes per token, rank {first} has {expected}"
-        else:
-            continue
-        raise KVQuantError(
-            f"--kv-quant {NAME}: ranks {', '.join(map(str, ranks))} differ: rank {rank} has {what}; "
-            "start all nodes with the same options and versions"
-        )
 
 
 def effective_rule(rope: list[RopeBlocks], options: KVQuantOptions) -> dict[str, str]:
@@ -224,37 +150,49 @@ def effective_rule(rope: list[RopeBlocks], options: KVQuantOptions) -> dict[str,
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What is known before calibration: what to calibrate on, and the table where that is not needed.
+class Plan:
+    """What is known before calibration.
 
-    path: where the table goes once it is made; None to keep it nowhere.
+    sequences: token ids to calibrate on; held_out: others, to measure on, perhaps none. hashes: as build_table takes
+    them. path: where the table goes once it is made; None to keep it nowhere. table: an earlier one, found there.
     """
 
     sequences: list[list[int]]
-    hashes: dict[str, str]  # as build_table takes them
-    path: Path | None
-    table: AllocationTable | None
+    held_out: list[int]
+    hashes: dict[str, str]
+    path: Path | None = None
+    table: AllocationTable | None = None
 
 
-def _plan(runner: Any, options: KVQuantOptions) -> _Plan:
-    from sglang.srt.utils.hf_transformers_utils import get_tokenizer
-
+def plan(runner: Any, options: KVQuantOptions) -> Plan:
+    """For a loaded ModelRunner. Raises KVQuantError."""
     args, config = runner.server_args, runner.model_config
-    tokenizer = get_tokenizer(
-        args.tokenizer_path or args.model_path,
-        tokenizer_mode=args.tokenizer_mode,
-        trust_remote_code=args.trust_remote_code,
-        revision=args.revision,
-    )
-    sequences = calibration_sequences(tokenizer, options, config.context_len)
+    sequences, held_out = calibration_text(_tokenizer(args), options, config.context_len, runner.device)
     hashes = {"config_hash": config_hash(config.hf_config), "text_hash": text_hash(sequences)}
     hashes["weights_hash"] = weights = _weights(args)
     if not weights:
         what = f"{args.model_path} (load format {args.load_format})"
         logger.warning("%s: no weight files of %s to know the table by, so it is not kept", NAME, what)
-        return _Plan(sequences, hashes, None, None)
-    path = cache_path(options, hashes["config_hash"], weights, hashes["text_hash"])
-    return _Plan(sequences, hashes, path, _from_cache(path, hashes["config_hash"]))
+        return Plan(sequences, held_out, hashes)
+    path = cache_path(options, hashes["config_hash"], weights, text_hash([*sequences, held_out]))
+    return Plan(sequences, held_out, hashes, path, _from_cache(path, hashes["config_hash"]))
+
+
+def held_out_text(runner: Any) -> list[int]:
+    """Token ids of the built-in text to measure a named table on."""
+    options = KVQuantOptions()
+    return calibration_text(_tokenizer(runner.server_args), options, runner.model_config.context_len, runner.device)[1]
+
+
+def _tokenizer(args: Any) -> Any:
+    from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+
+    return get_tokenizer(
+        args.tokenizer_path or args.model_path,
+        tokenizer_mode=args.tokenizer_mode,
+        trust_remote_code=args.trust_remote_code,
+        revision=args.revision,
+    )
 
 
 def _weights(args: Any) -> str:
@@ -263,7 +201,8 @@ def _weights(args: Any) -> str:
     return "" if dummy else weights_hash(args.model_path, args.revision, args.download_dir)
 
 
-def _named(runner: Any, options: KVQuantOptions) -> AllocationTable:
+def named(runner: Any, options: KVQuantOptions) -> AllocationTable:
+    """The table of --kv-quant-table for a loaded ModelRunner. Raises KVQuantError."""
     table, weights = load_named_table(options, runner.model_config.hf_config), _weights(runner.server_args)
     if weights and table.header.weights_hash not in ("", weights):
         logger.warning(
@@ -276,32 +215,41 @@ def _named(runner: Any, options: KVQuantOptions) -> AllocationTable:
     return table
 
 
-def obtain_table(runner: Any, options: KVQuantOptions) -> tuple[AllocationTable, str]:
-    """The table for a loaded ModelRunner and its origin. Raises KVQuantError, on every rank."""
-    from .capture import collect_moments
+def build(
+    runner: Any,
+    options: KVQuantOptions,
+    given: Plan,
+    moments: Moments,
+    rope: list[RopeBlocks],
+    bits: tuple[float, float],
+) -> AllocationTable:
+    """The table of some bits of keys and values."""
+    return build_table(
+        moments,
+        rope,
+        k_bits=bits[0],
+        v_bits=bits[1],
+        **effective_rule(rope, options),
+        v_head_dim=runner.model_config.v_head_dim,
+        model_id=runner.server_args.model_path,
+        **given.hashes,
+    )
 
-    config = runner.model_config
-    if options.table is not None:
-        return from_rank_zero(lambda: _named(runner, options)), "file"
-    plan = from_rank_zero(lambda: _plan(runner, options))
-    if plan.table is not None:
-        return plan.table, "cache"
-    moments, rope = collect_moments(runner, plan.sequences)
 
-    def make() -> AllocationTable:
-        table = build_table(
-            moments,
-            rope,
-            k_bits=options.k_bits,
-            v_bits=options.v_bits,
-            **effective_rule(rope, options),
-            v_head_dim=config.v_head_dim,
-            model_id=runner.server_args.model_path,
-            **plan.hashes,
+def keep(table: AllocationTable, path: Path | None, cache_dir: str) -> None:
+    """Save to the cache. A table that cannot be kept is served all the same, with a warning."""
+    if path is None:
+        return
+    try:
+        table.save(path)
+    except OSError as e:
+        logger.warning(
+            "%s: %s %s: the table cannot be kept there, so the next start calibrates again (%s); "
+            "name a folder on a disk with room that can be written to",
+            NAME,
+            flag("cache_dir"),
+            cache_dir,
+            e,
         )
-        if plan.path is not None:
-            keep(table, plan.path, options.cache_dir)
-            sweep(plan.path.parent)
-        return table
-
-    return from_rank_zero(make), "calibrated"
+    else:
+        sweep(path.parent)

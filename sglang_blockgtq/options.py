@@ -20,12 +20,18 @@ SPELLINGS = {"slot": "segment"}  # of a granularity
 BY_SEGMENTS = ("paper", "product")  # allocators that have a choice
 CHUNK_ATTENTION = ("raw", "quantized")
 #: name -> options that it stands for; those that are given beside it win. What each costs a model: make quality.
-#: Keys need a bit more than values do: K3V2 loses a third of what K2V2 does (benchmarks/results/split_smollm2.csv).
 PRESETS: dict[str, dict[str, Any]] = {
+    "auto": {"k_bits": None, "v_bits": None},
     "quality": {"k_bits": 4, "v_bits": 4},
     "balanced": {"k_bits": 3, "v_bits": 3},
     "compact": {"k_bits": 3, "v_bits": 2},
 }
+#: (K, V) bits that ``auto`` tries, by falling compression; all fill words (kernels.format.columns).
+LADDER = ((2, 2), (2.5, 2), (2.5, 2.5), (3, 2.5), (3, 3), (3.5, 3), (3.5, 3.5), (4, 4), (6, 6), (8, 8))
+#: nats a token that ``auto`` allows; docs/fidelity.md says what that means for an answer.
+TARGET_KL = 0.03
+DEFAULT_RANGE = (3.0, 8.0)
+DEFAULT_PRESET = "auto"
 DEFAULT_BITS = 3.0
 DEFAULT_ALLOCATOR = "template"
 
@@ -44,7 +50,9 @@ def default_cache_dir() -> str:
 class KVQuantOptions:
     """Parsed options. They travel inside ServerArgs, and a process that unpickles them learns that it serves with them.
 
-    k_bits, v_bits: average bits per channel, may be fractional. None with a table: the table's.
+    k_bits, v_bits: average bits per channel, may be fractional. None with a table: the table's; else they are chosen
+        from bits_range as the fewest whose measured KL is at most max_kl, or TARGET_KL.
+    max_kl: nats a token above which the server does not start.
     granularity: what ``paper`` and ``product`` give a width of its own. "segment": whole segments of 16 channels,
         at most four kinds of heads in a model, which the fast kernels read. "block": each RoPE block, as in the
         paper. None with a table: the table's.
@@ -64,6 +72,13 @@ class KVQuantOptions:
     calibration_tokens: int = 2048
     cache_dir: str = ""
     chunk_attention: str = "raw"
+    max_kl: float | None = None
+    bits_range: tuple[float, float] = DEFAULT_RANGE
+
+    @property
+    def target_kl(self) -> float:
+        """Nats a token that chosen bits may cost."""
+        return TARGET_KL if self.max_kl is None else self.max_kl
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -125,9 +140,9 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         metavar="MODE",
         help=f"'{NAME}' packs the KV cache to mixed 1-8 bit codes; 'none' (default).",
     )
-    add("preset", "NAME", f"Bits by name: {', '.join(PRESETS)} (balanced is the default).")
-    add("k_bits", "BITS", "Average bits per key channel, 1 to 8, e.g. 2.5 (default 3).")
-    add("v_bits", "BITS", "Average bits per value channel, 1 to 8 (default 3).")
+    add("preset", "NAME", f"Bits by name: {', '.join(PRESETS)} (default {DEFAULT_PRESET}: measured at start-up).")
+    add("k_bits", "BITS", "Average bits per key channel, 1 to 8, e.g. 2.5 (3 if only those of values are given).")
+    add("v_bits", "BITS", "Average bits per value channel, 1 to 8 (3 if only those of keys are given).")
     add(
         "allocator",
         "NAME",
@@ -152,6 +167,8 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         "MODE",
         "'raw' (default): a prefill chunk sees its own keys and values exactly. 'quantized': as they are stored.",
     )
+    add("max_kl", "NATS", "Do not start if the cache costs more than this KL of the answer a token, e.g. 0.05.")
+    add("bits_range", "LOW-HIGH", "What --kv-quant-preset auto may choose from (default 3-8).")
     _refuse_abbreviations(parser)
 
 
@@ -181,6 +198,28 @@ def _number(name: str, value: Any) -> float:
     if not 1 <= bits <= 8:  # also catches NaN
         raise KVQuantError(f"{flag(name)} {value}: outside the supported range; {works}")
     return bits
+
+
+def _nats(name: str, value: Any) -> float:
+    try:
+        nats = float(value)
+    except (TypeError, ValueError):
+        nats = float("nan")
+    if not 0 < nats < float("inf"):
+        raise KVQuantError(f"{flag(name)} {value}: a number above 0 is needed, in nats a token, e.g. 0.05")
+    return nats
+
+
+def _range(name: str, value: Any) -> tuple[float, float]:
+    works = "LOW-HIGH is needed, from 2 to 8, e.g. 2-4"
+    try:
+        low, high = map(float, str(value).split("-"))
+    except ValueError:
+        raise KVQuantError(f"{flag(name)} {value}: {works}") from None
+    if not any(low <= min(bits) and max(bits) <= high for bits in LADDER):
+        tried = ", ".join(f"K {k:g} V {v:g}" for k, v in LADDER)
+        raise KVQuantError(f"{flag(name)} {value}: holds none of {tried}; {works}")
+    return low, high
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
@@ -243,15 +282,31 @@ def parse(values: dict[str, Any]) -> KVQuantOptions | None:
     if mode != NAME:
         raise KVQuantError(f"--kv-quant {mode}: unknown; choose {NAME} or none")
 
-    if "preset" in given:
-        name = _choice("preset", given.pop("preset"), tuple(PRESETS))
-        if "table" in given:
-            raise KVQuantError(f"{flag('preset')} {name}: a table has its own bits; leave it or {flag('table')} out")
-        given = PRESETS[name] | given
     out: dict[str, Any] = {"cache_dir": default_cache_dir()}
+    preset = given.pop("preset", None)
+    if preset is None and not given.keys() & {"k_bits", "v_bits", "table"}:
+        preset = DEFAULT_PRESET
+    if preset is not None:
+        _choice("preset", preset, tuple(PRESETS))
+        if "table" in given:
+            raise KVQuantError(f"{flag('preset')} {preset}: a table has its own bits; leave it or {flag('table')} out")
+        out |= PRESETS[preset]
     for name in ("k_bits", "v_bits"):
         if name in given:
+            if preset == "auto":
+                raise KVQuantError(
+                    f"{flag(name)} {given[name]}: {flag('preset')} auto chooses bits; leave one of both out, or bound "
+                    f"the choice with {flag('bits_range')}"
+                )
             out[name] = _number(name, given[name])
+    if "max_kl" in given:
+        out["max_kl"] = _nats("max_kl", given["max_kl"])
+    if "bits_range" in given:
+        if preset != "auto":
+            raise KVQuantError(
+                f"{flag('bits_range')} {given['bits_range']}: has no effect without {flag('preset')} auto"
+            )
+        out["bits_range"] = _range("bits_range", given["bits_range"])
     if "allocator" in given:
         out["allocator"] = _choice("allocator", given["allocator"], ALLOCATORS)
     if "granularity" in given:

@@ -62,10 +62,15 @@ class PackedKVPool(KVCache):
         layer_id_override: int | None = None,
         dcp_kv_mask: torch.Tensor | None = None,
     ) -> None:
-        """Encode post-RoPE keys ``[T, H * D]`` and values into the rows at ``loc_info``."""
+        """Encode post-RoPE keys ``[T, H * D]`` and values into the rows at ``loc_info``.
+
+        For those who know no positions, of whom SGLang has none here: with page means it is NotImplementedError.
+        """
         if k_scale is not None or v_scale is not None or dcp_kv_mask is not None:
             raise NotImplementedError(f"{NAME}: cache scales and context-parallel masks do not apply to packed rows")
         packed = self.layer(layer.layer_id if layer_id_override is None else layer_id_override)
+        if packed.has_means:
+            raise NotImplementedError(f"{NAME}: keys less their page's mean are written by the backend, with positions")
         k = cache_k.view(-1, packed.heads, packed.head_dim)
         v = cache_v.view(-1, packed.heads, packed.v_head_dim)
         packed.encode(k, v, unwrap_write_loc(loc_info)[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +43,12 @@ def _read_config(get: Callable[[str], Any]) -> Any:
     from sglang.srt.utils.hf_transformers_utils import get_config
 
     try:
-        return get_config(get("model_path"), trust_remote_code=bool(get("trust_remote_code")), revision=get("revision"))
+        return get_config(
+            get("model_path"),
+            trust_remote_code=bool(get("trust_remote_code")),
+            revision=get("revision"),
+            model_override_args=json.loads(get("json_model_override_args") or "{}"),
+        )
     except Exception as e:
         logger.debug("%s: config of %s not readable yet: %s", NAME, get("model_path"), e)
         return None
@@ -53,7 +59,7 @@ def _check_text(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
     from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
     from .calibrate.text import TextError, read_text
-    from .obtain import calibration_sequences
+    from .obtain import calibration_text
 
     try:
         read_text(asked.calibration_text)
@@ -69,4 +75,4 @@ def _check_text(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
     except Exception as e:
         logger.debug("%s: tokenizer not readable yet: %s", NAME, e)
         return
-    calibration_sequences(tokenizer, asked, context_len=asked.calibration_tokens)
+    calibration_text(tokenizer, asked, asked.calibration_tokens, "cpu")

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .calibrate.table import AllocationTable
+from .calibrate.quality import Quality
+from .calibrate.table import AllocationTable, layers_of
+from .choose import choose
 from .kernels.format.layout import uniform_layout
-from .kernels.layer import PackedLayer, TorchLayer, TritonLayer
-from .obtain import check_ranks, is_rank_zero, obtain_table
+from .kernels.layer import PackedLayer
 from .options import BY_SEGMENTS, NAME, KVQuantError, KVQuantOptions, flag
+from .ranks import check_ranks, is_rank_zero
 
 if TYPE_CHECKING:
     from .backend.buffers import Buffers
@@ -63,6 +65,8 @@ class Runtime:
             "table_origin": self.origin,
             "table_seconds": round(self.seconds, 3),
             "calibration_tokens": header.tokens,
+            "quality": header.quality,
+            "page": header.page,
             "prefill_attention": self.buffers.prefill.name if self.buffers else "PyTorch",
             "memory": self.memory(),
         }
@@ -80,7 +84,8 @@ class Runtime:
             f"{NAME}: K {header.k_bits:g} bits, V {header.v_bits:g} bits ({header.allocator}{by}), "
             f"{self.bytes_per_token} bytes per token, {self.bf16_bytes_per_token} in bf16 "
             f"(x{self.bf16_bytes_per_token / self.bytes_per_token:.2f}), "
-            f"table {header.table_hash[:12]} ({self.origin}, {self.seconds:.1f} s)"
+            f"table {header.table_hash[:12]} ({self.origin}, {self.seconds:.1f} s), "
+            + ("not measured" if header.quality is None else Quality(**header.quality).line())
         )
 
     def slow_lines(self) -> list[str]:
@@ -120,16 +125,6 @@ def set_current(runtime: Runtime | None) -> None:
     _current = runtime
 
 
-def make_layers(
-    table: AllocationTable, heads: slice, layer_ids: tuple[int, ...], device: torch.device | str
-) -> dict[int, PackedLayer]:
-    """The layers of a rank by id, all but their rows."""
-    if torch.device(device).type != "cuda":
-        return {i: TorchLayer(table.layer_codec(i, heads)) for i in layer_ids}
-    # The whole model's templates, so that one binary of each kernel serves all layers.
-    return {i: TritonLayer(table.layer_codec(i, heads), device, table.k_templates) for i in layer_ids}
-
-
 def start(runner: Any, options: KVQuantOptions) -> Runtime:
     """Get the table, make the layers and buffers, and make all that this process's. Between weights and pool.
 
@@ -143,20 +138,22 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
     check_granularity(runner.model_config.hf_config, options)
     attention = attention_layers(runner.model)
     check_layers(attention)
-    begin = time.perf_counter()
-    table, origin = obtain_table(runner, options)
-    seconds = time.perf_counter() - begin
-    heads = local_heads(table.header.kv_heads)
+    kv_heads = runner.model_config.get_total_num_kv_heads()
+    heads = local_heads(kv_heads)
     here = [x for x in attention if runner.layer_info.start_layer <= x.layer_id < runner.layer_info.end_layer]
-    held = range(table.header.kv_heads)[heads]
+    held = range(kv_heads)[heads]
     if here[0].tp_k_head_num != len(held):
         raise KVQuantError(
             f"--kv-quant {NAME}: this rank has {here[0].tp_k_head_num} KV heads, the table gives it {len(held)}; "
             "the model spreads its heads in an unsupported way, use another --tp-size"
         )
     ids = tuple(x.layer_id for x in here)
-    layers = make_layers(table, heads, ids, runner.device)
-    buffers = None
+    begin = time.perf_counter()
+    choice = choose(
+        runner, options, lambda table: layers_of(table, heads, ids, runner.device, runner.model_config.context_len)
+    )
+    seconds = time.perf_counter() - begin
+    table, layers, buffers = choice.table, choice.layers, None
     if runner.device.split(":")[0] == "cuda":
         from .backend.buffers import Buffers
 
@@ -167,7 +164,7 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
         table=table,
         heads=heads,
         layer_ids=ids,
-        origin=origin,
+        origin=choice.origin,
         seconds=seconds,
         bf16_bytes_per_token=sum(2 * x.tp_k_head_num * (x.qk_head_dim + x.v_head_dim) for x in here),
         layers=layers,

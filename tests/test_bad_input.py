@@ -73,6 +73,34 @@ def test_bits(model, option):
         assert f"--kv-quant-{option}-bits {value}" in message and "from 1 to 8" in message
 
 
+def test_what_a_cache_may_cost(model):
+    for value in ("0", "-1", "nan", "x", "inf", ""):
+        message = refusal(model(), f"--kv-quant-max-kl={value}", kv_quant_max_kl=value)
+        assert message.startswith(f"error: --kv-quant-max-kl {value}: a number above 0 is needed, in nats a token")
+
+
+def test_ranges_of_bits(model):
+    for value in ("3", "5-4", "9-10", "", "2-4-6", "-2", "low-high", "nan-4", "2-nan"):
+        message = refusal(model(), f"--kv-quant-bits-range={value}", kv_quant_bits_range=value)
+        assert message.startswith(f"error: --kv-quant-bits-range {value}: ")
+        assert message.endswith("LOW-HIGH is needed, from 2 to 8, e.g. 2-4")
+    message = refusal(model(), "--kv-quant-bits-range", "4.5-5", kv_quant_bits_range="4.5-5")
+    assert "--kv-quant-bits-range 4.5-5: holds none of K 2 V 2, K 2.5 V 2, " in message
+    for other, given in (("k_bits", "4"), ("v_bits", "4"), ("preset", "balanced")):
+        flags = "--kv-quant-bits-range", "2-4", f"--kv-quant-{other.replace('_', '-')}", given
+        message = refusal(model(), *flags, kv_quant_bits_range="2-4", **{f"kv_quant_{other}": given})
+        assert message == "error: --kv-quant-bits-range 2-4: has no effect without --kv-quant-preset auto"
+
+
+@pytest.mark.parametrize("option", ["k_bits", "v_bits"])
+def test_bits_beside_a_preset_that_chooses_them(model, option):
+    flag = f"--kv-quant-{option.replace('_', '-')}"
+    engine = {"kv_quant_preset": "auto", f"kv_quant_{option}": 4}
+    message = refusal(model(), "--kv-quant-preset", "auto", flag, "4", **engine)
+    assert message.startswith(f"error: {flag} 4: --kv-quant-preset auto chooses bits; leave one of both out")
+    assert "--kv-quant-bits-range" in message
+
+
 CONFLICTS = [
     ("kv_cache_dtype", "fp8_e4m3", "leave it at auto"),
     ("attention_backend", "triton", "leave it out"),
@@ -221,7 +249,7 @@ def test_allocator_and_chunk_attention(model):
         assert f"--kv-quant-granularity {value}: has no effect on --kv-quant-allocator template" in message
         assert "--kv-quant-allocator paper or product" in message
     message = refusal(model(), "--kv-quant-preset", "fast", kv_quant_preset="fast")
-    assert "--kv-quant-preset fast" in message and "quality, balanced, compact" in message
+    assert "--kv-quant-preset fast" in message and "auto, quality, balanced, compact" in message
     message = refusal(model(), "--kv-quant-chunk-attention", "exact", kv_quant_chunk_attention="exact")
     assert "raw, quantized" in message
 
@@ -329,17 +357,66 @@ class TestTables:
         )
         assert "already calibrated" in message
 
-    def test_other_bits(self, model, table):
+    def test_bits_to_choose_beside_a_table(self, model, table):
+        message = self.message(model, table, "--kv-quant-preset", "auto", kv_quant_preset="auto")
+        assert "--kv-quant-preset auto: a table has its own bits; leave it or --kv-quant-table out" in message
+        message = self.message(model, table, "--kv-quant-bits-range", "2-4", kv_quant_bits_range="2-4")
+        assert "--kv-quant-bits-range 2-4: has no effect without --kv-quant-preset auto" in message
+
+    def test_an_older_version(self, model, table):
+        """Of keys without means: the reason, not a wrong cache."""
         from dataclasses import replace
 
-        from transformers import AutoConfig
+        from sglang_blockgtq.calibrate.table import AllocationTable
+
+        loaded = AllocationTable.load(table)
+        AllocationTable(replace(loaded.header, format_version=3), loaded.tensors).sealed().save(table)
+        message = self.message(model, table)
+        assert "format version 3 holds other tensors than version 4" in message and "make it again" in message
+
+    def for_this_model(self, model, table, override="{}"):
+        """The table under the hash of the model, as ``--json-model-override-args`` changes it; the server's config."""
+        from dataclasses import replace
+
+        from sglang.srt.configs.model_config import ModelConfig
 
         from sglang_blockgtq.calibrate.model import config_hash
         from sglang_blockgtq.calibrate.table import AllocationTable
 
-        loaded = AllocationTable.load(table)
-        right = config_hash(AutoConfig.from_pretrained(model()))
-        AllocationTable(replace(loaded.header, config_hash=right), loaded.tensors).sealed().save(table)
+        config, loaded = ModelConfig(model(), model_override_args=override).hf_config, AllocationTable.load(table)
+        AllocationTable(replace(loaded.header, config_hash=config_hash(config)), loaded.tensors).sealed().save(table)
+        return config
+
+    @pytest.mark.parametrize(
+        "scaling", [{"rope_type": "default", "rope_theta": 5e5}, {"rope_type": "linear", "factor": 2}]
+    )
+    def test_another_theta_or_scaling(self, model, table, scaling):
+        """Means are turned by the frequencies of the model that the table was made for: a scheduler refuses others."""
+        from sglang_blockgtq.obtain import load_named_table
+        from sglang_blockgtq.options import KVQuantError, KVQuantOptions
+
+        options = KVQuantOptions(**dict.fromkeys(("k_bits", "v_bits", "allocator", "granularity")), table=str(table))
+        override = json.dumps({"rope_parameters": {"rope_theta": 10000.0, **scaling}})
+        scaled = self.for_this_model(model, table, override)
+        assert load_named_table(options, scaled).header.layers == 2
+        plain = self.for_this_model(model, table)
+        assert load_named_table(options, plain).header.layers == 2
+        with pytest.raises(KVQuantError, match="made for another model"):
+            load_named_table(options, scaled)
+
+    def test_another_theta_is_found_out_before_a_process_starts(self, model, table):
+        override = json.dumps({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+        self.for_this_model(model, table)
+        given = {"json_model_override_args": override}
+        message = self.message(model, table, "--json-model-override-args", override, **given)
+        assert f"--kv-quant-table {table}: made for another model (other/m)" in message
+        # And one that was made for what is served is not refused for what is not: the next complaint is another.
+        self.for_this_model(model, table, override)
+        flags = "--json-model-override-args", override, "--kv-quant-k-bits", "2"
+        assert "--kv-quant-k-bits 2.0: the table" in self.message(model, table, *flags, **given, kv_quant_k_bits="2")
+
+    def test_other_bits(self, model, table):
+        self.for_this_model(model, table)
         message = self.message(model, table, "--kv-quant-k-bits", "2", kv_quant_k_bits="2")
         assert "--kv-quant-k-bits 2" in message and "3.0" in message
 

@@ -24,10 +24,16 @@ class Layer:
     def __init__(self, layer_id):
         self.id, self.saved = layer_id, []
 
-    def encode(self, k, v, loc, q=None):
-        self.saved.append((k, v, loc))
+    def encode(self, k, v, loc, positions, q=None):
+        self.saved.append((k, v, loc, positions))
+        return None if q is None else q + 1
 
-    def dense(self, slots, dtype):
+    def decode(self, q, kv_indptr, kv_indices, sm_scale, *, rotated, scratch, out):
+        self.read = kv_indptr.tolist(), kv_indices, sm_scale, rotated, scratch
+        out.fill_(self.id)
+
+    def dense(self, slots, positions, dtype):
+        assert positions.tolist() == [3, 4, 0, 1, 2, 3]
         return torch.full((2, len(slots), HEADS, DIM), 7.0, dtype=dtype).unbind()
 
 
@@ -76,6 +82,7 @@ def batch(prefix=(3, 0), new=(2, 4), output=None):
         extend_prefix_lens_cpu=list(prefix),
         extend_seq_lens_cpu=list(new),
         out_cache_loc=torch.arange(sum(new)) + 20,
+        positions=torch.cat([torch.arange(a, a + b) for a, b in zip(prefix, new, strict=True)]),
         _attn_output=output,
     )
 
@@ -94,8 +101,9 @@ def test_one_plan_for_all_layers_of_a_batch(backend):
     for layer_id in LAYERS:
         out = extend(backend, layer_id, forward_batch)
         assert out.shape == (6, HEADS * GROUP * DIM) and bool((out == layer_id).all())
-        ((k, v, loc),) = backend.pool.layer(layer_id).saved
-        assert k.shape == v.shape == (6, HEADS, DIM) and loc is forward_batch.out_cache_loc
+        ((k, v, loc, positions),) = backend.pool.layer(layer_id).saved
+        assert k.shape == v.shape == (6, HEADS, DIM)
+        assert loc is forward_batch.out_cache_loc and positions is forward_batch.positions
     workspace = backend.buffers.workspace
     assert workspace.plans == 1 and [call[0].id for call in workspace.calls] == list(LAYERS)
     plan = workspace.calls[0][1]
@@ -199,6 +207,29 @@ def test_a_graph_gathers_its_slots_itself(stepping):
     stepping.init_forward_metadata_in_graph(batch)
     assert (meta.kv_indptr.tolist(), meta.kv_indices[:4].tolist()) == ([0, 3, 4], [0, 1, 2, 12])
     assert not stepping.asked
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_a_step_writes_its_tokens_at_their_positions(stepping, save):
+    """And decodes with the queries that were rotated in the same launch."""
+    stepping.init_forward_metadata(step([4, 1], [2, 3]))
+    stepping.buffers.scratch = object()
+    batch = SimpleNamespace(out_cache_loc=torch.tensor([25, 8]), positions=torch.tensor([1, 2]))
+    layer = SimpleNamespace(layer_id=9, tp_q_head_num=HEADS * GROUP, tp_k_head_num=HEADS, tp_v_head_num=HEADS)
+    layer.qk_head_dim, layer.v_head_dim, layer.scaling = DIM, DIM, 0.5
+    q, k = torch.randn(2, HEADS * GROUP * DIM), torch.randn(2, HEADS * DIM)
+    out = TritonPackedBackend.forward_decode(stepping, q, k, 2 * k, layer, batch, save_kv_cache=save)
+    packed, meta = stepping.pool.layer(9), stepping.forward_metadata
+    indptr, indices, scale, rotated, scratch = packed.read
+    assert (indptr, scale) == ([0, 2, 5], 0.5) and indices is meta.kv_indices and scratch is stepping.buffers.scratch
+    assert out.shape == q.shape and bool((out == 9).all())
+    if not save:
+        assert packed.saved == [] and rotated is None
+        return
+    ((key, value, loc, positions),) = packed.saved
+    assert loc is batch.out_cache_loc and positions is batch.positions
+    assert torch.equal(key.flatten(1), k) and torch.equal(value.flatten(1), 2 * k)
+    assert torch.equal(rotated.flatten(1), q + 1)
 
 
 @pytest.mark.parametrize("lengths", [[5], [1, 6, 2], [3, 3, 3, 3]])

@@ -17,7 +17,7 @@ from sglang.srt.plugins import load_plugins
 
 from sglang_blockgtq import compat, plugin
 from sglang_blockgtq.conflicts import NEEDS_TABLE, REFUSALS, check_resolved
-from sglang_blockgtq.options import PRESETS, KVQuantError, KVQuantOptions
+from sglang_blockgtq.options import DEFAULT_RANGE, PRESETS, TARGET_KL, KVQuantError, KVQuantOptions
 
 ASKED = ("--kv-quant", "blockgtq")
 
@@ -113,13 +113,38 @@ def test_options_travel_to_spawned_processes():
 def test_a_preset_is_what_it_stands_for(name):
     asked = options("--kv-quant-preset", name)
     assert {key: getattr(asked, key) for key in PRESETS[name]} == PRESETS[name]
+    if name == "auto":
+        return
     bits = {key: value for key, value in PRESETS[name].items() if key != "k_bits"}
     asked = options(f"--kv-quant-preset={name}", "--kv-quant-k-bits=6")
     assert asked.k_bits == 6 and {key: getattr(asked, key) for key in bits} == bits
 
 
-def test_balanced_is_the_default():
-    assert options("--kv-quant-preset", "balanced") == options()
+def test_bits_that_are_not_given():
+    """Nothing: they are chosen by what they cost. One side: the other's default. A table: the table's."""
+    asked = options()
+    assert asked == options("--kv-quant-preset", "auto")
+    assert (asked.k_bits, asked.v_bits, asked.bits_range, asked.max_kl) == (None, None, DEFAULT_RANGE, None)
+    assert asked.target_kl == TARGET_KL
+    for given, bits in ((("--kv-quant-k-bits=4",), (4, 3)), (("--kv-quant-v-bits=2.5",), (3, 2.5))):
+        asked = options(*given)
+        assert (asked.k_bits, asked.v_bits) == bits
+    asked = options("--kv-quant-table", __file__)
+    assert (asked.k_bits, asked.v_bits, asked.allocator, asked.granularity) == (None,) * 4
+
+
+def test_what_a_cache_may_cost():
+    asked = options("--kv-quant-max-kl", "0.05")
+    assert (asked.k_bits, asked.max_kl, asked.target_kl) == (None, 0.05, 0.05)
+    assert options("--kv-quant-max-kl=1e-3", "--kv-quant-preset=balanced").max_kl == 1e-3
+    asked = options("--kv-quant-table", __file__, "--kv-quant-max-kl", "0.05")
+    assert (asked.max_kl, asked.k_bits) == (0.05, None)
+
+
+@pytest.mark.parametrize("given, found", [("2-4", (2, 4)), ("2.5-8", (2.5, 8)), ("3-3", (3, 3)), (" 2 - 4 ", (2, 4))])
+def test_a_range_of_bits(given, found):
+    assert options("--kv-quant-bits-range", given).bits_range == found
+    assert options("--kv-quant-bits-range", given, "--kv-quant-preset=auto").bits_range == found
 
 
 def test_granularity():

@@ -11,28 +11,32 @@ from sglang.srt.platforms import current_platform
 
 from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.moments import Moments
+from sglang_blockgtq.calibrate.quality import Quality
 from sglang_blockgtq.calibrate.rope import RopeBlocks
-from sglang_blockgtq.calibrate.table import AllocationTable
+from sglang_blockgtq.calibrate.table import AllocationTable, layers_of
 from sglang_blockgtq.kernels import reference
 from sglang_blockgtq.kernels.layer import TritonLayer
 from sglang_blockgtq.options import KVQuantError, KVQuantOptions
 from sglang_blockgtq.pool import PackedKVPool, packed_pool
-from sglang_blockgtq.runtime import Runtime, make_layers
+from sglang_blockgtq.runtime import Runtime
 
 LAYERS, HEADS, DIM = 8, 4, 64
 HELD = (1, 4, 6)  # of the model's layers, as a hybrid model or a pipeline stage has them
 
 
-def make_runtime(allocator="template", heads=slice(None), k_bits=3.0, granularity="segment") -> Runtime:
+def make_runtime(allocator="template", heads=slice(None), k_bits=3.0, granularity="segment", means=False) -> Runtime:
     torch.manual_seed(0)
     energy = torch.logspace(-2, 2, DIM // 2, dtype=torch.float64)
     q = energy * torch.rand(LAYERS, HEADS, DIM // 2, dtype=torch.float64)
     k = energy * torch.rand(LAYERS, HEADS, DIM // 2, dtype=torch.float64)
     moments = Moments(q, k, torch.full((LAYERS, HEADS), float(DIM), dtype=torch.float64), 2048)
+    if means:
+        moments.theta = 10_000.0 ** (-torch.arange(DIM // 2, dtype=torch.float64) / (DIM // 2)).expand(LAYERS, -1)
+        moments.mean = 0.6 * k[..., None].sqrt().expand(-1, -1, -1, 2)
     rope = [RopeBlocks(DIM, DIM)] * LAYERS
     table = build_table(moments, rope, k_bits=k_bits, v_bits=3, allocator=allocator, granularity=granularity)
     bf16 = len(HELD) * len(range(HEADS)[heads]) * 4 * DIM
-    layers = make_layers(table, heads, HELD, "cpu")
+    layers = layers_of(table, heads, HELD, "cpu", 4096)
     return Runtime(KVQuantOptions(), table, heads, HELD, "file", 0.0, bf16, layers)
 
 
@@ -135,21 +139,39 @@ def test_scales_are_refused(pool):
         pool.set_kv_buffer(SimpleNamespace(layer_id=1), torch.tensor([1]), x, x, k_scale=1.0)
 
 
+def test_keys_with_means_are_not_written_without_positions():
+    with pytest.raises(NotImplementedError, match="page's mean are written by the backend, with positions"):
+        write(make_pool(make_runtime(means=True)), 4, [1])
+
+
 @pytest.mark.parametrize(
-    "allocator, granularity",
-    [("uniform", "segment"), ("template", "segment"), ("paper", "block"), ("paper", "segment"), ("product", "segment")],
+    "allocator, granularity, means",
+    [
+        ("uniform", "segment", False),
+        ("template", "segment", False),
+        ("template", "segment", True),
+        ("paper", "block", False),
+        ("paper", "segment", False),
+        ("product", "segment", True),
+    ],
 )
-def test_tensor_parallel_ranks_hold_the_same_codes(allocator, granularity):
+def test_tensor_parallel_ranks_hold_the_same_codes(allocator, granularity, means):
     """Two ranks of two heads store what one rank of four stores, and agree on bytes per token."""
-    whole = make_pool(make_runtime(allocator, granularity=granularity))
-    runtimes = [make_runtime(allocator, slice(a, a + 2), granularity=granularity) for a in (0, 2)]
+    kind = {"allocator": allocator, "granularity": granularity, "means": means}
+    whole = make_pool(make_runtime(**kind)).layer(4)
+    runtimes = [make_runtime(heads=slice(a, a + 2), **kind) for a in (0, 2)]
     assert runtimes[0].bytes_per_token == runtimes[1].bytes_per_token
-    k, v = write(whole, 4, [1, 2])
-    loc = torch.tensor([1, 2])
-    for rank, half in enumerate(map(make_pool, runtimes)):
+    loc, positions = torch.tensor([1, 2]), torch.tensor([3, 2_000])
+    k, v = torch.randn(2, 2, HEADS, DIM, generator=torch.Generator().manual_seed(0))
+    if means:
+        k = whole.codec.mean.at(positions) + 0.1 * k
+    whole.encode(k, v, loc, positions)
+    flags = reference.scales_of(whole.codec, whole.gather(loc))[..., 0] < 0
+    assert bool(flags.all(0).all()) == means == bool(flags.any())
+    for rank, half in enumerate(make_pool(runtime).layer(4) for runtime in runtimes):
         mine = slice(2 * rank, 2 * rank + 2)
-        half.set_kv_buffer(SimpleNamespace(layer_id=4), loc, k[:, mine].flatten(1), v[:, mine].flatten(1))
-        for a, b in zip(half.layer(4).dense(loc), whole.layer(4).dense(loc), strict=True):
+        half.encode(k[:, mine], v[:, mine], loc, positions)
+        for a, b in zip(half.dense(loc, positions), whole.dense(loc, positions), strict=True):
             assert torch.equal(a, b[:, mine])
 
 
@@ -186,6 +208,19 @@ def test_the_line_and_the_summary_name_the_granularity():
     assert "(paper by blocks)" in make_runtime("paper", granularity="block").line()
     assert "(template)" in make_runtime().line()
     assert make_runtime("paper").summary()["granularity"] == "segment"
+
+
+def test_the_line_and_the_summary_say_what_the_cache_costs():
+    runtime = make_runtime(means=True)
+    assert runtime.line().endswith(", not measured")
+    assert (runtime.summary()["quality"], runtime.summary()["page"]) == (None, 512)
+    cost = Quality(0.0125, 0.02, 3, 0.05, 256)
+    runtime = replace(runtime, table=runtime.table.with_quality(cost))
+    assert runtime.summary()["quality"] == cost.to_dict()
+    assert runtime.line().endswith(
+        "KL of the answer 0.0125 nats a token over 256 held-out tokens, attention 0.0200, worst layer 3 0.0500"
+    )
+    assert make_runtime("uniform").summary()["page"] == 0
 
 
 def test_memory_is_listed_by_kind():

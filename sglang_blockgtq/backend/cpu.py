@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+    from ..kernels.layer import PackedLayer
+
 QUERY_BLOCK = 256  # queries per mask; bounds the memory of a long prefill
 
 
@@ -27,7 +29,7 @@ class TorchPackedBackend(AttentionBackend):
         self.token_to_kv_pool = self.pool = require_packed_pool(runner)
         self.req_to_token_pool = runner.req_to_token_pool
         self.quantized_chunk = current().options.chunk_attention == "quantized"
-        self.kv_indptr = self.kv_indices = self.read = None
+        self.kv_indptr = self.kv_indices = self.read = self.positions = None
 
     def support_triton(self) -> bool:
         return False
@@ -44,23 +46,28 @@ class TorchPackedBackend(AttentionBackend):
         slots = [table[r, :n] for r, n in zip(forward_batch.req_pool_indices.tolist(), lengths, strict=True)]
         self.kv_indices = torch.cat(slots).long()
         self.kv_indptr = torch.tensor([0, *lengths]).cumsum(0)
+        self.positions = torch.cat([torch.arange(n) for n in lengths])  # of the slots
         self.read = _neighbours(self.kv_indices)
+
+    def _encode(self, k, v, layer: RadixAttention, forward_batch, save_kv_cache: bool) -> PackedLayer:
+        packed = self.pool.layer(layer.layer_id)
+        if save_kv_cache:
+            k = k.view(-1, packed.heads, packed.head_dim)
+            v = v.view(-1, packed.heads, packed.v_head_dim)
+            packed.encode(k, v, forward_batch.out_cache_loc, forward_batch.positions)
+        return packed
 
     def forward_decode(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):
         refuse_extras(kwargs)
-        packed = self.pool.layer(layer.layer_id)
-        if save_kv_cache:
-            self.pool.set_kv_buffer(layer, forward_batch.out_cache_loc, k, v)
+        packed = self._encode(k, v, layer, forward_batch, save_kv_cache)
         q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         return packed.decode(q3, self.kv_indptr, self.read, layer.scaling).flatten(1)
 
     def forward_extend(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):
         refuse_extras(kwargs)
-        packed = self.pool.layer(layer.layer_id)
-        if save_kv_cache:
-            self.pool.set_kv_buffer(layer, forward_batch.out_cache_loc, k, v)
+        packed = self._encode(k, v, layer, forward_batch, save_kv_cache)
         if self.quantized_chunk:
-            k, v = packed.dense(forward_batch.out_cache_loc)
+            k, v = packed.dense(forward_batch.out_cache_loc, forward_batch.positions)
         heads = layer.tp_q_head_num
         q3 = q.reshape(-1, heads, layer.qk_head_dim).float()
         k3 = k.reshape(-1, layer.tp_k_head_num, layer.qk_head_dim).float()
@@ -71,7 +78,8 @@ class TorchPackedBackend(AttentionBackend):
             new = slice(start, start + length)
             keys, values = k3[new], v3[new]
             if indptr[b] < indptr[b + 1]:
-                prefix = packed.dense(self.kv_indices[indptr[b] : indptr[b + 1]])
+                part = slice(indptr[b], indptr[b + 1])
+                prefix = packed.dense(self.kv_indices[part], self.positions[part])
                 keys, values = torch.cat([prefix[0], keys]), torch.cat([prefix[1], values])
             self._attend(q3[new], keys, values, layer.scaling, out[new])
             start += length

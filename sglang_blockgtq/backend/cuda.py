@@ -117,7 +117,7 @@ class TritonPackedBackend(TritonAttnBackend):
         q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         rotated = None
         if save_kv_cache:
-            rotated = packed.encode(*_by_head(k, v, layer), forward_batch.out_cache_loc, q3)
+            rotated = packed.encode(*_by_head(k, v, layer), forward_batch.out_cache_loc, forward_batch.positions, q3)
         out = q3.new_empty(q3.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         kv_indptr, scratch = meta.kv_indptr[: q3.shape[0] + 1], self.buffers.scratch
         packed.decode(q3, kv_indptr, meta.kv_indices, layer.scaling, rotated=rotated, scratch=scratch, out=out)
@@ -130,9 +130,9 @@ class TritonPackedBackend(TritonAttnBackend):
             raise NotImplementedError(f"{NAME}: attention masks of speculative decoding are not supported")
         k3, v3 = _by_head(k, v, layer)
         if save_kv_cache:
-            packed.encode(k3, v3, forward_batch.out_cache_loc)
+            packed.encode(k3, v3, forward_batch.out_cache_loc, forward_batch.positions)
         if self.quantized_chunk:
-            k3, v3 = packed.dense(forward_batch.out_cache_loc, q.dtype)
+            k3, v3 = packed.dense(forward_batch.out_cache_loc, forward_batch.positions, q.dtype)
         q3 = _heads(q, layer.tp_q_head_num, layer.qk_head_dim)
         # Between the pieces of a prefill graph the result belongs where the next piece reads it.
         target = getattr(forward_batch, "_attn_output", None)

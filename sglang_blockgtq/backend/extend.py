@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -99,7 +100,7 @@ class ExtendPlan:
             max(a + b for a, b in zip(prefix_lens, new_lens, strict=True)),
             keys,
             values,
-            UnpackTask(kv_indices[:prefix], keys, values, prefix_to, new, chunk_to),
+            UnpackTask(kv_indices[:prefix], keys, values, prefix_to, _positions(cu_kv, prefix), new, chunk_to),
         )
 
 
@@ -107,6 +108,13 @@ def _places(indptr: torch.Tensor, shift: torch.Tensor, total: int) -> torch.Tens
     """``t + shift[request of t]`` for every t below ``total``, int64."""
     token = torch.arange(total, device=indptr.device)
     return token + shift.long()[torch.searchsorted(indptr[1:].long().contiguous(), token, right=True)]
+
+
+def _positions(indptr: torch.Tensor, total: int) -> torch.Tensor:
+    """Of every token of the flattened prefixes in its request, int64."""
+    if len(indptr) == 2:
+        return torch.arange(total, device=indptr.device)
+    return _places(indptr, -indptr[:-1], total)
 
 
 def _pieces(
@@ -119,7 +127,7 @@ def _pieces(
     v: torch.Tensor,
 ) -> Iterator[Piece]:
     """Cut the flattened prefix into workspaces. Requests without keys in a piece stay out at either end."""
-    size = k.shape[0]
+    size, positions = k.shape[0], _positions(cu_kv, kv[-1])
     for start in range(0, kv[-1], size):
         stop = min(start + size, kv[-1])
         first = bisect_right(kv, start) - 1
@@ -131,7 +139,7 @@ def _pieces(
         yield Piece(
             keys=keys,
             values=values,
-            task=UnpackTask(kv_indices[start:stop], keys, values),
+            task=UnpackTask(kv_indices[start:stop], keys, values, positions=positions[start:stop]),
             queries=slice(qo[first], qo[last]),
             cu_q=cu_q[first : last + 1] - qo[first],
             cu_k=(cu_kv[first : last + 1] - start).clamp(0, stop - start),
@@ -166,8 +174,8 @@ class Workspace:
         """Have every kernel compiled before the first request waits for it; slot 0 is read."""
         slot = torch.zeros(1, dtype=torch.int64, device=self.k.device)
         chunk = torch.zeros_like(self.k[:1]), torch.zeros_like(self.v[:1])
-        alone = UnpackTask(slot, self.k, self.v)
-        with_chunk = [UnpackTask(slot, self.k, self.v, dest, 1, to) for dest, to in ((None, None), (slot, slot + 1))]
+        task = partial(UnpackTask, slot, self.k, self.v, positions=slot)
+        alone, with_chunk = task(), [task(chunk=1), task(dest=slot, chunk=1, chunk_dest=slot + 1)]
         for layer in layers:
             layer.unpacker(alone)
             for task in with_chunk:

@@ -48,7 +48,8 @@ def _encode(layer: TritonLayer, num_heads: int, dtype: torch.dtype, tokens: int)
     k = torch.zeros(tokens, layer.heads, layer.head_dim, dtype=dtype, device=device)
     v = torch.zeros(tokens, layer.heads, layer.v_head_dim, dtype=dtype, device=device)
     q = torch.zeros(tokens, num_heads, layer.head_dim, dtype=dtype, device=device) if num_heads else None
-    layer.encode(k, v, torch.zeros(tokens, dtype=torch.int64, device=device), q)
+    zeros = torch.zeros(tokens, dtype=torch.int64, device=device)
+    layer.encode(k, v, zeros, zeros, q)
 
 
 def _gather(batch: int, device: torch.device) -> None:
@@ -63,7 +64,10 @@ def _decode(layer: TritonLayer, scratch: DecodeScratch, num_heads: int, dtype: t
     q = torch.zeros(batch, num_heads, layer.head_dim, dtype=dtype, device=device)
     kv_indptr = torch.arange(batch + 1, dtype=torch.int32, device=device)
     slots = torch.zeros(batch, dtype=SLOT, device=device)
-    layer.decode(q, kv_indptr, slots, 1.0, rotated=q.float() if layer.fast else None, scratch=scratch)
+    rotated = None
+    if layer.fast:
+        rotated = torch.zeros(batch, num_heads, layer.tables.query_channels, dtype=torch.float32, device=device)
+    layer.decode(q, kv_indptr, slots, 1.0, rotated=rotated, scratch=scratch)
 
 
 def run(todo: Sequence[Job], device: torch.device) -> None:

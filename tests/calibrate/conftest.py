@@ -22,16 +22,24 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def make_moments():
-    """Factory of uneven random moments ``[layers, heads, blocks]``."""
+    """Factory of uneven random moments ``[layers, heads, blocks]``.
 
-    def make(layers=2, heads=2, blocks=32, seed=0, spread=1.5, v_head_dim=None):
+    bias: share of each block's energy that its keys' mean has, None: no means are known. base: of the frequencies.
+    """
+
+    def make(layers=2, heads=2, blocks=32, seed=0, spread=1.5, v_head_dim=None, bias=None, base=1e6):
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape):
             return torch.exp(spread * torch.randn(*shape, generator=generator, dtype=torch.float64))
 
         v = (v_head_dim or 2 * blocks) * draw(layers, heads)
-        return Moments(draw(layers, heads, blocks), draw(layers, heads, blocks), v, tokens=2048)
+        moments = Moments(draw(layers, heads, blocks), draw(layers, heads, blocks), v, tokens=2048)
+        if bias is not None:
+            moments.theta = base ** (-torch.arange(blocks, dtype=torch.float64) / blocks).repeat(layers, 1)
+            angle = 6.3 * torch.rand(layers, heads, blocks, generator=generator, dtype=torch.float64)
+            moments.mean = torch.view_as_real(torch.polar((bias * moments.k).sqrt(), angle))
+        return moments
 
     return make
 

@@ -13,16 +13,27 @@ from transformers import LlamaConfig
 DIM, HEADS, KV_HEADS, HIDDEN = 32, 4, 2, 64
 
 
+def theta_of(rotary_dim: int) -> torch.Tensor:
+    return 10_000.0 ** (-torch.arange(rotary_dim // 2, dtype=torch.float64) / max(rotary_dim // 2, 1))
+
+
 def rotate(x: torch.Tensor, positions: torch.Tensor, rotary_dim: int, neox: bool) -> torch.Tensor:
     """RoPE of ``[T, heads, DIM]``, written out independently of what is tested."""
     half = rotary_dim // 2
-    angle = positions[:, None, None] * 10_000.0 ** (-torch.arange(half) / max(half, 1))
+    angle = (positions[:, None, None] * theta_of(rotary_dim)).float()
     first = torch.arange(half) if neox else 2 * torch.arange(half)
     second = first + half if neox else first + 1
     out = x.clone()
     out[..., first] = x[..., first] * angle.cos() - x[..., second] * angle.sin()
     out[..., second] = x[..., second] * angle.cos() + x[..., first] * angle.sin()
     return out
+
+
+def rotary(rotary_dim: int, neox: bool, **other) -> SimpleNamespace:
+    """What SGLang's rotary modules tell of themselves, their table of cosines and sines included."""
+    angle = torch.arange(1024)[:, None] * theta_of(rotary_dim)
+    cache = torch.cat([angle.cos(), angle.sin()], -1).float()
+    return SimpleNamespace(**{"rotary_dim": rotary_dim, "is_neox_style": neox, "cos_sin_cache": cache, **other})
 
 
 class Attention(nn.Module):
@@ -32,7 +43,7 @@ class Attention(nn.Module):
         super().__init__()
         self.true = true
         if said is not None:
-            self.rotary_emb = SimpleNamespace(rotary_dim=said[0], is_neox_style=said[1])
+            self.rotary_emb = rotary(*said)
         self.attn = RadixAttention(HEADS, DIM, DIM**-0.5, KV_HEADS, layer)
         self.qkv = nn.Linear(HIDDEN, DIM * (HEADS + 2 * KV_HEADS), bias=False)
         self.out = nn.Linear(DIM * HEADS, HIDDEN, bias=False)
@@ -49,14 +60,17 @@ class Model(nn.Module):
         torch.manual_seed(0)
         self.embed = nn.Embedding(256, HIDDEN)
         self.layers = nn.ModuleList(Attention(i, t, s) for i, (t, s) in enumerate(zip(true, said, strict=True)))
+        self.head = nn.Linear(HIDDEN, 256, bias=False)
         self.seen: list[int] = []  # tokens of each forward
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, batch) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, batch) -> SimpleNamespace:
+        """Logits of the last token of each sequence, by its lengths on the device, as SGLang has them."""
         self.seen.append(len(ids))
         x = self.embed(ids)
         for layer in self.layers:
             x = layer(x, positions, batch)
-        return x
+        last = batch.extend_seq_lens.cumsum(0) - 1
+        return SimpleNamespace(next_token_logits=self.head(x[last]))
 
 
 def runner(true: list, said: list, context: int = 1024, config: LlamaConfig | None = None, **args) -> SimpleNamespace:
@@ -76,6 +90,7 @@ def runner(true: list, said: list, context: int = 1024, config: LlamaConfig | No
             v_head_dim=DIM,
             context_len=context,
             is_multimodal=False,
+            is_generation=True,
             get_total_num_kv_heads=lambda: KV_HEADS,
         ),
     )
@@ -97,10 +112,10 @@ def install(monkeypatch, world: SimpleNamespace, tp: SimpleNamespace, pp: Simple
     """Make these SGLang's process groups; all ranks of tp hold all heads."""
     from sglang.srt.distributed import parallel_state
 
-    from sglang_blockgtq import capture
+    from sglang_blockgtq import capture, ranks
 
     parallel = SimpleNamespace(attn_tp_rank=0, attn_tp_size=1, tp_rank=tp.rank_in_group)
-    for owner in (parallel_state, capture):
+    for owner in (parallel_state, capture, ranks):
         for name, value in (("get_world_group", world), ("get_attn_tp_group", tp), ("get_pp_group", pp)):
             monkeypatch.setattr(owner, name, lambda value=value: value, raising=False)
     monkeypatch.setattr(capture, "get_parallel", lambda: parallel)

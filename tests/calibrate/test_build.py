@@ -295,7 +295,8 @@ def shifted_kl(codec, q, k, shift):
     positions = torch.arange(q.shape[0]) + shift
     inverse_frequency = 10_000.0 ** (-torch.arange(32, dtype=torch.float64) / 32)
     q, k = rotate(q, positions, inverse_frequency), rotate(k, positions, inverse_frequency)
-    return attention_kl(q, k, round_trip(codec, k.float(), torch.zeros_like(k, dtype=torch.float32))[0].double())
+    read = round_trip(codec, k.float(), torch.zeros_like(k, dtype=torch.float32), positions)[0]
+    return attention_kl(q, k, read.double())
 
 
 def test_template_is_as_good_thirty_thousand_positions_on(structured):
@@ -329,6 +330,26 @@ def test_template_is_as_good_thirty_thousand_positions_on(structured):
     klt = replace(codec, k_in=torch.stack(k_in).float(), q_in=torch.stack(q_in).float())
     print("KLT", shifted_kl(klt, q, k, 0), shifted_kl(klt, q, k, 30000))
     assert shifted_kl(klt, q, k, 30_000) > 1.25 * shifted_kl(klt, q, k, 0) > 1.25 * near
+
+
+def test_page_means_are_as_good_wherever_pages_lie(structured):
+    """Across the borders of pages, thirty thousand positions on, and better than the same widths without them."""
+    q, k = structured
+    theta = 10_000.0 ** (-torch.arange(32, dtype=torch.float64) / 32)
+    k = k + 10 * (theta * 512 <= 1).double().repeat(2)  # a bias in slow blocks, as models with QKV bias have it
+    rope, positions = ROPES["neox"], torch.arange(q.shape[0])
+    turned_q, turned_k = (rotate(x, positions, theta) for x in (q, k))
+    codecs = []
+    for known in ([theta], None):
+        sums = MomentSums(1, 2, [rope], known)
+        sums.add(0, 0, turned_q, turned_k, k)
+        codecs.append(build(sums.mean(q.shape[0]), rope).layer_codec(0))
+    means, plain = codecs
+    assert means.mean.page == 512 and plain.mean is None and means.layout.head_bytes == plain.layout.head_bytes
+    costs = [shifted_kl(means, q, k, shift) for shift in (0, 200, 30_000)]
+    print("KL", costs, shifted_kl(plain, q, k, 0))
+    assert max(costs) < 1.15 * min(costs)  # as above
+    assert max(costs) < 0.5 * min(shifted_kl(plain, q, k, shift) for shift in (0, 30_000))
 
 
 def test_template_beats_uniform_at_equal_bytes(structured):

@@ -49,6 +49,39 @@ def test_a_table_end_to_end(made, model_folder, tiny_model):
     again = build_table(hf.collect(model, sequences, rope, progress=False), rope, k_bits=2.5, v_bits=3)
     assert torch.equal(again.tensors["widths"], table.tensors["widths"])
     torch.testing.assert_close(again.tensors["k_gain"], table.tensors["k_gain"])
+    # 2.5 bits of 32 channels are in no columns, so their rows are plain; what they cost is measured all the same.
+    ids = hf.held_out(hf.AutoTokenizer.from_pretrained(model_folder), text, 2048, 1024)
+    assert h.page == 0 and len(ids) == 1024
+    assert h.quality["tokens"] == 512 and h.quality["kl"] == pytest.approx(hf.measure(model, ids, again).kl, rel=1e-3)
+
+
+def test_means_reach_the_table(model_folder, tmp_path):
+    """By the program itself, which warns of nothing."""
+    out = tmp_path / "t.safetensors"
+    command = [sys.executable, "-m", "sglang_blockgtq.calibrate", "--model-path", model_folder, "--out", out]
+    done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True)
+    assert done.returncode == 0 and "page means" not in done.stderr and "not measured" not in done.stderr
+    table = AllocationTable.load(out)
+    assert (table.header.k_bits, table.header.page) == (3.0, 512)
+    theta = 10_000.0 ** (-torch.arange(16, dtype=torch.float64) / 16)
+    torch.testing.assert_close(table.tensors["theta"], theta.expand(2, -1), rtol=1e-5, atol=1e-9)
+    assert torch.equal(table.tensors["mean"].any(-1), (theta * 512 <= 1).expand(2, 2, -1))
+    quality = table.header.quality
+    assert 0 < quality["kl"] < 1 and quality["worst_layer"] in (0, 1) and quality["tokens"] == 512
+    assert 0 < quality["attention_kl"] <= quality["worst_layer_kl"]
+
+
+def test_a_text_without_more_tokens_leaves_a_table_unmeasured(model_folder, tmp_path, caplog):
+    text, out = tmp_path / "text", tmp_path / "t.safetensors"
+    argv = f"--model-path {model_folder} --out {out} --device cpu --calibration-text {text}".split()
+    for more, measured in ((127, False), (128, True)):
+        text.write_text("x" * (2048 + more))
+        caplog.clear()
+        assert main(argv) == 0
+        assert (AllocationTable.load(out).header.quality is not None) == measured
+        assert (
+            "the calibration text has no more tokens: what the cache costs is not measured" in caplog.text
+        ) != measured
 
 
 def test_options_reach_the_table(model_folder, tmp_path, capsys):
@@ -85,7 +118,7 @@ def test_a_model_without_rope_gets_uniform_bits_and_a_notice(tiny_model, byte_to
     out = tmp_path / "t.safetensors"
     assert main(["--model-path", str(tmp_path), "--out", str(out), "--device=cpu"]) == 0
     table = AllocationTable.load(out)
-    assert table.header.allocator == "uniform"
+    assert (table.header.allocator, table.header.page) == ("uniform", 0) and table.header.quality["tokens"] == 512
     assert (table.tensors["widths"] == 3).all()
     assert "no layer of" in caplog.text and "has RoPE" in caplog.text
 

@@ -4,15 +4,19 @@ RoPE keeps the energy of a true block and mixes any other pair of channels, so t
 post-RoPE keys must equal pre-RoPE block energies under the right pairing, and differ under a wrong one.
 """
 
+import logging
 from contextlib import contextmanager
 
 import pytest
 import torch
 import transformers
 
-from sglang_blockgtq.calibrate.hf import check_rope, collect
+from sglang_blockgtq.calibrate import hf
+from sglang_blockgtq.calibrate.build import build_table
+from sglang_blockgtq.calibrate.hf import check_rope, collect, measure, model_frequencies
 from sglang_blockgtq.calibrate.model import ModelError, rope_blocks
 from sglang_blockgtq.calibrate.rope import RopeBlocks
+from sglang_blockgtq.calibrate.rope_check import probe_positions
 
 #: Model -> (rotary_dim, neox) of each layer at head_dim 32, as published for the architecture.
 ROPE = {
@@ -97,6 +101,98 @@ def test_moments_are_the_energies_before_rope(tiny_model, name):
     assert float(((moments.q[0] - wrong_q[0]) / wrong_q[0]).abs().max()) > 0.2
 
 
+def theta_by_hand(config, rotary_dim: int) -> torch.Tensor:
+    """Of the blocks of 32 channels, without scaling."""
+    base = config.rope_parameters["rope_theta"]
+    half = rotary_dim // 2
+    return torch.tensor([base ** (-i / half) for i in range(half)] + [0.0] * (16 - half), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ROPE)
+def test_frequencies_and_means_of_keys_before_rope(tiny_model, name, caplog):
+    model = tiny_model(name)
+    moments = collect(model, SEQUENCES, rope_blocks(model.config), progress=False)
+    with hooked(model) as seen, torch.no_grad():
+        for sequence in SEQUENCES:
+            model(torch.tensor([sequence]))
+    for layer, pairing in enumerate(ROPE[name]):
+        want = theta_by_hand(model.config, pairing[0])
+        torch.testing.assert_close(moments.theta[layer], want, rtol=1e-5, atol=1e-9)
+        k = torch.cat(seen[layer, "k"]).double().mean(0)[:, torch.tensor(block_pairs(*pairing))]
+        torch.testing.assert_close(moments.mean[layer], k, rtol=1e-4, atol=1e-4 * float(k.abs().max()))
+    assert "page means" not in caplog.text
+
+
+LONG = {"factor": 2.0, "original_max_position_embeddings": 256}
+SCALINGS = {
+    "linear": {"factor": 4.0},
+    "llama3": {**LONG, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": LONG,
+    "dynamic": LONG,
+    "longrope": {**LONG, "short_factor": [1.0] * 16, "long_factor": [2.0] * 16},
+}
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_frequencies_of_scaled_models(kind, caplog):
+    """What changes with the sequence's length has none, and is told."""
+    rope_parameters = {"rope_type": kind, "rope_theta": 10_000.0, **SCALINGS[kind]}
+    model = tiny("LlamaConfig", num_key_value_heads=1, head_dim=32, rope_parameters=rope_parameters)
+    rope = rope_blocks(model.config)
+    (theta,) = model_frequencies(model, rope)
+    moments = collect(model, SEQUENCES, rope, progress=False)
+    if kind in ("dynamic", "longrope"):
+        assert theta is None and moments.theta.isnan().all() and not moments.mean.any()
+        assert "keys of layers [0] do not rotate by one angle a position" in caplog.text
+    else:
+        want = model.model.rotary_emb.inv_freq.double()
+        torch.testing.assert_close(theta, want, rtol=1e-6, atol=1e-8)
+        assert torch.equal(moments.theta[0], theta) and bool(moments.mean.any()) and not caplog.records
+
+
+def test_frequencies_that_are_not_the_keys_are_not_believed(tiny_model, caplog):
+    model = tiny_model("llama_gqa3")
+    rope = rope_blocks(model.config)
+    theta = model_frequencies(model, rope)
+    found = check_rope(model, rope, [theta[0], theta[1] / 4], 5)
+    assert torch.equal(found[0], theta[0]) and found[1] is None
+    assert "keys of layers [1] do not rotate by one angle a position" in caplog.text
+
+
+def test_a_rotary_module_of_another_kind_says_no_frequencies(tiny_model, monkeypatch, caplog):
+    model = tiny_model("llama_gqa3")
+
+    with monkeypatch.context() as within, caplog.at_level(logging.WARNING):
+        within.setattr(type(model.model.rotary_emb), "forward", lambda self, positions: None)
+        assert model_frequencies(model, rope_blocks(model.config)) == [None, None]
+    assert "LlamaRotaryEmbedding says no frequencies" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["llama_gqa3", "granite_own_scaling", "gpt2_no_rope"])
+def test_what_is_measured_is_the_models_own_attention(tiny_model, monkeypatch, name):
+    """Its logits and its scale; and more bits cost less."""
+    model, exact = tiny_model(name), []
+
+    class Seen(hf.HeldOut):
+        def __init__(self, *args):
+            super().__init__(*args)
+            exact.append(self)
+
+    monkeypatch.setattr(hf, "HeldOut", Seen)
+    rope, ids = rope_blocks(model.config), SEQUENCES[1]
+    moments = collect(model, SEQUENCES, rope, progress=False)
+    uniform = "uniform" if name == "gpt2_no_rope" else "template"
+    tables = [build_table(moments, rope, k_bits=bits, v_bits=bits, allocator=uniform) for bits in (2, 8)]
+    low, high = (measure(model, ids, table) for table in tables)
+    assert low.kl > 10 * high.kl > 0 and low.attention_kl > 10 * high.attention_kl > 0
+    assert low.tokens == high.tokens == len(ids) and 0 <= low.worst_layer < 2
+    scale = 0.5 if name == "granite_own_scaling" else 32**-0.5
+    assert exact[0].scales == pytest.approx({0: scale, 1: scale})
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(exact[0].logits, logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ROPE)
 def test_a_wrong_pairing_is_refused(tiny_model, name):
     model = tiny_model(name)
@@ -111,7 +207,7 @@ def test_a_wrong_pairing_is_refused(tiny_model, name):
             rope[layer] = RopeBlocks(32, *wrong)
             if any(r.rotary_dim for r in rope):
                 with pytest.raises(ModelError, match=f"layer {layer}: block energies change with position"):
-                    check_rope(model, rope, token=5)
+                    check_rope(model, rope, [None, None], token=5)
 
 
 def test_the_probe_stays_within_a_short_context(tiny_model, monkeypatch):
@@ -119,10 +215,10 @@ def test_the_probe_stays_within_a_short_context(tiny_model, monkeypatch):
     monkeypatch.setattr(model.config, "max_position_embeddings", 100)
     seen = []
     handle = model.base_model.register_forward_pre_hook(lambda _, __, kw: seen.append(kw), with_kwargs=True)
-    check_rope(model, rope_blocks(model.config), 5)
+    check_rope(model, rope_blocks(model.config), [None, None], 5)
     handle.remove()
     (positions,) = (kw["position_ids"] for kw in seen)
-    assert positions.max() < 100 and len(positions.unique()) == 48
+    assert positions[0].tolist() == probe_positions(100) and positions.max() < 100
 
 
 def test_a_model_without_rope(tiny_model):
@@ -190,7 +286,7 @@ def test_a_window_that_only_the_module_knows_of_is_refused():
     model = tiny("MistralConfig", num_key_value_heads=1, head_dim=32, sliding_window=16)
     rope = rope_blocks(model.config)
     with pytest.raises(ModelError, match=r"MistralAttention \(layer 0\): sliding window of 16"):
-        check_rope(model, rope, 5)
+        check_rope(model, rope, [None], 5)
 
 
 def test_attention_outside_the_interface_is_refused():

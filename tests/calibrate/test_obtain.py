@@ -10,12 +10,14 @@ import pytest
 from transformers import LlamaConfig
 
 from sglang_blockgtq import obtain
-from sglang_blockgtq.calibrate import allocate, build
+from sglang_blockgtq.calibrate import allocate, build, quality
 from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.model import config_hash
 from sglang_blockgtq.calibrate.rope import RopeBlocks
-from sglang_blockgtq.calibrate.table import AllocationTable
-from sglang_blockgtq.obtain import cache_path, load_named_table, obtain_table
+from sglang_blockgtq.calibrate.table import AllocationTable, layers_of
+from sglang_blockgtq.calibrate.text import read_text
+from sglang_blockgtq.choose import choose
+from sglang_blockgtq.obtain import cache_path, calibration_text, load_named_table
 from sglang_blockgtq.options import KVQuantError, KVQuantOptions
 
 ROPE = [(32, True)] * 2
@@ -30,7 +32,7 @@ class Bytes:
 
 @pytest.fixture
 def start(loaded, make_moments, monkeypatch, tmp_path):
-    """Obtains a table on one rank for weights in a folder, of moments that are drawn, and counts how often they are."""
+    """Chooses a table on one rank for weights in a folder, of moments that are drawn, and counts how often they are."""
     loaded.install(monkeypatch, loaded.group(), loaded.group(), loaded.group())
     folder = tmp_path / "model"
     folder.mkdir()
@@ -52,7 +54,8 @@ def start(loaded, make_moments, monkeypatch, tmp_path):
     def start(args=None, **options):
         options = KVQuantOptions(**{"cache_dir": str(tmp_path / "cache"), **options})
         runner = loaded.runner(ROPE, ROPE, **{"model_path": str(folder), **(args or {})})
-        return obtain_table(runner, options)
+        choice = choose(runner, options, lambda table: layers_of(table, slice(None), (0, 1), "cpu", 1024))
+        return choice.table, choice.origin
 
     start.calls, start.folder, start.tables = calls, folder, tmp_path / "cache" / "tables"
     return start
@@ -74,7 +77,10 @@ def test_every_allocator_is_by_segments_unless_blocks_are_asked_for(start, alloc
     assert (table.header.granularity, origin) == (("block", "calibrated") if has_choice else ("segment", "cache"))
 
 
-@pytest.mark.parametrize("owner, name", [(allocate, "ALLOCATOR_VERSION"), (build, "BUILDER_VERSION")])
+@pytest.mark.parametrize(
+    "owner, name",
+    [(allocate, "ALLOCATOR_VERSION"), (build, "BUILDER_VERSION"), (quality, "QUALITY_VERSION")],
+)
 def test_the_name_of_a_cached_table_has_the_versions(owner, name, monkeypatch):
     options = KVQuantOptions(cache_dir="/c")
     before = cache_path(options, "config", "weights", "text")
@@ -90,8 +96,11 @@ def test_the_name_of_a_cached_table_has_what_it_is_made_from():
 
     other = [{"config": "x"}, {"weights": "x"}, {"text": "x"}, {"k_bits": 2.0}, {"v_bits": 2.0}]
     other += [{"allocator": "product"}, {"granularity": "block"}]
+    auto = {"k_bits": None, "v_bits": None}
+    other += [auto, {**auto, "max_kl": 0.1}, {**auto, "bits_range": (2.0, 4.0)}]
     assert len({path(), *(path(**change) for change in other)}) == 1 + len(other)
     assert path(chunk_attention="quantized") == path()
+    assert path(max_kl=0.1) == path()  # the table of fixed bits is the same
 
 
 def full_disk(*_, **__):
@@ -213,11 +222,11 @@ def test_a_named_table_must_be_what_is_asked_for(named, name):
 
 
 @pytest.mark.parametrize("theirs", ["", "same", "other"])
-def test_a_named_table_of_other_weights_is_told(start, named, loaded, monkeypatch, caplog, theirs):
+def test_a_named_table_of_other_weights_is_told(named, loaded, monkeypatch, caplog, theirs):
     monkeypatch.setattr(obtain, "weights_hash", lambda *_: "same")
     runner = loaded.runner(ROPE, ROPE, config=named.config)
-    table, origin = obtain_table(runner, named(weights_hash=theirs))
-    assert origin == "file" and start.calls["calibrated"] == 0
+    found = obtain.named(runner, named(weights_hash=theirs))
+    assert found.header.weights_hash == theirs
     assert ("made from other weight files than those of org/name" in caplog.text) == (theirs == "other")
 
 
@@ -230,6 +239,20 @@ def test_an_error_while_building_names_the_option(start, monkeypatch):
         start()
     assert str(e.value) == "--kv-quant blockgtq: ValueError: k_bits = 9: an average between 1 and 8 bits is supported"
     assert isinstance(e.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize("device, held", [("cpu", 256), ("cuda:0", 2048)])
+def test_text_to_measure_on_follows_the_text_to_calibrate_on(device, held):
+    options = KVQuantOptions(calibration_tokens=3000)
+    sequences, ids = calibration_text(Bytes(), options, 4096, device)
+    assert sum(sequences, []) + ids == list(read_text(None).encode())[: 3000 + held]
+    assert len(calibration_text(Bytes(), options, 1000, "cuda:0")[1]) == 1000  # as long as a request may be
+
+
+def test_tables_of_other_text_to_measure_on_are_kept_apart(start, monkeypatch):
+    start()
+    monkeypatch.setattr(obtain, "CPU_TOKENS", 200)
+    assert start()[1] == "calibrated" and len(list(start.tables.iterdir())) == 2
 
 
 def test_a_short_text_is_told_without_the_kind_of_error(start, tmp_path):

@@ -50,7 +50,25 @@ def test_both_ranks_end_with_the_same_error(ranks, step, says):
 
 
 def test_both_ranks_have_the_table_that_rank_zero_made_or_found(ranks):
+    """And what both of them measured of it."""
     made, cached = ({rank[step] for rank in ranks} for step in ("made", "cached"))
     (made,), (cached,) = made, cached
-    assert re.fullmatch("calibrated [0-9a-f]{64} True", made)
+    assert re.fullmatch(r'calibrated [0-9a-f]{64} True \{.*"kl": \d\S+, .*\}', made)
     assert cached == made.replace("calibrated", "cache")
+
+
+def test_moments_add_up_over_ranks(ranks):
+    for rank in ranks:
+        assert max(rank["moments"].values()) < 1e-6, rank["moments"]
+
+
+def test_costs_add_up_over_ranks(ranks):
+    want = {"kl": 0.5, "attention_kl": 2.5, "worst_layer": 1, "worst_layer_kl": 3.0, "tokens": 2}
+    assert [rank["quality"] for rank in ranks] == [want, want]
+
+
+def test_ranks_agree_on_frequencies(ranks):
+    for rank in ranks:
+        assert rank["known"] == [True, False] and rank["drift"] is True
+        first, second = rank["stage frequencies"]
+        assert first == pytest.approx(rank["true frequencies"], rel=1e-6, abs=1e-9) and second is None

@@ -12,17 +12,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sglang_blockgtq.calibrate.build import build_table
+from sglang_blockgtq.calibrate.quality import Quality
 from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.calibrate.table import FORMAT_VERSION, AllocationTable, TableError
 
 KEY = "blockgtq"
 
 
-@pytest.fixture(scope="module")
-def table(make_moments):
+@pytest.fixture(scope="module", params=["plain", "with means"])
+def table(make_moments, request):
     rope = [RopeBlocks(32, 16, neox=False)] * 2
-    names = {"model_id": "a/b", "config_hash": "c", "allocator": "product", "granularity": "block"}
-    return build_table(make_moments(blocks=16), rope, k_bits=2.5, v_bits=3, **names)
+    names = {"model_id": "a/b", "config_hash": "c"}
+    if request.param == "plain":
+        names |= {"allocator": "product", "granularity": "block"}
+        return build_table(make_moments(blocks=16), rope, k_bits=2.5, v_bits=3, **names)
+    made = build_table(make_moments(blocks=16, bias=0.5), rope, k_bits=3, v_bits=3, **names)
+    assert made.header.page == 512
+    return made.with_quality(Quality(0.0125, 0.02, 1, 0.035, 256))
 
 
 @pytest.fixture
@@ -52,6 +58,7 @@ def test_round_trip(table, saved):
     for layer in range(2):
         assert torch.equal(loaded.layer_codec(layer).k_in, table.layer_codec(layer).k_in)
         assert loaded.row_layout(layer) == table.row_layout(layer)
+        assert (loaded.layer_codec(layer).mean is None) == (table.header.page == 0)
 
 
 def test_header_is_json_in_the_safetensors_metadata(table, saved):
@@ -84,23 +91,35 @@ def test_every_flipped_bit_is_noticed(saved):
 
 def test_changed_values_under_an_intact_file_are_noticed(saved):
     header = header_of(saved)
-    rewrite(saved, {KEY: json.dumps({**header, "k_bits": 4.0})})
-    with pytest.raises(TableError, match="hash"):
-        AllocationTable.load(saved)
+    cost = {"kl": 1e-6, "attention_kl": 1e-6, "worst_layer": 0, "worst_layer_kl": 1e-6, "tokens": 256}
+    for change in ({"k_bits": 4.0}, {"page": 64}, {"quality": cost}):
+        rewrite(saved, {KEY: json.dumps({**header, **change})})
+        with pytest.raises(TableError, match="contents hash to .* it was changed or damaged"):
+            AllocationTable.load(saved)
+    rewrite(saved, {KEY: json.dumps(header)})
+    tensors = load_file(saved)
+    for name in tensors.keys() & {"mean", "mean_weight", "theta", "k_gain"}:
+        changed = tensors[name].clone()
+        changed.view(-1)[-1] += 1e-3
+        save_file({**tensors, name: changed}, saved, metadata={KEY: json.dumps(header)})
+        with pytest.raises(TableError, match="contents hash to .* it was changed or damaged"):
+            AllocationTable.load(saved)
+
+
+OLDER = f"holds other tensors than version {FORMAT_VERSION}, which this build reads; make it again with python -m"
+NEWER = f"is of a newer sglang-blockgtq, this build reads version {FORMAT_VERSION}; make it again with python -m"
 
 
 @pytest.mark.parametrize(
     "version, says",
     [
-        (
-            2,
-            "format version 2 holds other tensors than version 3, which this build reads; make it again with python -m",
-        ),
-        (4, "format version 4 is of a newer sglang-blockgtq, this build reads version 3; make it again with python -m"),
+        (2, f"format version 2 {OLDER}"),
+        (3, f"format version 3 {OLDER}"),
+        (FORMAT_VERSION + 1, f"format version {FORMAT_VERSION + 1} {NEWER}"),
         ("three", r"no format version \('three' is no whole number\); make it again"),
         (None, "no format version"),
         (True, "no format version"),
-        (3.0, "no format version"),
+        (float(FORMAT_VERSION), "no format version"),
     ],
 )
 def test_other_versions(saved, version, says):
@@ -110,12 +129,13 @@ def test_other_versions(saved, version, says):
         AllocationTable.load(saved)
 
 
-def test_a_table_of_version_2(saved):
-    """As version 2 wrote it: with codebooks, and without a granularity where it was by blocks."""
-    header = {**header_of(saved), "format_version": 2}
-    del header["granularity"]
-    save_file({**load_file(saved), "codebooks": torch.zeros(9, 256)}, saved, metadata={KEY: json.dumps(header)})
-    with pytest.raises(TableError, match="format version 2 holds other tensors"):
+def test_a_table_of_version_3(saved):
+    """As version 3 wrote it: of keys without means, and with no word of what it costs."""
+    header = {**header_of(saved), "format_version": 3}
+    del header["page"], header["quality"]
+    tensors = {name: x for name, x in load_file(saved).items() if name not in ("mean", "mean_weight", "theta")}
+    save_file(tensors, saved, metadata={KEY: json.dumps(header)})
+    with pytest.raises(TableError, match=f"format version 3 {OLDER}"):
         AllocationTable.load(saved)
 
 
@@ -125,7 +145,7 @@ def test_an_unknown_header_field(saved):
         AllocationTable.load(saved)
 
 
-@pytest.mark.parametrize("key", ["allocator", "rope", "scale_search", "layers", "granularity", "table_hash"])
+@pytest.mark.parametrize("key", ["allocator", "rope", "layers", "granularity", "table_hash", "page", "quality"])
 def test_missing_header_key(saved, key):
     header = header_of(saved)
     del header[key]

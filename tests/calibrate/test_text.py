@@ -6,9 +6,11 @@ import os
 import pytest
 
 from sglang_blockgtq.calibrate.text import (
+    HELD_OUT_LEAST,
     MIN_TOKENS,
     TextError,
     check_text_size,
+    held_out,
     read_text,
     text_hash,
     token_sequences,
@@ -130,9 +132,34 @@ def test_every_sequence_starts_as_a_prompt_does(before, after):
     assert body == [ord(c) for c in TEXT[: 5000 - 5 * len(before)]]
 
 
+@pytest.mark.parametrize("before", [[], [1], [5, 6]])
+@pytest.mark.parametrize("tokens, max_length", [(2048, 8192), (5000, 1024)])
+def test_held_out_text_is_not_calibrated_on(before, tokens, max_length):
+    """It starts as a prompt does, behind whatever the sequences hold, and goes on without a gap within."""
+    text = "".join(chr(1000 + i) for i in range(9000))  # every token once
+    tokenizer = Tokenizer(before)
+    seen = {i for s in token_sequences(tokenizer, text, tokens, max_length) for i in s[len(before) :]}
+    ids = held_out(tokenizer, text, tokens, 600)
+    assert len(ids) == 600 and ids[: len(before)] == before
+    body = ids[len(before) :]
+    assert not seen & set(body) and max(seen) < min(body)
+    assert body == list(range(1000 + tokens, 1000 + tokens + len(body)))
+
+
+@pytest.mark.parametrize("before", [[], [1, 2]])
+def test_held_out_text_that_ends_early(before):
+    def held(more: int) -> list[int]:
+        return held_out(Tokenizer(before), TEXT[: 2048 + more], 2048, 600)
+
+    least = HELD_OUT_LEAST - len(before)
+    assert len(held(least)) == HELD_OUT_LEAST and len(held(400)) == 400 + len(before) and len(held(9000)) == 600
+    assert held(least - 1) == held(0) == held(-100) == []
+
+
 def test_a_long_text_is_not_tokenized_whole():
     tokenizer = Tokenizer()
     token_sequences(tokenizer, TEXT * 1000, 2048, 2048)
+    assert held_out(tokenizer, TEXT * 1000, 2048, 2048)
     assert tokenizer.longest < 50_000
 
 

@@ -25,8 +25,8 @@ def built(moments, rule: str, **kw):
 def refused(make_moments, tmp_path):
     """Saves a changed table under a hash that is right, and returns why it is refused."""
 
-    def refused(rule="template", **changes) -> str:
-        table = built(make_moments(), rule)
+    def refused(rule="template", bias=None, **changes) -> str:
+        table = built(make_moments(bias=bias), rule)
         tensors = {name: tensor.clone() for name, tensor in table.tensors.items()}
         header = table.header
         for name, change in changes.items():
@@ -54,7 +54,9 @@ def refused(make_moments, tmp_path):
 @pytest.mark.parametrize("rule", RULES)
 def test_what_calibration_makes_is_sound(make_moments, rule):
     validate(built(make_moments(), rule))
-    validate(built(make_moments(spread=6), rule, k_bits=2))
+    for base in (1e4, 1e8):
+        validate(built(make_moments(bias=0.9, base=base), rule))
+    validate(built(make_moments(spread=6, bias=0.5), rule, k_bits=2))
     dead = make_moments()
     dead.q[0, 0], dead.k[0, 1], dead.v[1, 1] = 0, 0, 0
     validate(built(dead, rule))
@@ -141,6 +143,103 @@ def test_widths_rise_in_stored_order(refused):
         order[0, 1] = order[0, 1].flip(0)
 
     assert refused(order=change) == "layer 0, KV head 1: widths increase in stored order"
+
+
+COST = {"kl": 0.01, "attention_kl": 0.02, "worst_layer": 1, "worst_layer_kl": 0.03, "tokens": 256}
+
+
+@pytest.mark.parametrize(
+    "quality",
+    [
+        {},
+        [],
+        0.01,
+        "good",
+        *({name: value for name, value in COST.items() if name != left_out} for left_out in COST),
+        *({**COST, name: float("nan")} for name in COST),
+        {**COST, "kl": float("inf")},
+        {**COST, "kl": "0.01"},
+        {**COST, "kl": None},
+        {**COST, "tokens": True},
+        {**COST, "novel": 1.0},
+    ],
+)
+def test_costs(refused, quality):
+    assert "is not made of the numbers attention_kl, kl, tokens, worst_layer, worst_layer_kl" in refused(
+        quality=quality
+    )
+
+
+def test_costs_that_are_sound(make_moments):
+    table = built(make_moments(), "template")
+    for quality in (None, COST, {**COST, "kl": 0, "worst_layer": 0}):
+        validate(AllocationTable(replace(table.header, quality=quality), table.tensors))
+
+
+MEAN_TENSORS = ("mean", "mean_weight", "theta")
+
+
+@pytest.mark.parametrize("page", [500, 32, 63, 96, -64, 1, True, False, 512.0, "512", None, float("nan")])
+def test_pages_that_fit_no_tiles(refused, page):
+    assert refused(bias=0.5, page=page) == (f"page = {page!r} is neither 0 nor a power of two of at least 64 positions")
+
+
+def test_a_page_and_its_tensors_belong_together(refused):
+    assert refused(bias=0.5, page=0) == "it has the unknown tensor mean, mean_weight, theta"
+    assert refused(page=512) == "it has no tensor mean, mean_weight, theta"
+    for name in MEAN_TENSORS:
+        assert refused(bias=0.5, **{name: None}) == f"it has no tensor {name}"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 65_505.0, -65_536.0])
+def test_means_that_float16_does_not_hold(refused, value):
+    says = refused(bias=0.5, mean=put(value, (1, 0, 31, 1)))
+    assert says == "layer 1, KV head 0: mean is not within what float16 holds (65504)"
+
+
+def test_the_largest_mean_there_is(make_moments):
+    table = built(make_moments(bias=0.5), "template")
+    table.tensors["mean"][1, 0, 31] = 65_504.0
+    validate(table)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 1e19])
+def test_weights_of_means(refused, value):
+    says = refused(bias=0.5, mean_weight=put(value))
+    assert says == "layer 1, KV head 0: mean_weight is not within 0 to 1e+18"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.2, -3.2])
+def test_frequencies(refused, value):
+    assert (
+        refused(bias=0.5, theta=put(value, (1, 3))) == "layer 1, KV head 0: theta is not within pi radians a position"
+    )
+
+
+def test_a_mean_in_a_fast_block(refused):
+    says = "layer 1, KV head 1: a block with a mean rotates by more than a radian within a page of {} positions"
+    assert refused(bias=0.5, mean=put(1e-3, (1, 1, 3, 0))) == says.format(512)
+    # Slow within a page of 512, fast within one of 4,096.
+    assert refused(bias=0.5, page=4096).endswith("rotates by more than a radian within a page of 4096 positions")
+    assert refused(bias=0.5, theta=put(-0.5, (1, 31))).startswith("layer 1, KV head 0: a block with a mean rotates")
+
+
+def test_shapes_and_types_of_means(refused):
+    for name, wrong in (
+        ("mean", torch.zeros(2, 2, 32)),
+        ("mean", torch.zeros(2, 2, 32, 2).half()),
+        ("mean_weight", torch.zeros(2, 2, 64)),
+        ("mean_weight", torch.zeros(2, 2, 32).double()),
+        ("theta", torch.zeros(2, 2, 32).double()),
+        ("theta", torch.zeros(2, 32)),
+    ):
+        says = refused(bias=0.5, **{name: wrong})
+        assert says.startswith(f"tensor {name} is {list(wrong.shape)} {wrong.dtype}, its header asks for")
+
+
+def test_means_of_rows_that_are_not_in_columns(refused):
+    """They have no room for a flag."""
+    assert "columns" in refused(bias=0.5, v_bits=2.7)
 
 
 def swap(*at):

@@ -15,10 +15,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import loaded  # noqa: E402
 
-from sglang_blockgtq import capture, obtain  # noqa: E402
+from sglang_blockgtq import capture, obtain, ranks  # noqa: E402
 from sglang_blockgtq.calibrate.moments import Moments  # noqa: E402
+from sglang_blockgtq.calibrate.quality import Sums  # noqa: E402
 from sglang_blockgtq.calibrate.rope import RopeBlocks  # noqa: E402
-from sglang_blockgtq.calibrate.table import AllocationTable  # noqa: E402
+from sglang_blockgtq.calibrate.table import layers_of  # noqa: E402
+from sglang_blockgtq.choose import Choice, choose  # noqa: E402
 from sglang_blockgtq.options import KVQuantError, KVQuantOptions  # noqa: E402
 
 RANK, FOLDER = int(sys.argv[1]), Path(sys.argv[2])
@@ -30,9 +32,15 @@ def ends(call) -> str:
         value = call()
     except KVQuantError as e:
         return f"KVQuantError: {e}"
-    if isinstance(value, tuple) and isinstance(value[0], AllocationTable):
-        return f"{value[1]} {value[0].header.table_hash} {value[0].computed_hash() == value[0].header.table_hash}"
+    if isinstance(value, Choice):
+        header = value.table.header
+        quality = json.dumps(header.quality, sort_keys=True)
+        return f"{value.origin} {header.table_hash} {value.table.computed_hash() == header.table_hash} {quality}"
     return str(value)
+
+
+def served(runner, options):
+    return choose(runner, options, lambda table: layers_of(table, slice(None), (0, 1), "cpu", 1024))
 
 
 def only_rank_zero(value):
@@ -56,11 +64,11 @@ def main() -> None:
     out = {}
 
     loaded.install(patch, both, both, alone)
-    out["equal"] = ends(lambda: obtain.check_ranks("aaa", 8))
-    out["hash"] = ends(lambda: obtain.check_ranks("aab"[RANK:], 8))
-    out["size"] = ends(lambda: obtain.check_ranks("aaa", 8 + RANK))
+    out["equal"] = ends(lambda: ranks.check_ranks("aaa", 8))
+    out["hash"] = ends(lambda: ranks.check_ranks("aab"[RANK:], 8))
+    out["size"] = ends(lambda: ranks.check_ranks("aaa", 8 + RANK))
     loaded.install(patch, both, alone, both)
-    out["stages"] = ends(lambda: obtain.check_ranks("aaa", 8 + RANK))
+    out["stages"] = ends(lambda: ranks.check_ranks("aaa", 8 + RANK))
 
     # A wrong pairing on one rank of a pipeline's or of a tensor-parallel group's is an error on both.
     loaded.install(patch, both, both, alone)
@@ -71,6 +79,39 @@ def main() -> None:
     runner.model.layers[1].qkv.weight.data[200] = float("nan") if RANK else 0.0
     out["nan"] = ends(lambda: capture.collect_moments(runner, [[1] * 70]))
 
+    # Each rank has read another text, which adds up to both.
+    texts = [[(7 * i + 3) % 256 for i in range(70)], [(5 * i + 1) % 256 for i in range(50)]]
+    loaded.install(patch, alone, alone, alone)
+    want = capture.collect_moments(loaded.runner([RIGHT] * 2, [RIGHT] * 2), texts)[0]
+    loaded.install(patch, both, both, alone)
+    found = capture.collect_moments(loaded.runner([RIGHT] * 2, [RIGHT] * 2), [texts[RANK]])[0]
+    out["moments"] = {
+        name: float((getattr(found, name) - getattr(want, name)).abs().max() / getattr(want, name).abs().max())
+        for name in ("q", "k", "v", "mean", "theta")
+    }
+    sums = Sums(2)
+    sums.add_attention(RANK, torch.tensor([[1.0 + RANK, 3.0 + RANK]]))
+    if RANK == 1:
+        sums.add_answers(torch.tensor([0.25, 0.75]))
+    ranks.reduce(sums.flat)
+    out["quality"] = sums.quality(2).to_dict()
+
+    # Frequencies are the model's only where every rank that holds the layer knows them.
+    runner = loaded.runner([RIGHT] * 2, [RIGHT] * 2)
+    if RANK == 1:
+        runner.model.layers[1].rotary_emb.cos_sin_cache[600:] = 0
+    out["known"] = [x is not None for x in capture.model_frequencies(runner)]
+    loaded.install(patch, both, alone, both)
+    runner.model.layers = runner.model.layers[RANK : RANK + 1]  # a stage of a pipeline
+    out["stage frequencies"] = [x if x is None else x.tolist() for x in capture.model_frequencies(runner)]
+    out["true frequencies"] = loaded.theta_of(32).tolist()
+    loaded.install(patch, both, both, alone)
+    runner = loaded.runner([RIGHT] * 2, [RIGHT] * 2)
+    with patch.context() as within:
+        if RANK == 1:  # keys rotate otherwise there
+            within.setattr(loaded, "theta_of", lambda dim, right=loaded.theta_of: right(dim) / 3)
+        out["drift"] = bool(capture.collect_moments(runner, [texts[0]])[0].theta.isnan().all())
+
     # What only rank 0 does: reads, builds, keeps. Its errors are everybody's.
     runner = loaded.runner([RIGHT] * 2, [RIGHT] * 2, model_path=str(FOLDER))
     draw = torch.Generator().manual_seed(0)
@@ -80,11 +121,9 @@ def main() -> None:
     patch.setattr("sglang.srt.utils.hf_transformers_utils.get_tokenizer", lambda *_, **__: only_rank_zero(Bytes()))
     options = KVQuantOptions(cache_dir=str(FOLDER / "cache"))
     for name in ("made", "cached"):
-        out[name] = ends(lambda: obtain.obtain_table(runner, options))
-    out["no text"] = ends(
-        lambda: obtain.obtain_table(runner, KVQuantOptions(calibration_text=str(FOLDER / "none"), cache_dir="/x"))
-    )
-    out["no table"] = ends(lambda: obtain.obtain_table(runner, KVQuantOptions(table=str(FOLDER / "none"))))
+        out[name] = ends(lambda: served(runner, options))
+    out["no text"] = ends(lambda: served(runner, KVQuantOptions(calibration_text=str(FOLDER / "none"), cache_dir="/x")))
+    out["no table"] = ends(lambda: served(runner, KVQuantOptions(table=str(FOLDER / "none"))))
 
     def broken(*_, **__):
         only_rank_zero(None)
@@ -92,7 +131,7 @@ def main() -> None:
 
     patch.setattr(obtain, "build_table", broken)
     other = KVQuantOptions(cache_dir=str(FOLDER / "other"))
-    out["not built"] = ends(lambda: obtain.obtain_table(runner, other))
+    out["not built"] = ends(lambda: served(runner, other))
     print(json.dumps(out))
 
 

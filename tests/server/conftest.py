@@ -121,6 +121,10 @@ def table_cache(tmp_path_factory) -> str:
     return str(tmp_path_factory.mktemp("kv-quant-cache"))
 
 
+#: Options that say what bits a server has. Without one it would measure several before it starts.
+BITS = ("--kv-quant-preset", "--kv-quant-k-bits", "--kv-quant-v-bits", "--kv-quant-table")
+
+
 @pytest.fixture(scope="module")
 def launch(smollm2, table_cache, tmp_path_factory):
     """Start servers; all are stopped at the end of the module."""
@@ -131,6 +135,8 @@ def launch(smollm2, table_cache, tmp_path_factory):
         folder = tmp_path_factory.mktemp("server")
         port = free_port()
         flags = ["--kv-quant", "blockgtq", "--kv-quant-cache-dir", table_cache]
+        if not any(arg.startswith(BITS) for arg in args):
+            flags += ["--kv-quant-preset", "balanced"]
         extra = dict(env or {})
         if record:
             plugin = Path(__file__).parent / record

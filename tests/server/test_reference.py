@@ -14,7 +14,7 @@ from sglang_blockgtq.calibrate.table import AllocationTable
 
 pytestmark = pytest.mark.server
 
-PREFIX, LENGTH = 192, 256
+PREFIX, LENGTH = 560, 624  # beyond the first page of 512 positions
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,11 @@ def test_server_info(server):
     assert info["pool_bytes"] == 6016 * 30 * 160  # 6,000 and the padding slot, in whole blocks of 16
     assert info["max_total_num_tokens"] == 6000
     assert len(info["table_hash"]) == 64
+    assert info["page"] == 512
+    cost = info["quality"]
+    assert set(cost) == {"kl", "attention_kl", "worst_layer", "worst_layer_kl", "tokens"}
+    assert 0.001 < cost["kl"] < 0.3 and 0 < cost["attention_kl"] < cost["worst_layer_kl"]
+    assert cost["tokens"] == 256 and cost["worst_layer"] in range(30)
 
 
 def test_metrics(server):
@@ -62,12 +67,17 @@ def test_metrics(server):
     assert values["sglang:kv_quant_k_bits"] == 3
     assert values["sglang:kv_quant_info"] == 1
     assert any("kv_quant_info" in line and 'allocator="template"' in line for line in lines)
+    cost = server.info()["kv_quant"]["quality"]
+    for name in ("kl", "attention_kl", "worst_layer_kl"):
+        assert values[f"sglang:kv_quant_{name}"] == pytest.approx(cost[name])
 
 
 def test_start_up_line(server):
     lines = [line for line in server.log.read_text().splitlines() if "bytes per token" in line]
     assert len(lines) == 1
     assert "4800 bytes per token, 23040 in bf16 (x4.80)" in lines[0]
+    cost = server.info()["kv_quant"]["quality"]
+    assert f"KL of the answer {cost['kl']:.4f} nats a token over 256 held-out tokens" in lines[0]
 
 
 @sgl.function

@@ -5,9 +5,26 @@ only what a graph would run, over buffers that hold the requests of the step. Pr
 kernel.
 """
 
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 MOST = 8  # requests of a decode batch
+
+
+def _swift():
+    """The interpreter without what it does in vain, as the kernels' tests have it."""
+    from triton.runtime import interpreter
+
+    file = Path(__file__).parents[2] / "kernels" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("kernels_conftest", file)
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    interpreter._patch_lang = conftest._PatchedOnce()
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+    interpreter.GridExecutor._restore_args_dev = lambda *_: None
 
 
 def register():
@@ -21,8 +38,8 @@ def register():
     from sglang_blockgtq.kernels.decode.attention import DecodeScratch
     from sglang_blockgtq.kernels.layer import TritonLayer
 
-    def make_layers(table, heads, layer_ids, device):
-        return {i: TritonLayer(table.layer_codec(i, heads), device, table.k_templates) for i in layer_ids}
+    def layers_of(table, heads, layer_ids, device, positions):
+        return {i: TritonLayer(table.layer_codec(i, heads), device, table.k_templates, positions) for i in layer_ids}
 
     class InterpretedBackend(TritonPackedBackend):
         graph = None
@@ -65,5 +82,6 @@ def register():
             self.forward_metadata = graph.captured[size]  # what the kernels of a captured graph hold
             self.init_forward_metadata_in_graph(view)
 
-    runtime.make_layers = make_layers
+    _swift()
+    runtime.layers_of = layers_of
     backend.create = InterpretedBackend

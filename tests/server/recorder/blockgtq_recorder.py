@@ -21,6 +21,7 @@ def register():
     import torch
 
     from sglang_blockgtq.backend.cpu import TorchPackedBackend
+    from sglang_blockgtq.kernels.layer import TorchLayer
     from sglang_blockgtq.pool import PackedKVPool
 
     out = open(os.environ["BLOCKGTQ_RECORD"], "a")
@@ -30,21 +31,24 @@ def register():
         out.write(json.dumps(line) + "\n")
         out.flush()
 
-    set_kv_buffer = PackedKVPool.set_kv_buffer
+    make_pool, encode = PackedKVPool.__init__, TorchLayer.encode
+    watched: dict[int, int] = {}  # identities of the pool's layers, which encode before there is one, to their ids
 
-    def recorded_set(self, layer, loc_info, cache_k, cache_v, *args, **kwargs):
-        from sglang.srt.mem_cache.memory_pool import unwrap_write_loc
+    def recorded_pool(self, *args, layers, **kwargs):
+        make_pool(self, *args, layers=layers, **kwargs)
+        watched.update({id(self.layer(i)): i for i in LAYERS})
 
-        set_kv_buffer(self, layer, loc_info, cache_k, cache_v, *args, **kwargs)
-        if layer.layer_id not in LAYERS:
+    def recorded_encode(self, k, v, loc, positions=None, q=None):
+        encode(self, k, v, loc, positions, q)
+        layer = watched.get(id(self))
+        if layer is None:
             return
-        loc = unwrap_write_loc(loc_info)[0]
-        rows = self.layer(layer.layer_id).gather(loc)
+        rows = self.gather(loc)
         for t, slot in enumerate(loc.tolist()):
-            both = torch.cat([cache_k[t].reshape(-1), cache_v[t].reshape(-1)]).float()
+            both = torch.cat([k[t].reshape(-1), v[t].reshape(-1)]).float()
             row = _digest(rows[t])
-            written[layer.layer_id, slot] = row
-            emit(layer=layer.layer_id, key=_digest(both), row=row)
+            written[layer, slot] = row
+            emit(layer=layer, key=_digest(both), row=row)
 
     prepare = TorchPackedBackend.init_forward_metadata
 
@@ -62,5 +66,5 @@ def register():
         decode = forward_batch.forward_mode.is_decode()
         emit(read=len(slots), new=None if decode else list(forward_batch.extend_seq_lens_cpu))
 
-    PackedKVPool.set_kv_buffer = recorded_set
+    PackedKVPool.__init__, TorchLayer.encode = recorded_pool, recorded_encode
     TorchPackedBackend.init_forward_metadata = checked_prepare

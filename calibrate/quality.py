@@ -1,0 +1,144 @@
+"""What a cache costs a model: a text that calibration has not seen, read once exactly and once through packed rows.
+
+The costs are Kullback-Leibler divergences, nats: of the next token's distribution (the answer), and of each layer's
+attention to exact keys, whose worst layer tells where a cache fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+
+from ..kernels.layer import PackedLayer
+
+#: In the name of a cached table. Raise it when what is measured, or on what, changes.
+QUALITY_VERSION = 1
+TOKENS, CPU_TOKENS = 2048, 256  # held out, and how many of them a host without a GPU reads
+ANSWERS = 512  # positions whose next token is compared
+QUERIES = 48  # positions whose attention is compared
+CHUNK = 64  # positions whose distributions are held in float32 at once
+
+#: hook(layer, q [T, Hq, D], k [T, H, D], v [T, H, Dv]) -> the keys and values that attention shall see
+Hook = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """kl: of the answer, mean over ``tokens`` positions. attention_kl: mean over layers, heads and queries, without
+    what earlier layers did to them. worst_layer, worst_layer_kl: where the mean is greatest."""
+
+    kl: float
+    attention_kl: float
+    worst_layer: int
+    worst_layer_kl: float
+    tokens: int
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+    def line(self) -> str:
+        return (
+            f"KL of the answer {self.kl:.4f} nats a token over {self.tokens} held-out tokens, attention "
+            f"{self.attention_kl:.4f}, worst layer {self.worst_layer} {self.worst_layer_kl:.4f}"
+        )
+
+
+class Sums:
+    """What one cache's costs are made of, additive over ranks: ``flat`` is one float64 tensor of sums and counts."""
+
+    def __init__(self, layers: int):
+        self.flat = torch.zeros(layers + 1, 2, dtype=torch.float64)
+
+    def add_attention(self, layer: int, kl: torch.Tensor) -> None:
+        self.flat[layer, 0] += float(kl.double().sum())
+        self.flat[layer, 1] += kl.numel()
+
+    def add_answers(self, kl: torch.Tensor) -> None:
+        self.flat[-1, 0] += float(kl.double().sum())
+        self.flat[-1, 1] += len(kl)
+
+    def quality(self, tokens: int) -> Quality:
+        """tokens: positions that were compared; the count has them once for each rank."""
+        mean = self.flat[:, 0] / self.flat[:, 1].clamp(min=1)
+        attention = mean[:-1]
+        worst = int(attention.nan_to_num(nan=torch.inf).argmax())
+        return Quality(float(mean[-1]), float(attention.mean()), worst, float(attention[worst]), tokens)
+
+
+def positions_of(tokens: int, count: int) -> torch.Tensor:
+    """``count`` positions, or all, evenly over ``tokens``, the last among them."""
+    step = max(tokens // count, 1)
+    return torch.arange(tokens - 1, -1, -step).flip(0)
+
+
+def divergence(true: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(true || other) ``[N]`` of logits ``[N, V]``."""
+    out = []
+    for a, b in zip(true.split(CHUNK), other.split(CHUNK), strict=True):
+        a, b = a.float().log_softmax(-1), b.float().log_softmax(-1)
+        out.append(_divergence(a, b))
+    return torch.cat(out)
+
+
+def attention_divergence(
+    q: torch.Tensor, k: torch.Tensor, k_read: torch.Tensor, positions: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """KL ``[N, Hq]`` of causal attention to keys as they are and as they are read: q ``[N, Hq, D]`` at ``positions``,
+    k, k_read ``[T, H, D]``."""
+    group = q.shape[1] // k.shape[1]
+    future = torch.arange(len(k), device=k.device) > positions.to(k.device)[:, None]
+    logs = []
+    for keys in (k, k_read):
+        keys = keys.float().repeat_interleave(group, 1)
+        logits = torch.einsum("nhd,thd->nht", q.float(), keys) * scale
+        logs.append(logits.masked_fill(future[:, None], -torch.inf).log_softmax(-1))
+    return _divergence(*logs)
+
+
+def _divergence(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Of log-probabilities, over the last dimension; what ``a`` never gives counts nothing."""
+    return torch.where(a == -torch.inf, 0.0, a.exp() * (a - b)).sum(-1)
+
+
+class HeldOut:
+    """A held-out sequence of ``tokens`` tokens read exactly, with what is needed to compare caches with that.
+
+    run: a pass over the sequence with attention to what a :data:`Hook` returns; gives the logits ``[N, V]`` at
+    ``answers [N]``, or None on a rank that has none. scales: of each layer's logits.
+    """
+
+    def __init__(
+        self, run: Callable[[Hook, torch.Tensor], torch.Tensor | None], tokens: int, scales: Mapping[int, float]
+    ):
+        self.run, self.scales = run, scales
+        self.answers, self.queries = positions_of(tokens, ANSWERS), positions_of(tokens, QUERIES)
+        self.exact: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+        def keep(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+            self.exact[layer] = q[self.queries.to(q.device)].clone(), k.clone(), v.clone()
+            return k, v
+
+        self.logits = run(keep, self.answers)
+
+    def sums(self, packed: Mapping[int, PackedLayer], layers: int) -> Sums:
+        """Of a cache: this rank's part. packed: this rank's layers by id, bound to rows of their own here and left
+        unbound; layers: of the whole model."""
+        sums = Sums(layers)
+
+        def read(layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            mine, slots = packed[layer], torch.arange(len(k), device=k.device)
+            mine.bind(mine.new_rows(len(k), k.device))
+            mine.encode(k, v, slots, slots)
+            found = mine.dense(slots, slots, k.dtype)
+            mine.unbind()
+            return found
+
+        for layer, (q, k, v) in self.exact.items():
+            k_read, _ = read(layer, k, v)
+            sums.add_attention(layer, attention_divergence(q, k, k_read, self.queries, self.scales[layer]))
+        logits = self.run(lambda layer, q, k, v: read(layer, k, v), self.answers)
+        if logits is not None:
+            sums.add_answers(divergence(self.logits, logits))
+        return sums
