@@ -5,7 +5,8 @@
 #
 # PYTHON=python3.12  interpreter for .venv (3.11 or newer)
 # VENV=FOLDER        use this environment as it is: nothing is installed into it
-# MODEL=PATH         model folder or hub name to serve (default: SmolLM2-135M-Instruct, unpacked to the cache folder)
+# MODEL=NAME         SmolLM2-135M-Instruct (default), qwen2.5-coder-0.5b or qwen2.5-coder-1.5b, made in the cache folder;
+#                    a folder, or a hub's OWNER/MODEL
 # ARGS="--..."       more arguments for sglang.launch_server, or for pytest
 # ONCE=1             stop serving after the answer
 
@@ -29,13 +30,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: serve quality test test-benchmarks lint clean
 
 serve: $(INSTALLED)
-	@set -e; model='$(MODEL)'; \
-	if [ -z "$$model" ]; then model=$$($(BIN)/python scripts/get_model.py); fi; \
+	@set -e; model=$$($(BIN)/python scripts/get_model.py $(if $(MODEL),'$(MODEL)')); \
 	exec $(BIN)/python scripts/serve.py --model-path "$$model" $(if $(filter-out 0,$(ONCE)),--once) -- $(ARGS)
 
 quality: $(INSTALLED)
-	@set -e; model='$(MODEL)'; \
-	if [ -z "$$model" ]; then model=$$($(BIN)/python scripts/get_model.py); fi; \
+	@set -e; model=$$($(BIN)/python scripts/get_model.py $(if $(MODEL),'$(MODEL)')); \
 	PYTHONPATH='$(CURDIR)' exec $(BIN)/python -m benchmarks.fidelity card --model-path "$$model" --out quality.md $(ARGS)
 
 test: $(INSTALLED)
@@ -44,6 +43,7 @@ test: $(INSTALLED)
 
 test-benchmarks: $(INSTALLED)
 	@set -e; SMOLLM2=$$($(BIN)/python scripts/get_model.py); export SMOLLM2; \
+	$(BIN)/python scripts/get_model.py qwen2.5-coder-0.5b > /dev/null; \
 	exec $(BIN)/python -m pytest tests/benchmarks $(ARGS)
 
 lint: $(INSTALLED)

@@ -25,18 +25,25 @@ from statistics import fmean
 
 from .launch import Server, ServerError, exit_on_sigterm, missing_plugin, shown, wait_for
 
+
+def _bits(k: float, v: float) -> list[str]:
+    return [f"--kv-quant-k-bits={k:g}", f"--kv-quant-v-bits={v:g}"]
+
+
 #: name -> extra server arguments
 SETTINGS = {
-    "k8v8": ["--kv-quant-k-bits=8", "--kv-quant-v-bits=8"],
-    "k4v4": ["--kv-quant-k-bits=4", "--kv-quant-v-bits=4"],
-    "k3v3": [],
-    "k3v3_quantized_chunk": ["--kv-quant-chunk-attention=quantized"],
-    "k3v3_page16": ["--page-size=16"],
-    "k3v3_no_graph": ["--cuda-graph-backend-decode=disabled", "--cuda-graph-backend-prefill=disabled"],
-    "k3v3_uniform": ["--kv-quant-allocator=uniform"],
-    "k3v3_paper": ["--kv-quant-allocator=paper", "--kv-quant-granularity=block"],
-    "k3v3_product": ["--kv-quant-allocator=product", "--kv-quant-granularity=block"],
-    "k2v2": ["--kv-quant-k-bits=2", "--kv-quant-v-bits=2"],
+    "auto": [],
+    "k8v8": _bits(8, 8),
+    "k4v4": _bits(4, 4),
+    "k3.5v3.5": _bits(3.5, 3.5),
+    "k3v3": _bits(3, 3),
+    "k3v3_quantized_chunk": [*_bits(3, 3), "--kv-quant-chunk-attention=quantized"],
+    "k3v3_page16": [*_bits(3, 3), "--page-size=16"],
+    "k3v3_no_graph": [*_bits(3, 3), "--cuda-graph-backend-decode=disabled", "--cuda-graph-backend-prefill=disabled"],
+    "k3v3_uniform": [*_bits(3, 3), "--kv-quant-allocator=uniform"],
+    "k3v3_paper": [*_bits(3, 3), "--kv-quant-allocator=paper", "--kv-quant-granularity=block"],
+    "k3v3_product": [*_bits(3, 3), "--kv-quant-allocator=product", "--kv-quant-granularity=block"],
+    "k2v2": _bits(2, 2),
 }
 COLUMNS = ("setting", "device", "dtype", "bytes_per_token", "prefix_gap", "decode_gap", "cached_tokens", "generated")
 

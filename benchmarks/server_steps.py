@@ -50,9 +50,11 @@ METHODS = {
     "bf16-fa3": Method(16, 16, ("--attention-backend=fa3",)),
     "bf16-flashinfer": Method(16, 16, ("--attention-backend=flashinfer",)),
     "fp8-fa3": Method(8, 8, ("--attention-backend=fa3", "--kv-cache-dtype=fp8_e4m3")),
-    "blockgtq-k3v3": Method(3, 3, ("--kv-quant=blockgtq",)),
+    "blockgtq-k3v3": Method(3, 3, ("--kv-quant=blockgtq", "--kv-quant-preset=balanced")),
     "blockgtq-k2v2": Method(2, 2, ("--kv-quant=blockgtq", "--kv-quant-k-bits=2", "--kv-quant-v-bits=2")),
-    "blockgtq-uniform-k3v3": Method(3, 3, ("--kv-quant=blockgtq", "--kv-quant-allocator=uniform")),
+    "blockgtq-uniform-k3v3": Method(
+        3, 3, ("--kv-quant=blockgtq", "--kv-quant-preset=balanced", "--kv-quant-allocator=uniform")
+    ),
 }
 LENGTHS = (8192, 32768, 131072)
 CHUNK = 8192  # prefill tokens of one forward pass; SGLang's default on 80 GB

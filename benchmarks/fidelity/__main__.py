@@ -3,6 +3,7 @@
 ``python -m benchmarks.fidelity panel --help``: the paper's panel, all methods side by side.
 ``python -m benchmarks.fidelity card --help``: what each preset costs a model, on one page.
 ``python -m benchmarks.fidelity ablation --help``: what each choice is worth at equal bytes.
+``python -m benchmarks.fidelity real-models --help``: real models side by side.
 """
 
 from __future__ import annotations
@@ -16,19 +17,34 @@ import torch
 
 from sglang_blockgtq.calibrate.device import device
 
-from . import ablation, card, panel_cli, run, targets
-from .record import commit, machine, sources, text_source, write_csv
+from . import ablation, card, panel_cli, real_models, run, targets
+from .record import command_of, commit, machine, sources, text_source
+from .rows import write_csv
+
+PROGRAMS = {
+    "panel": panel_cli.main,
+    "card": card.main,
+    "ablation": ablation.main,
+    "real-models": real_models.main,
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m benchmarks.fidelity", description=__doc__)
+    p.add_argument("--model-path", required=True, help="model folder")
+    p.add_argument("--out", required=True, type=Path, help="CSV to write; a .json of the same name tells how")
+    p.add_argument("--text", type=Path, help="evaluation text; default: the report that comes with SGLang")
+    p.add_argument("--calibration-text", help="calibration text; default: that of the server")
+    p.add_argument("--queries", type=int, default=32, help="query positions per window (default 32)")
+    p.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
+    p.add_argument("--device", type=device, default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    return p
 
 
 def provenance(args: argparse.Namespace, subject: run.Subject, head: str) -> dict:
-    """What someone needs to make the same file again. Absolute paths are reduced to names."""
-    command = ["python -m benchmarks.fidelity"]
-    for option in ("model_path", "out", "text", "calibration_text"):
-        if path := getattr(args, option):
-            path = Path(path)
-            command.append(f"--{option.replace('_', '-')} {path.name if path.is_absolute() else path.as_posix()}")
+    """What someone needs to make the same file again."""
     return {
-        "command": " ".join([*command, f"--queries {args.queries}"]),
+        "command": command_of(parser(), args),
         "commit": head,
         **sources(args.model_path, args.calibration_text, subject),
         "evaluation": {
@@ -45,21 +61,9 @@ def provenance(args: argparse.Namespace, subject: run.Subject, head: str) -> dic
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["panel"]:
-        return panel_cli.main(argv[1:])
-    if argv[:1] == ["card"]:
-        return card.main(argv[1:])
-    if argv[:1] == ["ablation"]:
-        return ablation.main(argv[1:])
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity", description=__doc__)
-    parser.add_argument("--model-path", required=True, help="model folder")
-    parser.add_argument("--out", required=True, type=Path, help="CSV to write; a .json of the same name tells how")
-    parser.add_argument("--text", type=Path, help="evaluation text; default: the report that comes with SGLang")
-    parser.add_argument("--calibration-text", help="calibration text; default: that of the server")
-    parser.add_argument("--queries", type=int, default=32, help="query positions per window (default 32)")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
-    parser.add_argument("--device", type=device, default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    args = parser.parse_args(argv)
+    if argv and argv[0] in PROGRAMS:
+        return PROGRAMS[argv[0]](argv[1:])
+    args = parser().parse_args(argv)
     head = commit()  # now: the tree may change during a long run
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -8,12 +8,10 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -26,8 +24,8 @@ from . import run
 from .ablation_rows import GROUPS, Recipe, recipes
 from .coder import Cache
 from .lab import BUCKETS, Lab
-from .record import commit, machine, read_csv, sources
-from .texts import REPORT_LENGTH
+from .record import command_of, commit, machine, sources
+from .rows import Job, read_csv, run_jobs, write_csv
 
 KINDS = ("all", "report", "source")
 ATTENTION = (*BUCKETS, "all", "shift")
@@ -84,40 +82,15 @@ def plan(only: Sequence[str], seeds: int, quick: bool) -> list[tuple[Recipe, int
     return [(r, 0) for r in wanted] + [(r, seed) for r in again for seed in range(1, seeds)]
 
 
-def _append(path: Path, row: run.Row) -> None:
-    with open(path, "a", newline="") as file:
-        values = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-        csv.DictWriter(file, FIELDS, lineterminator="\n").writerow(values)
+def figures(row: run.Row) -> str:
+    """What is printed of a row as soon as it is measured."""
+    attention = row.get("attention_kl_all")
+    out = f"{row['bytes']:6.1f} B  ppl {row['ppl_all']:8.3f}  KL {row['kl_all']:.4f}"
+    return out + ("" if attention is None else f"  attention {attention:.4f}")
 
 
-def run_rows(lab: Lab, rows: Sequence[tuple[Recipe, int]], path: Path, budget: float, begun: float) -> dict:
-    """Measure and write one after another. What fails or finds the budget spent is told, and does not stop the rest."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        csv.DictWriter(file, FIELDS, lineterminator="\n").writeheader()
-    failed: dict[str, str] = {}
-    for done, (recipe, seed) in enumerate(rows):
-        elapsed = time.perf_counter() - begun
-        if elapsed > budget:
-            left = [f"{r.label}, rotation {s}" for r, s in rows[done:]]
-            print(f"{elapsed:6.1f} s  --budget {budget:g} is spent, {len(left)} rows are left out", flush=True)
-            return {"failed": failed, "left_out": left}
-        label = f"{recipe.label}, rotation {seed}"
-        try:
-            row = measure(lab, recipe, seed)
-        except Exception as e:  # a row of many: the others are still wanted
-            failed[label] = f"{type(e).__name__}: {e}"
-            traceback.print_exc()
-            if lab.device.type == "cuda":
-                torch.cuda.empty_cache()
-            continue
-        _append(path, row)
-        elapsed = time.perf_counter() - begun
-        figures = f"{row['bytes']:6.1f} B  ppl {row['ppl_all']:8.3f}  KL {row['kl_all']:.4f}"
-        attention = row.get("attention_kl_all")
-        figures += "" if attention is None else f"  attention {attention:.4f}"
-        print(f"{elapsed:6.1f} s  {done + 1}/{len(rows)}  {label:<72}{figures}  {row['seconds']:.1f} s", flush=True)
-    return {"failed": failed, "left_out": []}
+def jobs(lab: Lab, rows: Sequence[tuple[Recipe, int]]) -> list[Job]:
+    return [Job(f"{r.label}, rotation {seed}", lambda r=r, seed=seed: measure(lab, r, seed)) for r, seed in rows]
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -201,18 +174,6 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _command(args: argparse.Namespace) -> str:
-    out = [f"python -m benchmarks.fidelity ablation --model-path {Path(args.model_path).name} --out {args.out.name}"]
-    for option in ("text", "calibration_text"):
-        if path := getattr(args, option):
-            out.append(f"--{option.replace('_', '-')} {Path(path).name}")
-    for option in ("device", "seeds", "budget", "queries", "every", "limit", "threads"):
-        if (value := getattr(args, option)) != parser().get_default(option):
-            out.append(f"--{option} {value:g}" if isinstance(value, float) else f"--{option} {value}")
-    out += ["--only " + " ".join(f"'{part}'" for part in args.only)] if args.only else []
-    return " ".join([*out, *(["--quick"] if args.quick else [])])
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.table:
@@ -222,14 +183,14 @@ def main(argv: list[str] | None = None) -> int:
             args.into.write_text(insert(args.into.read_text(), tables))
         print(tables)
         return 0
-    command = _command(args) if args.model_path and args.out else ""
+    command = command_of(parser(), args)
     if args.quick:
         vars(args).update(QUICK)
     rows = plan(args.only, args.seeds, args.quick)
     if args.list:
         print("\n".join(dict.fromkeys(recipe.label for recipe, _ in rows)))
         return 0
-    if not command:
+    if not (args.model_path and args.out):
         parser().error("--model-path and --out are required, except with --table and --list")
     if not rows:
         parser().error(f"--only {' '.join(args.only)}: no row has this in its label; --list prints them")
@@ -239,21 +200,13 @@ def main(argv: list[str] | None = None) -> int:
     subject = run.load(args.model_path, args.text, args.calibration_text, args.device)
     lab = Lab(subject, args.model_path, args.text, args.calibration_text, args.queries, args.every, args.limit)
     print(f"{time.perf_counter() - begun:6.1f} s  calibrated; {len(rows)} rows", flush=True)
-    outcome = run_rows(lab, rows, args.out, args.budget, begun)
+    write_csv([], args.out, FIELDS)
+    outcome = run_jobs(jobs(lab, rows), args.out, FIELDS, figures, begun, args.budget)
     record = {
         "command": command,
         "commit": head,
         **sources(args.model_path, args.calibration_text, subject),
-        "evaluation": {
-            "texts": [text.record() for text in lab.texts],
-            "scored": sum(text.record()["scored"] for text in lab.texts),
-            "attention_tokens": len(lab.attended),
-            "attention_layers": list(lab.layers),
-            "queries": {name: len(drawn) for name, drawn in lab.positions.items()},
-            "report_sequence": REPORT_LENGTH,
-            "shift": run.SHIFT,
-            "seed": run.SEED,
-        },
+        "evaluation": lab.record(),
         **outcome,
         "seconds": round(time.perf_counter() - begun, 1),
         **machine(args.device),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,7 +14,7 @@ from . import budgets
 from .coder import Cache, Side, mixed
 from .hadamard import SEED as HADAMARD_SEED
 from .hadamard import with_hadamard
-from .lab import Lab, by_token, centred_values, in_frame, strongest_blocks, with_rule
+from .lab import Lab, by_token, centred_values, in_frame, with_rule, without_mean
 from .methods import Cast, Method
 
 GROUPS = ("reference", "baseline", "frame", "values", "best", "structure", "score", "scale", "protect", "calibration")
@@ -28,7 +28,7 @@ REPEATED = (
     *("KLT before RoPE, mean by token", "template, mean by token", "template, first 4 exact"),
     *("length kept", "unbiased", "mean by token, unbiased", "KLT, W_o", "unbiased, first 4 exact"),
 )
-BUDGET_BITS = tuple(2 + i / 4 for i in range(13))  # 2 to 5
+BUDGET_BITS = tuple(2 + i / 2 for i in range(7))  # 2 to 5, which every head dimension has in columns
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,16 @@ def _template(bits: float) -> Callable[[Lab, int], Side]:
     return lambda lab, seed: lab.keys("template", bits, seed)
 
 
+def _no_page_mean(lab: Lab, bits: float, seed: int, taken: bool = False) -> Side:
+    """Shipped keys without page means; ``taken``: allocated to what is left of keys less their mean before RoPE."""
+    return lab.keys("template", bits, seed, without_mean(lab.subject.moments, taken))
+
+
+def _mean_by_token(bits: float) -> Callable[[Lab, int], Side]:
+    """Shipped keys less the mean of all blocks, turned to each token's own position, where that is better."""
+    return _by_token(lambda lab, seed: in_frame(lab, _no_page_mean(lab, bits, seed, True), 0, True))
+
+
 def _values(bits: float) -> Callable[[Lab, int], Side]:
     return lambda lab, seed: lab.values(bits, seed)
 
@@ -80,10 +90,6 @@ def _klt(bits: float, page: int | None = 1, **options) -> Callable[[Lab, int], S
 
 def _klt_values(bits: float, **options) -> Callable[[Lab, int], Side]:
     return lambda lab, seed: lab.klt_values(bits, seed=seed, **options)
-
-
-def _strongest(keys: Callable[[Lab, int], Side], blocks: int) -> Callable[[Lab, int], Side]:
-    return lambda lab, seed: strongest_blocks(lab, keys(lab, seed), blocks)
 
 
 def _by_token(side: Callable[[Lab, int], Side]) -> Callable[[Lab, int], Side]:
@@ -113,10 +119,11 @@ def _frame() -> Iterator[Recipe]:
     """Keys in other frames at the bytes of ``template``; values as they ship.
 
     A static mean makes a large vector of a small one, as a sink's key is: so it is also tried with these kept exact.
+    ``template`` in another frame, or less a mean by token, has no page means.
     """
 
-    def framed(bits: float, page: int, centred: bool = False) -> Callable[[Lab, int], Side]:
-        return lambda lab, seed: in_frame(lab, lab.keys("template", bits, seed), page, centred)
+    def framed(bits: float, page: int) -> Callable[[Lab, int], Side]:
+        return lambda lab, seed: in_frame(lab, _no_page_mean(lab, bits, seed), page)
 
     for k, v in TIGHT:
         rows: dict[str, tuple] = {
@@ -133,14 +140,10 @@ def _frame() -> Iterator[Recipe]:
             "KLT, page of 64, less the mean, first 4 exact": (_klt(k, 64, centred=True), 4),
             "KLT before RoPE, mean by token": (_by_token(_klt(k, centred=True)),),
             "KLT, page of 16, mean by token": (_by_token(_klt(k, 16, centred=True)),),
-            "template, mean by token": (_by_token(framed(k, 0, True)),),
-            "template, mean of 8 blocks by token": (_strongest(_by_token(framed(k, 0, True)), 8),),
-            "template, mean of 16 blocks by token": (_strongest(_by_token(framed(k, 0, True)), 16),),
+            "template, mean by token": (_mean_by_token(k),),
             "template before RoPE": (framed(k, 1),),
             "template, page of 16": (framed(k, 16),),
-            "template, less the mean": (framed(k, 0, True),),
             "template, first 4 exact": (_template(k), 4),
-            "template, less the mean, first 4 exact": (framed(k, 0, True), 4),
             "KLT after RoPE, averaged over 32K": (_klt(k, None),),
             "KLT before RoPE, product-segment": (_klt(k, allocator="product"),),
             "KLT before RoPE, metric of the answer": (_klt(k, metric="answer"),),
@@ -214,13 +217,11 @@ def _best() -> Iterator[Recipe]:
         def row(name: str, keys: Callable[[Lab, int], Side], sink: int, k=k, v=v, values=values) -> Recipe:
             return Recipe("best", name, k, v, _cache(name, keys, values, sink))
 
-        less_mean = lambda lab, seed, k=k: in_frame(lab, lab.keys("template", k, seed), 0, True)  # noqa: E731
         both = _klt(k, centred=True, unbiased=True)
         yield row("template, unbiased V", _template(k), 0)
         yield row("template, Hadamard V", _template(k), 0, values=_hadamard_values(v))
         yield row("template, unbiased V, first 4 exact", _template(k), 4)
-        yield row("template less the mean, unbiased V, first 4 exact", less_mean, 4)
-        yield row("template, mean by token, K and unbiased V", _by_token(less_mean), 0, values=v_by_token)
+        yield row("template, mean by token, K and unbiased V", _mean_by_token(k), 0, values=v_by_token)
         alone = _by_token(_klt(k, centred=True))
         yield row("KLT before RoPE, mean by token, K and unbiased V", alone, 0, values=v_by_token)
         in_pages = _by_token(_klt(k, 16, centred=True))
@@ -239,9 +240,13 @@ def _product_by_4(moments: Moments, bits: float) -> torch.Tensor:
 
 
 def _structure() -> Iterator[Recipe]:
-    """What belongs to a key beside its widths: scales, balance, gains; and the rate that widths are given by."""
+    """What belongs to a key beside its widths: means, scales, balance, gains; and the rate that widths are given by."""
     changes: dict[str, tuple[str, dict]] = {
-        "template, a scale for each width": ("template", {"norms": "group"}),
+        "template, no page mean": ("template", {"means": False}),
+        "template, page mean of 64 tokens": ("template", {"page": 64}),
+        "template, page mean of 4096 tokens": ("template", {"page": 4096}),
+        # Rows that hold several scales hold no means.
+        "template, no page mean, a scale for each width": ("template", {"means": False, "norms": "group"}),
         "template, not balanced": ("template", {"balance": False}),
         "template, no static gains": ("template", {"gains": False}),
         "product": ("product", {}),
@@ -258,9 +263,7 @@ def _scored(name: str, bits: float) -> Callable[[Lab, int], Side]:
     """The shipped keys, widths by the Fisher information of each block in place of the query's energy."""
 
     def make(lab: Lab, seed: int) -> Side:
-        own = lab.subject.moments
-        moments = Moments(lab.sensitivity.k_blocks, own.k, own.v, own.tokens)
-        return lab.keys(name, bits, seed, moments)
+        return lab.keys(name, bits, seed, replace(lab.subject.moments, q=lab.sensitivity.k_blocks))
 
     return make
 

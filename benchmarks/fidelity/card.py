@@ -22,6 +22,8 @@ from .model import capture
 from .record import commit, machine, sources, text_source
 from .run import Row, Subject
 
+#: Those that name bits; ``auto`` chooses some for each model.
+FIXED = {name: bits for name, bits in PRESETS.items() if bits["k_bits"]}
 COLUMNS = (
     ("bytes", "bytes per token and head"),
     ("against_bf16", "against bf16"),
@@ -45,7 +47,7 @@ def methods(subject: Subject) -> dict[str, Method]:
         "bf16": Cast("bf16", torch.bfloat16, dim, dim),
         "fp8_e4m3": Cast("fp8_e4m3", torch.float8_e4m3fn, dim, dim),
     }
-    for name, options in PRESETS.items():
+    for name, options in FIXED.items():
         out[name] = subject.table(DEFAULT_ALLOCATOR, options["k_bits"], options["v_bits"])
     return out
 
@@ -89,7 +91,7 @@ def pass_rates(tasks: Path) -> dict[str, dict[str, float]]:
 
 def bits_of(name: str) -> str:
     """A preset's configuration as ``benchmarks.tasks`` names it, or the name itself."""
-    options = PRESETS.get(name)
+    options = FIXED.get(name)
     return f"k{options['k_bits']:g}v{options['v_bits']:g}" if options else name.removesuffix("_e4m3")
 
 
@@ -100,7 +102,7 @@ def page(model: str, lines: Sequence[dict], record: dict, rates: dict[str, dict[
     rule = "|---" + "|---:" * (len(head) - 1) + "|"
     out = [f"# What a packed KV cache costs {model}", "", f"| {' | '.join(head)} |", rule]
     for line in lines:
-        cells = [line["name"] + (f" (K{o['k_bits']:g}V{o['v_bits']:g})" if (o := PRESETS.get(line["name"])) else "")]
+        cells = [line["name"] + (f" (K{o['k_bits']:g}V{o['v_bits']:g})" if (o := FIXED.get(line["name"])) else "")]
         for key, _ in COLUMNS:
             value = line.get(key)
             cells.append("" if value is None else f"{value:.2f}x" if key == "against_bf16" else f"{value:.4g}")

@@ -16,6 +16,7 @@ from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.kernels import reference
 from sglang_blockgtq.kernels.format.codec import LayerCodec
 from sglang_blockgtq.kernels.format.layout import NORM_BYTES, CodeLayout
+from sglang_blockgtq.kernels.format.page_mean import PageMean
 
 from .model import rotate
 
@@ -27,7 +28,8 @@ class Coder:
     """Codec of the keys, or values, of one layer: H heads of D channels.
 
     layouts: one for each head. enter, leave ``[H, D, D]``: to stored channels and back, ``leave[h].T @ enter[h] = 1``.
-    weight ``[H, D]``: of the stored channels in the scale rule, None for equal weights.
+    weight ``[H, D]``: of the stored channels in the scale rule, None for equal weights. mean: of keys, which are coded
+    less their page's mean where that is better.
     """
 
     layouts: tuple[CodeLayout, ...]
@@ -36,11 +38,12 @@ class Coder:
     weight: torch.Tensor | None
     scale_rule: str
     scale_search: tuple[float, ...]
+    mean: PageMean | None = None
 
     @classmethod
     def of_keys(cls, codec: LayerCodec) -> Coder:
         rules = codec.scale_rule, codec.scale_search
-        return cls(tuple(codec.layout.k), codec.k_in, codec.q_in, codec.k_weight, *rules)
+        return cls(tuple(codec.layout.k), codec.k_in, codec.q_in, codec.k_weight, *rules, codec.mean)
 
     @classmethod
     def of_values(cls, codec: LayerCodec) -> Coder:
@@ -54,11 +57,16 @@ class Coder:
         return max(l.code_bytes for l in self.layouts) + NORM_BYTES * max(l.num_norms for l in self.layouts)
 
     def to(self, device: torch.device | str) -> Coder:
-        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
+        kinds = torch.Tensor, PageMean
+        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), kinds)}
         return replace(self, **moved)
 
-    def round_trip(self, x: torch.Tensor) -> torch.Tensor:
-        """``x [T, H, D]`` as it is read back, float32."""
+    def round_trip(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """``x [T, H, D]`` as it is read back, float32. positions ``[T]``: the tokens', which a page's mean needs."""
+        if self.mean is not None:
+            residual, flags = self.mean.residual(x, positions)
+            read = replace(self, mean=None).round_trip(residual)
+            return torch.where(flags[..., None], self.mean.at(positions) - read, read)
         y = torch.einsum("thd,hed->the", x.double(), self.enter.double()).float()
         if all(layout == self.layouts[0] for layout in self.layouts) and self.layouts[0].num_norms == 1:
             read = self._code(y, self.layouts[0], self.weight)
@@ -115,6 +123,10 @@ class Side:
     mean: torch.Tensor | None = None
     by_token: bool = False
 
+    def __post_init__(self) -> None:
+        if (self.frame or self.mean is not None) and any(coder and coder.mean for coder in self.coders):
+            raise ValueError("coders with page means of their own stay in no other frame and have no other mean")
+
     @property
     def sizes(self) -> list[int]:
         """Bytes of one vector in each layer."""
@@ -129,10 +141,10 @@ class Side:
         coder = self.coders[layer]
         if coder is None:
             return x
+        positions = torch.arange(first, first + len(x), device=x.device)
         mean = None if self.mean is None else self.mean[layer].expand_as(x)
         if self.frame is None:
-            return self._read(coder, x, mean)
-        positions = torch.arange(first, first + len(x), device=x.device)
+            return coder.round_trip(x, positions) if mean is None else self._read(coder, x, mean)
         origin = self.frame.origin(positions)
         if mean is not None:
             mean = self.frame.rotate(layer, mean, positions - origin)
@@ -180,6 +192,8 @@ class Cache:
         """Keys of a sequence that starts at position ``first``."""
         return torch.cat([k[: self.sink], self.keys.round_trip(layer, k, first)[self.sink :]])
 
-    def round_trip(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def round_trip(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, first: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         read = self.values.round_trip(layer, v)
-        return self.read_keys(layer, k), torch.cat([v[: self.sink], read[self.sink :]])
+        return self.read_keys(layer, k, first), torch.cat([v[: self.sink], read[self.sink :]])

@@ -49,7 +49,9 @@ class Kivi:
         """Low and step ``[1, H, D]`` of each group of keys ``[<= 32, H, D]``."""
         return [_bounds(group, 0, self.k_bits) for group in groups]
 
-    def round_trip(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def round_trip(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, first: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         groups = k.split(GROUP)
         bounds = self.key_bounds(layer, list(groups))
         keys = [_round(group, *bound, self.k_bits) for group, bound in zip(groups, bounds, strict=True)]

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from sglang_blockgtq.calibrate.allocate import ALLOCATORS, Allocator
-from sglang_blockgtq.calibrate.build import ROTATION_SEED, build_table
+from sglang_blockgtq.calibrate.build import PAGE, ROTATION_SEED, build_table
 from sglang_blockgtq.calibrate.hf import collect
 from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.table import AllocationTable
@@ -23,7 +23,7 @@ from . import attention, klt, perplexity, run
 from .coder import Cache, Coder, Frame, Side
 from .methods import Method
 from .model import capture, rotate
-from .texts import OTHER_SOURCE, evaluation_set, source_path
+from .texts import OTHER_SOURCE, REPORT_LENGTH, evaluation_set, source_path
 
 T = TypeVar("T")
 BUCKETS = {"0_2k": (0, 2048), "2_4k": (2048, 4096), "4k_on": (4096, 1 << 30)}  # query positions
@@ -77,6 +77,20 @@ class Lab:
         self._keys: dict[tuple[str, float, int], Side] = {}
         self._once: dict[str, object] = {}
         self._seconds: dict[tuple[str, int], klt.Seconds] = {}
+
+    def record(self) -> dict:
+        """What is measured on, for the file beside a CSV."""
+        texts = [text.record() for text in self.texts]
+        return {
+            "texts": texts,
+            "scored": sum(text["scored"] for text in texts),
+            "attention_tokens": len(self.attended),
+            "attention_layers": list(self.layers),
+            "queries": {name: len(drawn) for name, drawn in self.positions.items()},
+            "report_sequence": REPORT_LENGTH,
+            "shift": run.SHIFT,
+            "seed": run.SEED,
+        }
 
     # -- measuring ------------------------------------------------------------------------------------------------
 
@@ -192,14 +206,15 @@ class Lab:
         seed: int = 0,
         moments: Moments | None = None,
         rule: Allocator | None = None,
+        page: int = PAGE,
     ) -> AllocationTable:
-        """rule: in place of the allocator's own."""
-        options = {"k_bits": k_bits, "v_bits": v_bits, "seed": ROTATION_SEED + seed, "rule": rule}
+        """rule: in place of the allocator's own. page: positions of a page of keys' means."""
+        options = {"k_bits": k_bits, "v_bits": v_bits, "seed": ROTATION_SEED + seed, "rule": rule, "page": page}
         return build_table(moments or self.subject.moments, self.subject.rope, **options, **run.rule_named(name))
 
-    def ruled_keys(self, name: str, bits: float, seed: int, gains: bool = True, **change) -> Side:
+    def ruled_keys(self, name: str, bits: float, seed: int, gains: bool = True, page: int = PAGE, **change) -> Side:
         """Keys of an allocator, of which something is changed (see calibrate.allocate.Allocator), or without gains."""
-        table = self.table(name, bits, 2, seed, rule=replace(ALLOCATORS[name], **change))
+        table = self.table(name, bits, 2, seed, rule=replace(ALLOCATORS[name], **change), page=page)
         return self.of_table(table if gains else without_gains(table))[0]
 
     def of_table(self, table: AllocationTable) -> tuple[Side, Side]:
@@ -211,6 +226,7 @@ class Lab:
         return Side(head.k_bits, keys, head.head_dim), Side(head.v_bits, values, head.v_head_dim)
 
     def keys(self, name: str, bits: float, seed: int = 0, moments: Moments | None = None) -> Side:
+        """moments: in place of the subject's."""
         if moments is not None:
             return self.of_table(self.table(name, bits, 2, seed, moments))[0]
         if (name, bits, seed) not in self._keys:
@@ -318,16 +334,10 @@ def by_token(side: Side) -> Side:
     return replace(side, by_token=True)
 
 
-def strongest_blocks(lab: Lab, side: Side, count: int) -> Side:
-    """The same with a mean of the ``count`` RoPE blocks of a head in which it is largest: what a bias of logits by
-    position costs, costs a block."""
-    means = []
-    for mean, rope in zip(side.mean, lab.subject.rope, strict=True):
-        pairs = rope.channels().to(mean.device)
-        energy = mean[..., pairs].square().sum(-1)
-        weak = energy.argsort(-1, descending=True)[..., count:]
-        means.append(mean.scatter(-1, pairs[weak].flatten(-2), 0.0))
-    return replace(side, mean=torch.stack(means))
+def without_mean(moments: Moments, taken: bool = False) -> Moments:
+    """Of a table without page means. taken: energies less the mean before RoPE, which is taken off elsewhere."""
+    k = moments.k - moments.mean.square().sum(-1) if taken else moments.k
+    return replace(moments, k=k, mean=None)
 
 
 def centred_values(lab: Lab, side: Side) -> Side:

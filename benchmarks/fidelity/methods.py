@@ -1,7 +1,8 @@
 """What is compared: the allocators through their packed rows, and three caches people know, for scale.
 
 Every method has ``name``, ``k_bits``, ``v_bits``, ``bytes_per_token_head``, ``sizes(tokens)`` and
-``round_trip(layer, k, v)``: post-RoPE keys ``[T, H, D]`` and values ``[T, H, Dv]``, float32, as they are read back.
+``round_trip(layer, k, v, first)``: post-RoPE keys ``[T, H, D]`` and values ``[T, H, Dv]`` of the tokens at positions
+``first, first + 1, ...``, float32, as they are read back.
 Peers that are only drawn into the panel have files of their own: kivi, hadamard, window.
 """
 
@@ -16,7 +17,8 @@ from sglang_blockgtq.calibrate.table import AllocationTable
 from sglang_blockgtq.kernels import reference
 from sglang_blockgtq.kernels.format.layout import NORM_BYTES
 
-CHUNK = 1024  # tokens coded at once on a CPU; the bytes do not depend on it (reference.encode), the speed does
+#: Tokens coded at once: the bytes do not depend on it (reference.encode), speed and memory do.
+CHUNK, DEVICE_CHUNK = 1024, 8192
 
 
 class Method(Protocol):
@@ -29,7 +31,9 @@ class Method(Protocol):
         """Bytes of a key and of a value: codes and scales, mean over layers and over a sequence of ``tokens``."""
         ...
 
-    def round_trip(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def round_trip(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, first: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class Packed:
@@ -48,10 +52,13 @@ class Packed:
         key = sum(row.k_code_bytes + NORM_BYTES * row.k_norms for row in rows) / len(rows)
         return key, rows[0].v_code_bytes + NORM_BYTES
 
-    def round_trip(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        chunk = CHUNK if k.device.type == "cpu" else max(len(k), 1)
-        pairs = zip(k.split(chunk), v.split(chunk), strict=True)
-        parts = [reference.round_trip(self.codecs[layer], *pair) for pair in pairs]
+    def round_trip(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, first: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        chunk = CHUNK if k.device.type == "cpu" else DEVICE_CHUNK
+        positions = torch.arange(first, first + len(k), device=k.device)
+        tokens = zip(k.split(chunk), v.split(chunk), positions.split(chunk), strict=True)
+        parts = [reference.round_trip(self.codecs[layer], *part) for part in tokens]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
@@ -75,7 +82,9 @@ class Cast:
     def _cast(self, x: torch.Tensor) -> torch.Tensor:
         return x.clamp(-self.max, self.max).to(self.dtype).float()
 
-    def round_trip(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def round_trip(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, first: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return self._cast(k), self._cast(v)
 
 
@@ -101,5 +110,7 @@ class IntPerToken:
         step = ((x.amax(-1, keepdim=True) - low) / top).half().float().clamp(min=2.0**-24)
         return low + ((x - low) / step).round().clamp(0, top) * step
 
-    def round_trip(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def round_trip(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, first: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return self._round(k), self._round(v)

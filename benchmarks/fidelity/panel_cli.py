@@ -13,7 +13,9 @@ from sglang_blockgtq.calibrate.device import device
 
 from . import panel, pictures, report, run, widths
 from .lineup import BASELINE, METHODS, line_up
-from .record import Row, commit, machine, read_csv, sources, text_source, write_csv
+from .record import command_of, commit, machine, sources, text_source
+from .rows import read_csv, write_csv
+from .run import Row
 from .window import RECENT, SINK
 
 FINGERPRINT_BITS = (2.0, 3.0)
@@ -60,25 +62,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def provenance(args: argparse.Namespace, subject: run.Subject, head: str) -> dict:
-    """What someone needs to make the same files again. Absolute paths are reduced to names."""
-
-    def named(path: str | Path) -> str:
-        path = Path(path)
-        return path.name if path.is_absolute() else path.as_posix()
-
-    command = ["python -m benchmarks.fidelity panel", f"--model-path {named(args.model_path)} --out {named(args.out)}"]
-    for option in ("pictures", "text", "calibration_text"):
-        if path := getattr(args, option):
-            command.append(f"--{option.replace('_', '-')} {named(path)}")
-    for option in ("prefix", "against", "queries", "tokens", "every", "seeds", "threads"):
-        if (value := getattr(args, option)) != parser().get_default(option):
-            command.append(f"--{option} {value}")
-    for option in ("bits", "methods"):
-        if (values := getattr(args, option)) != parser().get_default(option):
-            command.append(f"--{option} " + " ".join(f"{v:g}" if isinstance(v, float) else v for v in values))
-    command += [f"--{option}" for option in ("window",) if getattr(args, option)]
+    """What someone needs to make the same files again."""
     return {
-        "command": " ".join(command),
+        "command": command_of(parser(), args),
         "commit": head,
         **sources(args.model_path, args.calibration_text, subject),
         "evaluation": {

@@ -1,12 +1,12 @@
-"""CSV files, and the record of where their numbers come from."""
+"""The record of where the numbers of a CSV come from."""
 
 from __future__ import annotations
 
-import csv
+import argparse
 import hashlib
 import platform
+import shlex
 import subprocess
-from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,22 +16,26 @@ import torch
 from sglang_blockgtq.calibrate.model import config_hash
 from sglang_blockgtq.calibrate.weights import weights_hash
 
-from .run import Row, Subject, default_text
+from .run import Subject, default_text
+
+PATHS = ("model_path", "out", "pictures", "text", "calibration_text")
 
 
-def write_csv(rows: Iterable[Row], path: Path, fields: Sequence[str]) -> None:
-    """One line per row, six significant digits, empty where a column does not apply."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, fields, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+def command_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
+    """The command line of all that is not a default. Absolute paths are reduced to names."""
 
+    def shown(option: str, value: object) -> str:
+        if option in PATHS:
+            path = Path(str(value))
+            value = path.name if path.is_absolute() else path.as_posix()
+        return shlex.quote(f"{value:g}" if isinstance(value, float) else str(value))
 
-def read_csv(path: Path) -> list[Row]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    words = [parser.prog]
+    for option, value in vars(args).items():
+        if value != parser.get_default(option):
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{option.replace('_', '-')}", *(shown(option, x) for x in values)]
+    return " ".join(words)
 
 
 def commit() -> str:

@@ -139,7 +139,7 @@ def layer_rows(subject: Subject, methods: Sequence[Method], got: Capture, layer:
         q, k = (rotate(x, subject.rope[layer], inv_freq(subject.model), shift) for x in (q, k))
     rows = []
     for method in methods:
-        k_hat, _ = method.round_trip(layer, k, v)
+        k_hat, _ = method.round_trip(layer, k, v, shift)
         result = attention.compare(true, q, k_hat, got.positions, scale)
         names = attention.window_names(tokens)
         windows = {name: value.view(len(names), -1).mean(-1).tolist() for name, value in result.items()}

@@ -36,9 +36,11 @@ class Window:
         token = torch.arange(tokens, device=positions.device)
         return (token < self.sink) | (token > positions[:, None] - self.recent)
 
-    def round_trip(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def round_trip(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, first: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values as the last of these tokens reads them."""
         kept = self.kept(torch.tensor([len(k) - 1], device=k.device), len(k))[0][:, None, None]
-        coded = self.method.round_trip(layer, k, v)
+        coded = self.method.round_trip(layer, k, v, first)
         k, v = (torch.where(kept, x.half().float(), y) for x, y in zip((k, v), coded, strict=True))
         return k, v

@@ -25,9 +25,10 @@ PAGE = 16  # tokens; what a shuffled index keeps together
 LARGE_PAGE = 128  # a contiguous index allows it
 SLICE = 16384  # tokens made or encoded at once
 FP8 = torch.float8_e4m3fn
+THETA = 1e6  # of RoPE
 
-#: (k, v, loc): into the rows it was made for
-Encode = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+#: (k, v, loc, positions): into the rows it was made for
+Encode = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 MakeEncoder = Callable[[Tables, torch.Tensor], Encode]  # (tables, rows), as ours.encoder
 
 
@@ -41,8 +42,12 @@ def moments(shape: Shape) -> Moments:
         energy[..., -3:] *= 20
         return energy
 
+    q, k = draw(), draw()
     v = shape.dim * torch.exp(0.5 * torch.randn(size[:2], generator=generator, dtype=torch.float64))
-    return Moments(draw(), draw(), v, tokens=4096)
+    # Keys with a mean in every block, of which slow ones keep theirs.
+    theta = THETA ** (-2 * torch.arange(shape.dim // 2, dtype=torch.float64) / shape.dim)
+    mean = torch.randn(*size, 2, generator=generator, dtype=torch.float64) * (k / 4).sqrt()[..., None]
+    return Moments(q, k, v, tokens=4096, theta=theta[None], mean=mean)
 
 
 def make_codec(shape: Shape, method: Method) -> LayerCodec:
@@ -109,7 +114,9 @@ class Pool:
         encode = encoder(tables, rows)
         for a in range(0, self.tokens, SLICE):
             b = min(a + SLICE, self.tokens)
-            encode(self.k[a:b], self.v[a:b], torch.arange(a, b, device=self.device))
+            # A row's own position, whichever request reads it: what a reader does depends on the flags alone.
+            slots = torch.arange(a, b, device=self.device)
+            encode(self.k[a:b], self.v[a:b], slots, slots)
         return rows
 
 

@@ -73,8 +73,9 @@ class Layers:
         of += (sizes.hidden, 2 * sizes.inner), (sizes.inner, sizes.hidden)
         self.weights = [[torch.randn(n, device=device, dtype=dtype) / 64 for n in of] for _ in range(LAYERS)]
         self.inputs = [torch.randn(batch, n[0], device=device, dtype=dtype) for n in of]
-        self.rotated = torch.empty(batch, shape.q_heads, shape.dim, device=device)
-        self.out = torch.empty_like(self.rotated, dtype=dtype)
+        self.rotated = torch.empty(batch, shape.q_heads, tables.query_channels, device=device)
+        self.out = torch.empty(batch, shape.q_heads, shape.dim, device=device, dtype=dtype)
+        self.positions = torch.full_like(self.loc, context - 1)
 
     def layer(self, i: int, part: str) -> None:
         project, *rest = [lambda j=j: self.inputs[j] @ self.weights[i][j] for j in range(4)]
@@ -85,7 +86,7 @@ class Layers:
         )
         q = q * 0.5  # in the place of RoPE: a kernel between the product and encode
         if part != "weights":
-            self.encoders[i](k, v, self.loc, q, self.rotated)
+            self.encoders[i](k, v, self.loc, self.positions, q, self.rotated)
         if part == "attention":
             decode_attention(
                 self.tables, q, self.rows[i], self.kv_indptr, self.kv_indices, self.sm_scale,

@@ -17,16 +17,18 @@ from sglang_blockgtq.kernels.device.tables import ColumnTables, Tables
 from sglang_blockgtq.kernels.encode.encoder import Encoder
 from sglang_blockgtq.kernels.format.codec import LayerCodec
 
+CONTEXT = 1 << 20  # positions that page means are turned to
 INDEX_DTYPE = torch.int32  # of kv_indices, as the backend gathers them
 
 
 def tables_of(codec: LayerCodec, device: torch.device | str) -> Tables:
-    kind = ColumnTables if codec.layout.in_columns else AnyTables
-    return kind.of(codec, device)
+    if codec.layout.in_columns:
+        return ColumnTables.of(codec, device, positions=CONTEXT)
+    return AnyTables.of(codec, device)
 
 
 def encoder(tables: Tables, rows: torch.Tensor) -> Encoder | AnyEncoder:
-    """Called with k, v ``[T, H, D]`` and loc ``[T]``, it encodes into ``rows [slots, row_bytes]``."""
+    """Called with k, v ``[T, H, D]``, loc and positions ``[T]``, it encodes into ``rows [slots, row_bytes]``."""
     return Encoder(tables, rows) if isinstance(tables, ColumnTables) else AnyEncoder(tables, rows)
 
 

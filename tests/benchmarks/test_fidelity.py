@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from benchmarks.fidelity import attention, model, perplexity, run, targets
 from benchmarks.fidelity.methods import Cast, IntPerToken
-from benchmarks.fidelity.record import read_csv
+from benchmarks.fidelity.rows import read_csv
 from sglang_blockgtq.calibrate.rope import RopeBlocks
 
 LIVE_LAYERS = (0, 13, 29)

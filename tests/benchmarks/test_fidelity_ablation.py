@@ -5,34 +5,26 @@ import json
 import re
 from copy import copy
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
+from characters import Characters, make_lab
 from elsewhere import DEVICE, Elsewhere, is_away, send, send_module
 
 from benchmarks.fidelity import __main__ as program
-from benchmarks.fidelity import ablation, ablation_rows, budgets, klt, run
+from benchmarks.fidelity import ablation, ablation_rows, budgets, klt, methods, run
 from benchmarks.fidelity import lab as lab_module
 from benchmarks.fidelity.ablation_rows import Recipe, recipes
-from benchmarks.fidelity.coder import Cache, Frame, Side
+from benchmarks.fidelity.coder import Cache, Frame, Side, mixed
 from benchmarks.fidelity.lab import Lab
 from benchmarks.fidelity.methods import Packed
 from benchmarks.fidelity.model import rotate
+from sglang_blockgtq.calibrate.build import PAGE
 from sglang_blockgtq.calibrate.hf import collect
 from sglang_blockgtq.calibrate.rope import RopeBlocks
 
 DIM = 64
-
-
-class Characters:
-    """A tokenizer of 97 tokens."""
-
-    @classmethod
-    def from_pretrained(cls, path):
-        return cls()
-
-    def encode(self, text, add_special_tokens=True):
-        return [ord(c) % 97 for c in text]
 
 
 def possible() -> list[Recipe]:
@@ -51,27 +43,51 @@ def make_subject(tiny) -> run.Subject:
     return run.Subject(tiny, rope, collect(tiny, [text], rope, progress=False), ids, "", [text])
 
 
-def make_lab(subject) -> Lab:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lab_module, "AutoTokenizer", Characters)
-        return Lab(subject, "tiny", queries=4, limit=64)
-
-
 @pytest.fixture(scope="module")
 def lab(tiny_llama) -> Lab:
     return make_lab(make_subject(tiny_llama(DIM)))
 
 
-def test_shipped_sides_are_the_packed_rows(lab):
-    """One coder or many layouts, one norm or several: what the bytes that serve give back, and their number."""
+def test_shipped_sides_are_the_packed_rows(lab, monkeypatch):
+    """One coder or many layouts, one norm or several, with page means or without: what the bytes that serve give back
+    at any position, and their number."""
+    monkeypatch.setattr(methods, "CHUNK", 16)
     k, v = draw(40, 2, DIM), draw(40, 2, DIM, seed=1)
     for name in ("template", "paper", "product-segment", "uniform"):
         table = lab.table(name, 3, 2)
         packed, cache = Packed(table), Cache("", *lab.of_table(table))
-        for layer in (0, 1):
-            for mine, theirs in zip(cache.round_trip(layer, k, v), packed.round_trip(layer, k, v), strict=True):
+        assert (packed.codecs[0].mean is not None) == (name in ("template", "product-segment"))
+        read = []
+        for layer, first in ((0, 0), (1, 0), (1, PAGE - 20)):
+            read.append(cache.round_trip(layer, k, v, first))
+            for mine, theirs in zip(read[-1], packed.round_trip(layer, k, v, first), strict=True):
                 torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+        assert torch.equal(read[1][0][:20], read[2][0][:20])  # of the first page both times
+        assert torch.equal(read[1][0][20:], read[2][0][20:]) == (packed.codecs[0].mean is None)
         assert cache.sizes(40) == packed.sizes(40)
+
+
+def test_page_means_of_a_table_stay_in_its_frame(lab):
+    with pytest.raises(ValueError, match="page means of their own"):
+        lab_module.in_frame(lab, lab.keys("template", 3), 1)
+
+
+def test_layers_that_are_mixed_keep_their_own_page_means(lab):
+    k, plain = draw(40, 2, DIM), lab.keys("template", 3, moments=lab_module.without_mean(lab.subject.moments))
+    side = mixed([plain, lab.keys("template", 3)])
+    assert torch.equal(side.round_trip(0, k, PAGE), plain.round_trip(0, k))
+    assert torch.equal(side.round_trip(1, k, PAGE), lab.keys("template", 3).round_trip(1, k, PAGE))
+
+
+def test_pages_of_another_length_have_another_mean(lab):
+    k, first = draw(40, 2, DIM), 4096 + 640  # of the second long page, which 64 divides
+    short, shipped, long, none = (
+        lab.ruled_keys("template", 3, 0, **change).round_trip(1, k, first)
+        for change in ({"page": 64}, {}, {"page": 4096}, {"means": False})
+    )
+    assert all((a - b).abs().max() > 0.01 for a, b in combinations((short, shipped, long, none), 2))
+    plain = lab.keys("template", 3, moments=lab_module.without_mean(lab.subject.moments))
+    assert torch.equal(none, plain.round_trip(1, k))
 
 
 @pytest.mark.parametrize("page", [1, 16, 64])
@@ -206,19 +222,6 @@ def test_exact_attention_does_not_change_under_the_shift(lab):
     assert coarse["all"] > 1e-3 and coarse["shift"] == pytest.approx(coarse["all"], rel=0.5)
     before = lab.attention_kl(Cache("", lab.klt_keys(2, 1), lab.exact()))
     assert before["shift"] == pytest.approx(before["all"], rel=1e-2) and before["all"] > 1e-3
-
-
-def test_a_mean_of_the_strongest_blocks(lab):
-    """Whole RoPE blocks of each head, and all of them are the mean itself."""
-    side = lab_module.in_frame(lab, lab.keys("template", 3), 0, True)
-    assert torch.equal(torch.stack(list(lab_module.strongest_blocks(lab, side, DIM // 2).mean)), side.mean)
-    few = lab_module.strongest_blocks(lab, side, 5).mean
-    pairs = few.unflatten(-1, (2, DIM // 2))  # channels i and i + DIM / 2 rotate together
-    kept = (pairs != 0).all(-2)
-    assert torch.equal(kept, (pairs != 0).any(-2)) and bool((kept.sum(-1) == 5).all())
-    energy = side.mean.unflatten(-1, (2, DIM // 2)).square().sum(-2)
-    assert bool((energy.masked_fill(~kept, torch.inf).amin(-1) >= energy.masked_fill(kept, 0).amax(-1)).all())
-    assert torch.equal(few[few != 0], side.mean[few != 0])
 
 
 def test_a_mean_by_token_is_taken_off_where_that_is_better(lab):

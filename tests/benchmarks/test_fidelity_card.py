@@ -6,23 +6,22 @@ import pytest
 
 from benchmarks.fidelity import __main__ as program
 from benchmarks.fidelity import card, run
-from sglang_blockgtq.options import PRESETS
 
 
 def test_every_preset_has_a_line_and_more_bits_cost_less(tiny_subject, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "load", lambda *args: tiny_subject)
     monkeypatch.setattr(card, "sources", lambda *args: {"model": {"name": "tiny"}})
     lines = {line["name"]: line for line in card.measure(tiny_subject, 4)}
-    assert list(lines) == ["float32", "bf16", "fp8_e4m3", *PRESETS]
+    assert list(lines) == ["float32", "bf16", "fp8_e4m3", *card.FIXED]
     assert [lines[n]["bytes"] for n in ("float32", "bf16", "fp8_e4m3")] == [512, 256, 128]
-    ranked = sorted(PRESETS, key=lambda name: lines[name]["bytes"], reverse=True)
+    ranked = sorted(card.FIXED, key=lambda name: lines[name]["bytes"], reverse=True)
     for column in ("mae", "softmax_kl", "kl_final"):
         values = [lines[name][column] for name in ("bf16", *ranked)]
         assert 0 < values[0] and values == sorted(values), column
     out = tmp_path / "quality.md"
     assert program.main(["card", "--model-path", "tiny", "--out", str(out), "--queries", "4", "--every", "2"]) == 0
     text = out.read_text()
-    assert all(f"| {name} (K" in text for name in PRESETS) and capsys.readouterr().out.strip() in text
+    assert all(f"| {name} (K" in text for name in card.FIXED) and capsys.readouterr().out.strip() in text
     record = json.loads(text.split("```json\n")[1].split("```")[0])
     assert record["model"]["name"] == "tiny" and record["evaluation"]["tokens"] == 400
 

@@ -10,7 +10,7 @@ from benchmarks.fidelity import __main__ as program
 from benchmarks.fidelity import attention, lineup, model, panel, panel_cli, report, run, widths
 from benchmarks.fidelity.methods import IntPerToken
 from benchmarks.fidelity.offsets import offset_mae
-from benchmarks.fidelity.record import read_csv
+from benchmarks.fidelity.rows import read_csv
 from benchmarks.fidelity.window import Window
 from sglang_blockgtq.calibrate.rope import RopeBlocks
 

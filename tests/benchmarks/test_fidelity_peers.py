@@ -186,6 +186,17 @@ class TestWindow:
                 assert (y[part] - coded[part]).abs().max() > 0.1
             torch.testing.assert_close(y[4:72], coded[4:72], atol=0, rtol=0)
 
+    def test_what_is_coded_keeps_its_positions(self):
+        class Positions:
+            name, k_bits, v_bits, bytes_per_token_head = "", 0, 0, 0
+
+            def round_trip(self, layer, k, v, first=0):
+                positions = torch.arange(first, first + len(k)).float()[:, None, None]
+                return positions.expand_as(k), v
+
+        k, _ = Window(Positions(), DIM, DIM, 2, 3).round_trip(0, torch.zeros(9, 1, DIM), torch.zeros(9, 1, DIM), 700)
+        assert k[:, 0, 0].tolist() == [0, 0, 702, 703, 704, 705, 0, 0, 0]
+
     def test_bytes(self):
         window = Window(IntPerToken(2, DIM, 32), DIM, 32)
         assert window.sizes(100) == (128, 64)  # all tokens are exact
