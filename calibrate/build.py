@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from ..kernels.format.page_mean import SLOW
 from .allocate import Allocator, block_budget
 from .moments import Moments
 from .rope import RopeBlocks, check_head_dim
@@ -49,12 +50,12 @@ def _floored(energy: torch.Tensor) -> torch.Tensor:
 def page_means(moments: Moments, page: int) -> torch.Tensor:
     """``[layers, heads, blocks, 2]`` float64: the mean key of slow blocks, at the first position of a page.
 
-    Slow is what rotates by at most a radian within a page, so that one mean serves all of it: the mean key averaged
-    over the page's positions. Zero in other blocks, and in layers without frequencies.
+    Slow is what rotates by at most SLOW within a page, so that one mean serves all of it: the mean key averaged over
+    the page's positions. Zero in other blocks, and in layers without frequencies.
     """
     steps = torch.arange(page, dtype=torch.float64)[:, None, None] * moments.theta.nan_to_num()
     turn = torch.complex(steps.cos().mean(0), steps.sin().mean(0))[:, None]
-    slow = (moments.theta * page <= 1)[:, None, :, None]  # False for NaN
+    slow = (moments.theta * page <= SLOW)[:, None, :, None]  # False for NaN
     return torch.view_as_real(torch.view_as_complex(moments.mean.contiguous()) * turn) * slow
 
 
@@ -145,7 +146,7 @@ def build_table(
     }
     if mean is not None:
         theta = moments.theta.nan_to_num()
-        tensors |= {"mean": mean.float(), "mean_weight": q.float(), "theta": theta}
+        tensors |= {"mean": mean.float(), "theta": theta}
     header = TableHeader(
         model_id=model_id,
         config_hash=config_hash,

@@ -108,7 +108,6 @@ class AllocationTable:
         v_rotation  [Dv, Dv]  float32
     and where header.page is not 0 (kernels.format.page_mean):
         mean        [L, H, B, 2] float32  of keys, at a page's first position, before RoPE; 0 in fast blocks
-        mean_weight [L, H, B] float32  energy of the queries' blocks, which chooses the keys that are less their mean
         theta       [L, B]    float64  radians a position of each block
     """
 
@@ -187,7 +186,7 @@ class AllocationTable:
             return None
         rotary_dim, neox = head.rope[layer]
         pairs = RopeBlocks(head.head_dim, rotary_dim, neox).channels()
-        return PageMean(head.page, t["mean"][layer, heads], t["mean_weight"][layer, heads], t["theta"][layer], pairs)
+        return PageMean(head.page, t["mean"][layer, heads], t["theta"][layer], pairs)
 
     def computed_hash(self) -> str:
         """sha256 over the header (without its hash) and every tensor's name, dtype, shape and bytes."""

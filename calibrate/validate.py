@@ -11,7 +11,7 @@ import torch
 from ..kernels.device.tables import MAX_TEMPLATES
 from ..kernels.format.codebook import MAX_BITS, MIN_BITS
 from ..kernels.format.codec import SCALE_MAX, SCALE_RULES
-from ..kernels.format.page_mean import PAGE_UNIT
+from ..kernels.format.page_mean import PAGE_UNIT, SLOW
 from .allocate import ALLOCATORS, block_budget
 from .rope import RopeBlocks, check_head_dim
 from .segments import GRANULARITIES, rule_of
@@ -125,17 +125,17 @@ def _check_page_means(table: AllocationTable) -> None:
     head, t = table.header, table.tensors
     shape, blocks = (head.layers, head.kv_heads), head.head_dim // 2
     _check_shape(table, "mean", (*shape, blocks, 2), torch.float32)
-    _check_shape(table, "mean_weight", (*shape, blocks), torch.float32)
     _check_shape(table, "theta", (head.layers, blocks), torch.float64)
-    mean, weight, theta = t["mean"], t["mean_weight"], t["theta"]
+    mean, theta = t["mean"], t["theta"]
     small = mean.abs() <= SCALE_MAX  # NaN fails this, and what follows
     _check_heads(small.all(-1).all(-1), f"mean is not within what float16 holds ({SCALE_MAX:g})")
-    _check_heads(((weight >= 0) & (weight <= GAINS[1])).all(-1), f"mean_weight is not within 0 to {GAINS[1]:g}")
     turning = (theta.abs() <= math.pi)[:, None].expand(*shape, blocks)
     _check_heads(turning.all(-1), "theta is not within pi radians a position")
-    fast = (theta.abs() * head.page > 1 + 1e-6)[:, None, :, None]
+    fast = (theta.abs() * head.page > SLOW + 1e-6)[:, None, :, None]
     slow = ~((mean != 0) & fast).any(-1).any(-1)
-    _check_heads(slow, f"a block with a mean rotates by more than a radian within a page of {head.page} positions")
+    _check_heads(
+        slow, f"a block with a mean rotates by more than {SLOW:g} radians within a page of {head.page} positions"
+    )
 
 
 def validate(table: AllocationTable) -> None:
@@ -155,7 +155,7 @@ def validate(table: AllocationTable) -> None:
     _require(
         _is_page(head.page), f"page = {head.page!r} is neither 0 nor a power of two of at least {PAGE_UNIT} positions"
     )
-    of_page = {"mean", "mean_weight", "theta"} if head.page else set()
+    of_page = {"mean", "theta"} if head.page else set()
     fixed = {*parts, "v_gain", "v_rotation", *of_page}
     missing = sorted(fixed - t.keys())
     _require(not missing, f"it has no tensor {', '.join(missing)}")

@@ -133,9 +133,7 @@ class TritonLayer(PackedLayer):
         if not self.fast:
             self.encoder(k, v, loc, positions)
             return None
-        rotated = None
-        if q is not None:
-            rotated = torch.empty(*q.shape[:2], self.tables.query_channels, dtype=torch.float32, device=q.device)
+        rotated = None if q is None else torch.empty(q.shape, dtype=torch.float32, device=q.device)
         self.encoder(k, v, loc, positions, q, rotated)
         return rotated
 

@@ -15,7 +15,7 @@ from .format.codebook import boundaries, codebook_table
 from .format.codec import NO_SEARCH, SCALE_MAX, V_SCALE_MAX, LayerCodec
 from .format.layout import CodeLayout
 from .format.pack import pack, unpack
-from .format.page_mean import signed
+from .format.page_mean import residual, signed
 
 
 def _count_below(x: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
@@ -116,9 +116,9 @@ def encode(codec: LayerCodec, k: torch.Tensor, v: torch.Tensor, positions: torch
     v_codes = out[:, row.v_offset : v_end].view(-1, row.heads, row.v_code_bytes)
     norms = torch.zeros(k.shape[0], row.heads, row.norms, dtype=torch.float16, device=k.device)
 
-    if codec.mean is not None:
-        k, flags = codec.mean.residual(k, positions)
     y = _transform(k, codec.k_in)
+    if codec.mean is not None:
+        y, flags = residual(y, _transform(codec.mean.at(positions), codec.k_in), codec.k_weight)
     if row.uniform_heads and row.k[0].num_norms == 1:
         heads = [(slice(None), row.k[0])]
     else:

@@ -16,7 +16,7 @@ from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.kernels import reference
 from sglang_blockgtq.kernels.format.codec import LayerCodec
 from sglang_blockgtq.kernels.format.layout import NORM_BYTES, CodeLayout
-from sglang_blockgtq.kernels.format.page_mean import PageMean
+from sglang_blockgtq.kernels.format.page_mean import PageMean, residual
 
 from .model import rotate
 
@@ -63,18 +63,21 @@ class Coder:
 
     def round_trip(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """``x [T, H, D]`` as it is read back, float32. positions ``[T]``: the tokens', which a page's mean needs."""
+        y = self._into(x)
         if self.mean is not None:
-            residual, flags = self.mean.residual(x, positions)
-            read = replace(self, mean=None).round_trip(residual)
-            return torch.where(flags[..., None], self.mean.at(positions) - read, read)
-        y = torch.einsum("thd,hed->the", x.double(), self.enter.double()).float()
+            mean = self.mean.at(positions)
+            y, flags = residual(y, self._into(mean), self.weight)
         if all(layout == self.layouts[0] for layout in self.layouts) and self.layouts[0].num_norms == 1:
             read = self._code(y, self.layouts[0], self.weight)
         else:
             weights = [None] * y.shape[1] if self.weight is None else self.weight
             heads = zip(y.unbind(1), self.layouts, weights, strict=True)
             read = torch.stack([self._code(*head) for head in heads], 1)
-        return torch.einsum("the,hed->thd", read, self.leave)
+        out = torch.einsum("the,hed->thd", read, self.leave)
+        return out if self.mean is None else torch.where(flags[..., None], mean - out, out)
+
+    def _into(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("thd,hed->the", x.double(), self.enter.double()).float()
 
     def cost(self, error: torch.Tensor) -> torch.Tensor:
         """``[T, H]``: what errors ``[T, H, D]`` weigh, in stored channels."""

@@ -73,7 +73,7 @@ class Layers:
         of += (sizes.hidden, 2 * sizes.inner), (sizes.inner, sizes.hidden)
         self.weights = [[torch.randn(n, device=device, dtype=dtype) / 64 for n in of] for _ in range(LAYERS)]
         self.inputs = [torch.randn(batch, n[0], device=device, dtype=dtype) for n in of]
-        self.rotated = torch.empty(batch, shape.q_heads, tables.query_channels, device=device)
+        self.rotated = torch.empty(batch, shape.q_heads, shape.dim, device=device)
         self.out = torch.empty(batch, shape.q_heads, shape.dim, device=device, dtype=dtype)
         self.positions = torch.full_like(self.loc, context - 1)
 

@@ -170,7 +170,7 @@ def decode_attention(
     if not requests:
         return out, lse
     if rotated is None:
-        rotated = rotate_queries(tables, q, num_heads // tables.heads)
+        rotated = rotate_queries(tables.k, q, num_heads // tables.heads)
     attend = _attend if isinstance(tables, ColumnTables) else any_layout.attend
     attend(tables, rotated, rows, kv_indptr, kv_indices, sm_scale, q_len, target, splits, scratch.out, scratch.lse)
     merge_splits(tables.v, scratch.out, scratch.lse, kv_indptr, q_len, target, out, lse)
@@ -204,7 +204,7 @@ def _attend(
         tables.column_shifts,
         tables.k_kinds if len(ks) > 1 else None,
         tables.k_order if len(ks) > 1 else None,
-        tables.means and tables.means.turns,
+        tables.means and tables.means.stored,
         out,
         lse,
         requests,
@@ -224,7 +224,7 @@ def _attend(
         DIM=tables.k.dim,
         V_DIM=tables.v.dim,
         PAGE=tables.means.page if tables.means else 0,
-        BLOCKS=tables.k.padded // 2,
+        PADDED=tables.k.padded,
         K_BINS=tuple(k.bins for k in ks),
         V_BINS=v.bins,
         K_REPEAT=tuple(k.repeat for k in ks),

@@ -189,7 +189,7 @@ def _attend_split(
     rows32,
     slots,
     column_shifts,
-    turns,
+    means,
     partial_out,
     partial_lse,
     to_log2,
@@ -213,7 +213,7 @@ def _attend_split(
     DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     PAGE: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr,
     K_BINS: tl.constexpr,
     V_BINS: tl.constexpr,
     K_REPEAT: tl.constexpr,
@@ -243,10 +243,17 @@ def _attend_split(
     # Each query is brought to at most 1 so that float16 holds it whatever the transform's gains.
     size = tl.zeros([_COLUMNS, BLOCK_M], tl.float32)
     raw = ()
+    # From a tile's own border, so that a tile lies in one page. It is no tile more: a split that begins between two
+    # borders is an odd number of half tiles.
+    start_at = begin // BLOCK_N * BLOCK_N if PAGE > 0 else begin
+    biases = tl.zeros([_COLUMNS, BLOCK_M], tl.float32)
     for i in tl.static_range(len(K_SEGMENTS)):
         part = tl.load(q + q_at[None, :] + (c + i * _COLUMNS)[:, None], mask=live_row[None, :], other=0.0)
         size = tl.maximum(size, tl.abs(part))
         raw += (part,)
+        if PAGE > 0:
+            mean_at = (start_at // PAGE * HEADS + head) * PADDED + i * _COLUMNS
+            biases += part * tl.load(means + mean_at + c)[:, None]
     top = tl.max(size, 0)
     top = tl.where(top > 0, top, 1.0)
     qs = ()
@@ -271,12 +278,9 @@ def _attend_split(
     total = tl.zeros([THREAD_ROWS, BLOCK_M], tl.float32)
     weight = tl.zeros([THREAD_ROWS, BLOCK_M], tl.float32)  # of the values, where their codebook is linear
     inverse_top = 1.0 / top
-    bias = tl.zeros([BLOCK_M], tl.float32)  # what the page's mean gives, in units of the query's
+    bias = tl.sum(biases, 0) * inverse_top  # what the page's mean gives, in units of the query's
     scale_at = (NORM_OFFSET + 4 * head) * (_SLOTS // 4)
-    # From a tile's own border, so that a tile lies in one page. It is no tile more: a split that begins between two
-    # borders is an odd number of half tiles.
-    start_at = begin // BLOCK_N * BLOCK_N if PAGE > 0 else begin
-    next_page = start_at
+    next_page = (start_at // PAGE + 1) * PAGE if PAGE > 0 else 0
     # A tile's slots are asked for a tile ahead of its words, so that nothing waits for an address.
     slot = _slots_from(slots, start_at, end, BLOCK_N, NEAR)
     for at in tl.range(start_at, end, BLOCK_N, num_stages=STAGES):
@@ -287,8 +291,9 @@ def _attend_split(
         slot = _slots_from(slots, at + BLOCK_N, end, BLOCK_N, NEAR)
         if PAGE > 0:
             if at >= next_page:
-                bias = page_bias(turns, at // PAGE, q, q_at, live_row, DIM, BLOCKS) * inverse_top
-                next_page = (at // PAGE + 1) * PAGE
+                mean_at = (at // PAGE * HEADS + head) * PADDED
+                bias = page_bias(means, mean_at, q, q_at, live_row, DIM, PADDED) * inverse_top
+                next_page += PAGE
         k_scale = (scales & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         v_scale = (scales >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
@@ -334,7 +339,7 @@ def _attend_split(
     do_not_specialize_on_alignment=["kv_indptr", "kv_indices"],
 )
 def decode_kernel(
-    q,  # float32 [B * QUERIES, Hq, DIM], rotated, and with means DIM + 2 * BLOCKS
+    q,  # float32 [B * QUERIES, Hq, DIM], rotated
     rows16,  # the rows as int16 and int32
     rows32,
     kv_indptr,
@@ -342,7 +347,7 @@ def decode_kernel(
     column_shifts,  # int32 [4, 16]: for 1, 2, 4 and 8 columns per word
     k_kinds,  # int32 [H], each head's template; None where there is one
     k_order,  # int32 [H], the heads by their templates; None where there is one
-    turns,  # of the pages of keys' means (..device.page_mean); None without them
+    means,  # [pages, H, PADDED], in stored channels (..device.page_mean); None where keys have none
     partial_out,  # float16 or float32 [splits, QUERIES, Hq, V_DIM]
     partial_lse,  # float32 [splits, QUERIES, Hq]
     num_requests,
@@ -362,7 +367,7 @@ def decode_kernel(
     DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     PAGE: tl.constexpr,  # positions of a page; 0: keys have no means
-    BLOCKS: tl.constexpr,  # two-channel blocks of a key
+    PADDED: tl.constexpr,  # channels, a power of two
     # What begins with K_ is a tuple over templates, of what V has once.
     K_BINS: tl.constexpr,
     V_BINS: tl.constexpr,  # (byte, words, log2 of the columns per word)
@@ -427,10 +432,10 @@ def decode_kernel(
             for t in tl.static_range(len(TILES)):
                 if len(TILES) == 1 or short == (t == 0):
                     _attend_split(
-                        q, rows16, rows32, slots, column_shifts, turns, partial_out, partial_lse, to_log2, stride_qt,
+                        q, rows16, rows32, slots, column_shifts, means, partial_out, partial_lse, to_log2, stride_qt,
                         stride_qh, head, first_row, split, request, begin, end, length,
                         ROW_BYTES, K_STRIDE, V_STRIDE, V_OFFSET, NORM_OFFSET, HEADS, GROUP, QUERIES, DIM, V_DIM,
-                        PAGE, BLOCKS, pick(K_BINS, i), V_BINS, pick(K_REPEAT, i), V_REPEAT, pick(K_SEGMENTS, i),
+                        PAGE, PADDED, pick(K_BINS, i), V_BINS, pick(K_REPEAT, i), V_REPEAT, pick(K_SEGMENTS, i),
                         V_SEGMENTS, pick(K_POLY, i), V_POLY, pick(K_SLOPE, i), V_SLOPE,
                         BLOCK_M, TILES[t], STAGES, NEAR, ASM,
                     )  # fmt: skip

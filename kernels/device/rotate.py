@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 
 from .dependent import dependent, wait_and_release
-from .page_mean import flag_gain, fold_and_store, load_mean, narrowed
-from .tables import ColumnTables, Tables
+from .tables import Side
 
 BLOCK = 16  # rows per program, the least a tensor-core dot takes
 #: The interpreter keeps bfloat16 as its bits and multiplies those; in float32 the products are the same.
@@ -32,52 +31,23 @@ def _project_chunk(part, matrix, at, PADDED: tl.constexpr, acc):
 
 
 @triton.jit
-def _load_rows(x, at, live, channel, DIM: tl.constexpr):
-    return tl.load(x + at[:, None] + channel[None, :], mask=live[:, None] & (channel < DIM)[None, :], other=0.0)
-
-
-@triton.jit
-def flag_rows(x, at, live, head, page, means, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Which rows of keys of ``page [R]`` are flagged (see :mod:`.page_mean`)."""
-    BLOCK: tl.constexpr = PADDED if PADDED <= 64 else 64
-    gain = tl.zeros([live.shape[0]], tl.float32)
-    for start in range(0, DIM, BLOCK):
-        channel = (start + tl.arange(0, BLOCK))[None, :]
-        key = _load_rows(x, at, live, start + tl.arange(0, BLOCK), DIM).to(tl.float32)
-        mean = load_mean(means, head, page[:, None], channel, PADDED // 2)
-        gain += tl.sum(flag_gain(means, head, channel, key, mean, PADDED // 2), 1)
-    return gain > 0
-
-
-@triton.jit
-def project(
-    x, at, live, matrix, head, first, TILES: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
-    page=None, flag=None, means=None,
-):  # fmt: skip
+def project(x, at, live, matrix, head, first, TILES: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr):
     """The rows of DIM channels at ``x + at`` times the head's matrix (in, out): a tuple of float32 tiles.
 
-    page ``[R]``, flag ``[R]``, means: of keys, which are taken from their page's mean where they are flagged.
     TILES: ``plan.EncodePlan.flat_tiles``, of which only first channel, from ``first``, and size of each tile matter.
     The matrix is ``[H, 2, PADDED, PADDED]`` bfloat16 pieces, (out, in), for bfloat16 rows, else float32
     ``[H, PADDED, PADDED]``.
     """
     SPLIT: tl.constexpr = x.dtype.element_ty == tl.bfloat16
-    # All of a common matrix at once: it is one trip to the cache. Means beside it are more than registers hold.
-    WHOLE: tl.constexpr = PADDED <= (128 if means is None else 64)
-    BLOCK_K: tl.constexpr = (PADDED if WHOLE else 64) if SPLIT else 32 if PADDED >= 32 else PADDED
+    # All of a common matrix at once: it is one trip to the cache.
+    BLOCK_K: tl.constexpr = (PADDED if PADDED <= 128 else 64) if SPLIT else 32 if PADDED >= 32 else PADDED
     matrix += head * PADDED * PADDED * (2 if SPLIT else 1)
     ys = ()
     for t in tl.static_range(len(TILES) // 5):
         ys += (tl.full([live.shape[0], TILES[5 * t + 1]], 0.0, tl.float32),)
-    if means is not None:
-        # As numbers: the compiler cannot bring truth values into the layout of a product's operand.
-        share, sign = tl.where(flag, 1.0, 0.0), tl.where(flag, -1.0, 1.0)
     for start in range(0, DIM, BLOCK_K):
         channel = start + tl.arange(0, BLOCK_K)
-        part = _load_rows(x, at, live, channel, DIM)
-        if means is not None:
-            mean = load_mean(means, head, page[:, None], channel[None, :], PADDED // 2)
-            part = narrowed(mean * share[:, None] + part.to(tl.float32) * sign[:, None], part.dtype)
+        part = tl.load(x + at[:, None] + channel[None, :], mask=live[:, None] & (channel < DIM)[None, :], other=0.0)
         sums = ()
         for t in tl.static_range(len(TILES) // 5):
             out = first + TILES[5 * t] + tl.arange(0, TILES[5 * t + 1])
@@ -125,8 +95,6 @@ def project_and_store(
 def _rotate_kernel(
     x,
     matrix,
-    pairs,  # None without page means, as fold
-    fold,
     y,
     num_rows,
     stride_xt,
@@ -142,13 +110,6 @@ def _rotate_kernel(
 ):
     wait_and_release(DEPENDENT)
     head, first = tl.program_id(1), tl.program_id(2) * COLUMNS
-    if fold is not None:
-        if first == PADDED:
-            fold_and_store(
-                x, pairs, fold, y, num_rows, stride_xt, stride_xh, stride_yt, stride_yh, head, tl.program_id(0),
-                GROUP, DIM, PADDED // 2, ROWS,
-            )  # fmt: skip
-            return
     project_and_store(
         x,
         matrix,
@@ -169,23 +130,15 @@ def _rotate_kernel(
     )
 
 
-def rotate_queries(tables: Tables, x: torch.Tensor, group: int) -> torch.Tensor:
-    """Queries ``x [T, group * H, dim]`` times the ``back`` matrices of the keys, float32.
-
-    For keys with page means the queries' part in them follows: ``[T, group * H, ColumnTables.query_channels]``.
-    """
-    side, means = tables.k, tables.means if isinstance(tables, ColumnTables) else None
-    channels = side.dim if means is None else side.dim + 2 * means.blocks
-    y = torch.empty(*x.shape[:2], channels, dtype=torch.float32, device=x.device)
+def rotate_queries(side: Side, x: torch.Tensor, group: int) -> torch.Tensor:
+    """Queries ``x [T, group * H, dim]`` times the ``back`` matrices of the keys, float32."""
+    y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     rows = x.shape[0] * group
     # Few rows are a matter of reading the matrix: its columns are spread over programs.
     block, columns = (64, side.padded) if rows > 256 else (16, min(32, side.padded))
-    parts = side.padded // columns + (means is not None)
-    _rotate_kernel[(triton.cdiv(rows, block), side.back.shape[0], parts)](
+    _rotate_kernel[(triton.cdiv(rows, block), side.back.shape[0], side.padded // columns)](
         x,
         side.back_pieces if x.dtype == torch.bfloat16 else side.back,
-        None if means is None else means.pairs,
-        None if means is None else means.fold,
         y,
         rows,
         x.stride(0),

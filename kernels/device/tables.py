@@ -148,11 +148,6 @@ class Tables:
         return self.row.heads
 
     @property
-    def query_channels(self) -> int:
-        """Of a rotated query."""
-        return self.k.dim
-
-    @property
     def device(self) -> torch.device:
         return self.search.device
 
@@ -191,11 +186,6 @@ class ColumnTables(Tables):
     v_spec: CodeSpec
     column_shifts: torch.Tensor
     means: MeanTables | None
-
-    @property
-    def query_channels(self) -> int:
-        """Of a rotated query: those of a key, and its part in the page means."""
-        return self.k.dim + (2 * self.means.blocks if self.means else 0)
 
     @classmethod
     def of(
@@ -236,7 +226,7 @@ class ColumnTables(Tables):
             k_order=kinds.argsort(stable=True).int(),
             v_spec=CodeSpec.of(row.v),
             column_shifts=column_shifts(),
-            means=MeanTables.of(codec.mean, positions // codec.mean.page + 1, k.padded) if codec.mean else None,
+            means=MeanTables.of(codec.mean, positions, k.into) if codec.mean else None,
         )
         return moved(tables, torch.device(device))
 

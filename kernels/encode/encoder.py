@@ -25,7 +25,7 @@ from .few import encode_few_kernel
 from .many import encode_many_kernel
 
 ROWS = 64  # of a program of the kernel for many tokens
-REGISTERS = 128  # of its threads: four programs on an SM. Wide heads need more
+REGISTERS = 128  # of its threads: four programs on an SM. Wide heads need more, and a batch of few programs has them
 FEW_REGISTERS = 168  # the same of the kernel for a few tokens, whose programs hold a matrix: three of them
 #: Channels of a batch's keys, up to which the kernel for a few tokens takes it: each of its programs reads a matrix.
 FEW_CHANNELS = 1 << 14
@@ -55,8 +55,8 @@ class Encoder:
         k, v bfloat16, float16 or float32, any strides with contiguous channels; loc and positions ``[T]`` int32 or
         int64, contiguous; positions only where keys have page means, within the pages of the tables.
         In the same launch, queries ``q [T, G * H, D]`` may be rotated to the stored channels of the keys, as
-        :func:`..device.rotate.rotate_queries` does, into ``rotated [T, G * H, query_channels]`` float32. Raises
-        ValueError on other shapes.
+        :func:`..device.rotate.rotate_queries` does, into ``rotated`` of q's shape in float32. Raises ValueError on
+        other shapes.
 
         Codes may differ from the float64 reference where a value lies on a threshold to float32 rounding.
         """
@@ -69,19 +69,20 @@ class Encoder:
         if not tokens:
             return
         if tokens <= self.few_tokens:
-            few, spread = True, {}
-            parts = tables.k.padded // _channels(tables) + (tables.means is not None)
+            few, per_token, spread = True, 0, {}
+            parts = tables.k.padded // _channels(tables)
             programs = (2 * tokens + triton.cdiv(tokens * group, QUERY_BLOCK) * parts) * tables.heads
             grid = programs, 1, 1
         else:
-            per_token = _rows_per_token(tables, tokens, k.device)
+            per_token = rows_per_token(tables, tokens, k.device)
             few, spread = False, {"spread": per_token}
             programs = triton.cdiv(max(tokens * per_token, tokens * group), ROWS)
             grid = programs, tables.heads * (3 if group else 2), 1
-        key = few, k.dtype, group
+        key = few, k.dtype, group, per_token > 1
         launch = self._launches.get(key)
         if launch is None:
-            launch = self._launches[key] = (self._few if few else self._many)(k.dtype, group)
+            make = self._few(k.dtype, group) if few else self._many(k.dtype, group, per_token == 1)
+            launch = self._launches[key] = make
         launch(
             grid,
             k=k,
@@ -107,11 +108,7 @@ class Encoder:
         """What both kernels are bound to."""
         tables, k, v, row, means = self.tables, self.tables.k, self.tables.v, self.tables.row, self.tables.means
         return {
-            "turns": means and means.turns,
-            "mean_vectors": means and means.vectors,
-            "block_of": means and means.block_of,
-            "pairs": means and means.pairs,
-            "fold": means and means.fold,
+            "means": means and means.stored,
             "PAGE": means.page if means else 0,
             "words": self.rows.view(torch.int16),
             "scales": self.rows.view(torch.float16),
@@ -159,9 +156,10 @@ class Encoder:
             maxnreg=FEW_REGISTERS if max(tables.k.padded, tables.v.padded) <= 128 else None,
         )
 
-    def _many(self, dtype: torch.dtype, group: int) -> Launch:
+    def _many(self, dtype: torch.dtype, group: int, full: bool) -> Launch:
+        """full: whether the batch has more programs than run at a time."""
         tables, split = self.tables, dtype == torch.bfloat16
-        narrow = split and max(tables.k.padded, tables.v.padded) <= 128
+        narrow = full and split and max(tables.k.padded, tables.v.padded) <= 128
         return Launch(
             encode_many_kernel,
             **self._common(dtype, group),
@@ -217,13 +215,12 @@ def check_inputs(
             f"q {tuple(q.shape)} {q.dtype} with strides {q.stride()}: [{len(loc)}, a multiple of {tables.heads} "
             f"heads, {dim}] {k.dtype} with contiguous channels is needed"
         )
-    needed = *q.shape[:2], tables.query_channels
-    if rotated is None or rotated.shape != needed or rotated.dtype != torch.float32 or rotated.stride(2) != 1:
-        raise ValueError(f"rotated: a float32 tensor {list(needed)} with contiguous channels is needed beside q")
+    if rotated is None or rotated.shape != q.shape or rotated.dtype != torch.float32 or rotated.stride(2) != 1:
+        raise ValueError("rotated: a float32 tensor of q's shape with contiguous channels is needed beside q")
     return group
 
 
-def _rows_per_token(tables: ColumnTables, tokens: int, device: torch.device) -> int:
+def rows_per_token(tables: ColumnTables, tokens: int, device: torch.device) -> int:
     """1, or a row for each factor of the scale search as long as all programs still run at once."""
     tries = triton.next_power_of_2(tables.search.shape[0])
     programs = triton.cdiv(tokens * tries, ROWS) * 2 * tables.heads

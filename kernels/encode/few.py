@@ -18,7 +18,6 @@ import triton.language as tl
 
 from ..device.address import block_base
 from ..device.dependent import wait_and_release
-from ..device.page_mean import flag_gain, fold_and_store, load_mean, narrowed
 from ..device.rotate import project_and_store
 from ..format.codec import SCALE_MAX, V_SCALE_MAX
 from ..format.columns import COLUMNS
@@ -38,36 +37,24 @@ _SCALE_MIN = tl.constexpr(SCALE_MIN)
 
 
 @triton.jit
-def _multiply(
-    x, loc, matrix, means, page, head, DIM: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    """The vector at ``x``, or its page's mean less it if it is flagged, times a matrix (in, out), float32 ``[PADDED]``;
-    what lies at ``loc``; and the flag.
+def _multiply(x, loc, matrix, DIM: tl.constexpr, PADDED: tl.constexpr, DEPENDENT: tl.constexpr):
+    """The vector at ``x`` times a matrix (in, out), float32 ``[PADDED]``, and what lies at ``loc``.
 
     Waits for the kernel ahead once the matrix is under way.
     """
     BLOCK: tl.constexpr = PADDED if PADDED * PADDED <= _MATRIX else _MATRIX // PADDED
     out = tl.arange(0, PADDED)
     y = tl.zeros([PADDED], tl.float32)
-    slot, flag = 0, 0
+    slot = 0
     for start in tl.static_range(0, PADDED, BLOCK):
         channel = start + tl.arange(0, BLOCK)
         part = tl.load(matrix + channel[:, None] * PADDED + out[None, :])
         if start == 0:
             wait_and_release(DEPENDENT)
             slot = tl.load(loc).to(tl.int64)
-            if PAGE > 0:
-                key = tl.load(x + out, mask=out < DIM, other=0.0).to(tl.float32)
-                mean = load_mean(means, head, page, out, PADDED // 2)
-                flag = (tl.sum(flag_gain(means, head, out, key, mean, PADDED // 2), 0) > 0).to(tl.int32)
         value = tl.load(x + channel, mask=channel < DIM, other=0.0).to(tl.float32)
-        if PAGE > 0:
-            # In the model's own type, as every encoder has it: none turns a code that another would not.
-            mean = load_mean(means, head, page, channel, PADDED // 2)
-            value = narrowed(tl.where(flag > 0, mean - value, value), x.dtype.element_ty).to(tl.float32)
         y += tl.sum(part * value[:, None], 0)
-    return y, slot, flag
+    return y, slot
 
 
 @triton.jit
@@ -112,8 +99,9 @@ def _encode(
     search,
     num_factors,
     token,
-    positions,  # None without page means, as means
-    means,
+    positions,  # None without page means
+    means,  # in stored channels
+    heads,
     stride_t,
     stride_h,
     row_bytes,
@@ -146,12 +134,14 @@ def _encode(
     index = tl.arange(0, TRIES)
     factor = tl.load(search + index, mask=index < num_factors, other=1.0)
     x += token.to(tl.int64) * stride_t + head * stride_h
-    page = 0
     if PAGE > 0:
         page = tl.load(positions + token).to(tl.int32) // PAGE
-    y, slot, flag = _multiply(
-        x, loc + token, matrix + head * PADDED * PADDED, means, page, head, DIM, PADDED, PAGE, DEPENDENT
-    )
+        mean = tl.load(means + (page * heads + head) * PADDED + channel)
+    y, slot = _multiply(x, loc + token, matrix + head * PADDED * PADDED, DIM, PADDED, DEPENDENT)
+    flag = False
+    if PAGE > 0:
+        flag = tl.sum(weight * mean * (2 * y - mean), 0) > 0
+        y = tl.where(flag, mean - y, y)
 
     # The mean of squares is taken of y / max|y|, so that no input overflows or underflows it.
     top = tl.maximum(tl.max(tl.abs(y), 0), _TINY)
@@ -189,7 +179,7 @@ def _encode(
     side: tl.constexpr = 1 if VALUES else 0
     to = block + (norm_offset + 4 * head) * (_SLOTS // 2) + within * 2 + side
     if PAGE > 0:
-        scale = tl.where(flag > 0, -tl.maximum(scale, _SCALE_MIN), scale)
+        scale = tl.where(flag, -tl.maximum(scale, _SCALE_MIN), scale)
     tl.store(scales + to, scale.to(tl.float16))
     if VALUES:
         if head == 0:
@@ -213,12 +203,8 @@ def encode_few_kernel(
     words,
     scales,
     loc,
-    positions,  # [T]; this and what the means are of (..device.page_mean) None without them
-    turns,
-    mean_vectors,
-    block_of,
-    pairs,
-    fold,
+    positions,  # [T]; this and the means None where keys have none
+    means,  # [pages, H, PADDED], in stored channels
     k_matrix,
     k_channels,
     k_pack,
@@ -265,28 +251,21 @@ def encode_few_kernel(
     head, token = tl.program_id(0) % heads, tl.program_id(0) // heads
     if token < num_tokens:
         _encode(
-            k, words, scales, loc, k_matrix, k_channels, k_pack, search, num_factors, token,
-            positions, (turns, mean_vectors, block_of), stride_kt, stride_kh, row_bytes, k_at, k_code_bytes,
-            norm_offset, pad_at, head, DIM, PADDED, PAGE, BITS, BINS, RULE, TRIES, False, DEPENDENT,
+            k, words, scales, loc, k_matrix, k_channels, k_pack, search, num_factors, token, positions, means, heads,
+            stride_kt, stride_kh, row_bytes, k_at, k_code_bytes, norm_offset, pad_at, head,
+            DIM, PADDED, PAGE, BITS, BINS, RULE, TRIES, False, DEPENDENT,
         )  # fmt: skip
     elif token < 2 * num_tokens:
         _encode(
-            v, words, scales, loc, v_matrix, v_channels, v_pack, search, num_factors, token - num_tokens,
-            None, None, stride_vt, stride_vh, row_bytes, v_at, v_code_bytes, norm_offset, pad_at, head,
+            v, words, scales, loc, v_matrix, v_channels, v_pack, search, num_factors, token - num_tokens, None, None,
+            heads, stride_vt, stride_vh, row_bytes, v_at, v_code_bytes, norm_offset, pad_at, head,
             V_DIM, V_PADDED, 0, V_BITS, V_BINS, RULE, TRIES, True, DEPENDENT,
         )  # fmt: skip
     elif GROUP > 0:
         part = token - 2 * num_tokens
-        PARTS: tl.constexpr = PADDED // CHANNELS + (1 if PAGE > 0 else 0)
-        rows, channels = part // PARTS, part % PARTS
+        rows, channels = part // (PADDED // CHANNELS), part % (PADDED // CHANNELS)
         wait_and_release(DEPENDENT)
-        if channels < PADDED // CHANNELS:
-            project_and_store(
-                q, q_matrix, rotated, num_queries, stride_qt, stride_qh, stride_rt, stride_rh, head, rows,
-                channels * CHANNELS, GROUP, DIM, PADDED, ROWS, CHANNELS,
-            )  # fmt: skip
-        elif PAGE > 0:
-            fold_and_store(
-                q, pairs, fold, rotated, num_queries, stride_qt, stride_qh, stride_rt, stride_rh, head, rows,
-                GROUP, DIM, PADDED // 2, ROWS,
-            )  # fmt: skip
+        project_and_store(
+            q, q_matrix, rotated, num_queries, stride_qt, stride_qh, stride_rt, stride_rh, head, rows,
+            channels * CHANNELS, GROUP, DIM, PADDED, ROWS, CHANNELS,
+        )  # fmt: skip

@@ -6,15 +6,14 @@ import triton
 import triton.language as tl
 
 from ..device.address import block_base
-from ..device.page_mean import fold_and_store
-from ..device.rotate import flag_rows, project, project_and_store
+from ..device.rotate import project, project_and_store
 from ..format.codec import SCALE_MAX, V_SCALE_MAX
 from ..format.columns import COLUMNS
 from ..format.layout import BLOCK_SLOTS
 from ..format.page_mean import SCALE_MIN
 from .nearest import nearest
 from .plan import TILE_FIELDS
-from .scale import TINY, correct, of_first_best, sums_of_squares, try_factor
+from .scale import TINY, correct, gain, of_first_best, sums_of_squares, try_factor
 
 _COLUMNS = tl.constexpr(COLUMNS)
 _SLOTS = tl.constexpr(BLOCK_SLOTS)
@@ -59,6 +58,27 @@ def _store_bin(
 
 
 @triton.jit
+def _load_means(means, page, TILES: tl.constexpr):
+    """Those of rows of ``page [R]``, in tiles ``[R, size]``."""
+    out = ()
+    for t in tl.static_range(len(TILES) // _N):
+        out += (tl.load(means + (page[:, None] + (TILES[_N * t] + tl.arange(0, TILES[_N * t + 1]))[None, :])),)
+    return out
+
+
+@triton.jit
+def _residual(ys, means, lookup, TILES: tl.constexpr):
+    """What is coded of keys, tiles ``[R, size]``, and their flags: see :func:`..format.page_mean.residual`."""
+    total = tl.zeros([ys[0].shape[0]], tl.float32)
+    for t in tl.static_range(len(TILES) // _N):
+        total += gain(means[t], ys[t], lookup, TILES[_N * t], TILES[_N * t + 1], TILES[_N * t + 3])
+    flag, out = total > 0, ()
+    for t in tl.static_range(len(TILES) // _N):
+        out += (tl.where(flag[:, None], means[t] - ys[t], ys[t]),)
+    return out, flag
+
+
+@triton.jit
 def _encode(
     x,
     words,  # the rows as int16 and float16
@@ -72,8 +92,9 @@ def _encode(
     num_factors,
     spread,  # rows per token: 1, or TRIES with a factor each
     num_tokens,
-    positions,  # None without page means, as means
-    means,
+    positions,  # None without page means
+    means,  # in stored channels
+    heads,
     stride_t,
     stride_h,
     row_bytes,
@@ -84,7 +105,7 @@ def _encode(
     head,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
-    PAGE: tl.constexpr,  # positions of a page
+    PAGE: tl.constexpr,  # positions of a page; 0: vectors have no mean
     TILES: tl.constexpr,
     BINS: tl.constexpr,
     BOOKS: tl.constexpr,
@@ -100,12 +121,14 @@ def _encode(
     live = token < num_tokens
     at = token.to(tl.int64) * stride_t + head * stride_h
     lookup += head * 4 * PADDED
-    if means is None:
-        ys = project(x, at, live, matrix, head, 0, TILES, DIM, PADDED)
-    else:
+    if PAGE > 0:
+        # Asked for before the product, which hides the way to them.
         page = tl.load(positions + token, mask=live, other=0).to(tl.int32) // PAGE
-        flag = flag_rows(x, at, live, head, page, means, DIM, PADDED)
-        ys = project(x, at, live, matrix, head, 0, TILES, DIM, PADDED, page, flag, means)
+        page_means = _load_means(means, (page * heads + head) * PADDED, TILES)
+    ys = project(x, at, live, matrix, head, 0, TILES, DIM, PADDED)
+    flag = live
+    if PAGE > 0:
+        ys, flag = _residual(ys, page_means, lookup, TILES)
 
     # Sums of squares are taken of y / max|y|, so that no input overflows or underflows them.
     top = tl.full([ROWS], _TINY, tl.float32)
@@ -153,7 +176,7 @@ def _encode(
     scale = tl.where(rms > 0, tl.minimum(best_scale * rms, most), 0.0)
     side: tl.constexpr = 1 if VALUES else 0
     to = block + (norm_offset + 4 * head) * (_SLOTS // 2) + within * 2 + side
-    if means is not None:
+    if PAGE > 0:
         scale = tl.where(flag, -tl.maximum(scale, _SCALE_MIN), scale)
     tl.store(scales + to, scale.to(tl.float16), mask=live)
 
@@ -198,12 +221,8 @@ def encode_many_kernel(
     words,
     scales,
     loc,
-    positions,  # [T]; this and what the means are of (..device.page_mean) None without them
-    turns,
-    mean_vectors,
-    block_of,
-    pairs,
-    fold,
+    positions,  # [T]; this and the means None where keys have none
+    means,  # [pages, H, PADDED], in stored channels
     k_matrix,
     k_lookup,
     k_pack,
@@ -253,17 +272,16 @@ def encode_many_kernel(
     side, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     if side == 0:
         if tl.program_id(0) * ROWS < num_tokens * spread:
-            means = None if PAGE == 0 else (turns, mean_vectors, block_of)
             _encode(
                 k, words, scales, loc, k_matrix, k_lookup, k_pack, cells, search, num_factors, spread, num_tokens,
-                positions, means, stride_kt, stride_kh, row_bytes, k_at, k_code_bytes, norm_offset, pad_at, head,
+                positions, means, heads, stride_kt, stride_kh, row_bytes, k_at, k_code_bytes, norm_offset, pad_at, head,
                 DIM, PADDED, PAGE, TILES, BINS, BOOKS, COUNT, INTERPRET, RULE, TRIES, False, ROWS,
             )  # fmt: skip
     elif side == 1:
         if tl.program_id(0) * ROWS < num_tokens * spread:
             _encode(
                 v, words, scales, loc, v_matrix, v_lookup, v_pack, cells, search, num_factors, spread, num_tokens,
-                None, None, stride_vt, stride_vh, row_bytes, v_at, v_code_bytes, norm_offset, pad_at, head,
+                None, None, heads, stride_vt, stride_vh, row_bytes, v_at, v_code_bytes, norm_offset, pad_at, head,
                 V_DIM, V_PADDED, 0, V_TILES, V_BINS, BOOKS, COUNT, INTERPRET, RULE, TRIES, True, ROWS,
             )  # fmt: skip
     elif GROUP > 0:
@@ -271,8 +289,3 @@ def encode_many_kernel(
             q, q_matrix, rotated, num_queries, stride_qt, stride_qh, stride_rt, stride_rh, head, tl.program_id(0), 0,
             GROUP, DIM, PADDED, ROWS, PADDED,
         )  # fmt: skip
-        if PAGE > 0:
-            fold_and_store(
-                q, pairs, fold, rotated, num_queries, stride_qt, stride_qh, stride_rt, stride_rh, head,
-                tl.program_id(0), GROUP, DIM, PADDED // 2, ROWS,
-            )  # fmt: skip

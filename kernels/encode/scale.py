@@ -37,6 +37,13 @@ def sums_of_squares(u, lookup, START: tl.constexpr, SIZE: tl.constexpr, FLAT: tl
 
 
 @triton.jit
+def gain(mean, y, lookup, START: tl.constexpr, SIZE: tl.constexpr, FLAT: tl.constexpr):
+    """By how much of a tile's weighted energy ``mean - y`` is less than ``y``."""
+    my, mm = _sums(mean, y, mean, lookup, START, SIZE, FLAT)
+    return 2 * my - mm
+
+
+@triton.jit
 def try_factor(
     us,
     factor,

@@ -16,6 +16,7 @@ import torch
 
 #: Tokens of a page are a multiple of it, so that no tile of a kernel lies in two pages.
 PAGE_UNIT = 64
+SLOW = 2.0  # radians within a page: most that a block with a mean rotates
 SCALE_MIN = 2.0**-24  # of a flagged key: the least that float16 holds
 
 
@@ -24,14 +25,12 @@ class PageMean:
     """Of one layer. H KV heads, B = D / 2 blocks, P = ``page`` positions.
 
     mean ``[H, B, 2]`` float32: at position 0, zero in blocks that turn too fast to have one.
-    weight ``[H, B]`` float32: energy of the queries' blocks, what an error in a key's block costs.
     theta ``[B]`` float64: radians a position, 0 for channels without RoPE.
     pairs ``[B, 2]`` int64: the channels of each block.
     """
 
     page: int
     mean: torch.Tensor
-    weight: torch.Tensor
     theta: torch.Tensor
     pairs: torch.Tensor
 
@@ -40,8 +39,7 @@ class PageMean:
             raise ValueError(f"page = {self.page}: a power of two of at least {PAGE_UNIT} positions is needed")
 
     def to(self, device: torch.device | str) -> PageMean:
-        tensors = (self.mean, self.weight, self.theta, self.pairs)
-        return PageMean(self.page, *(x.to(device) for x in tensors))
+        return PageMean(self.page, *(x.to(device) for x in (self.mean, self.theta, self.pairs)))
 
     def turns(self, pages: int) -> torch.Tensor:
         """Cosines and sines ``[pages, 2, B]`` float32 of the turn from position 0 to each page's first."""
@@ -63,19 +61,15 @@ class PageMean:
         page, index = (positions // self.page).unique(return_inverse=True)
         return self.of_pages(int(page.max()) + 1)[page][index] if len(page) else self.of_pages(0)
 
-    def flags(self, k: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-        """Which keys are better without their mean, bool ``[T, H]``: those whose weighted energy falls."""
-        weight = torch.empty_like(self.mean.flatten(1))
-        weight[:, self.pairs] = self.weight[..., None].expand(-1, -1, 2)
-        gain = weight.double() * mean.double() * (2 * k.double() - mean.double())
-        return gain.sum(-1) > 0
 
-    def residual(self, k: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is coded for keys ``[T, H, D]``, in their dtype, and their flags ``[T, H]``."""
-        mean = self.at(positions)
-        flags = self.flags(k, mean)
-        most = torch.finfo(k.dtype).max
-        return torch.where(flags[..., None], (mean - k.float()).clamp(-most, most).to(k.dtype), k), flags
+def residual(y: torch.Tensor, mean: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is coded for keys ``y [T, H, D]`` whose pages' means are ``mean [T, H, D]``, and their flags ``[T, H]``.
+
+    Both in stored channels, float32. Flagged are keys whose energy falls, weighted by ``weight [H, D]`` as the codes'
+    errors are (LayerCodec.k_weight).
+    """
+    flags = (weight.double() * mean.double() * (2 * y.double() - mean.double())).sum(-1) > 0
+    return torch.where(flags[..., None], mean - y, y), flags
 
 
 def signed(scale: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:

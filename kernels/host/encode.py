@@ -9,7 +9,7 @@ from ..format.codebook import MAX_LEVELS, boundaries, codebook_table
 from ..format.codec import SCALE_MAX, V_SCALE_MAX, LayerCodec
 from ..format.columns import COLUMNS
 from ..format.layout import CodeLayout
-from ..format.page_mean import signed
+from ..format.page_mean import residual, signed
 from ..reference import corrected_scale
 
 MOST_TOKENS = 8  # every threshold of every channel is compared with: of more tokens that is too much memory
@@ -36,9 +36,12 @@ class _Vectors:
         self.word = self.word.flatten(1)
         self.words = max(layout.code_bytes for layout in layouts) // 2
 
-    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x ``[T, S, D]`` to codes ``[T, S, 2 words]`` uint8 and scales ``[T, S]`` float16, as reference.quantize."""
-        y = torch.einsum("tsd,sed->tse", x.double(), self.matrix).float()
+    def transform(self, x: torch.Tensor) -> torch.Tensor:
+        """x ``[T, S, D]`` to stored channels, float32."""
+        return torch.einsum("tsd,sed->tse", x.double(), self.matrix).float()
+
+    def __call__(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """y ``[T, S, D]``, in stored channels, to codes ``[T, S, 2 words]`` uint8 and scales ``[T, S]`` float16."""
         rms = y.double().square().mean(-1).sqrt().float()
         live = rms > 0
         unit = torch.where(live, rms, 1.0) * self.factors
@@ -62,7 +65,7 @@ class HostEncoder:
 
     def __init__(self, codec: LayerCodec):
         row = self.row = codec.layout
-        self.mean = codec.mean
+        self.mean, self.k_in, self.k_weight = codec.mean, codec.k_in.double(), codec.k_weight
         k = codec, list(row.k), codec.k_in, codec.k_weight, [SCALE_MAX] * row.heads
         v = codec, [row.v] * row.heads, codec.v_in, torch.ones(row.heads, row.v.dim), [V_SCALE_MAX] * row.heads
         if row.k[0].dim == row.v.dim:
@@ -76,15 +79,16 @@ class HostEncoder:
 
         T at most MOST_TOKENS.
         """
-        row = self.row
+        row, together = self.row, len(self.vectors) == 1
+        inputs = [torch.cat([k, v], 1)] if together else [k, v]
+        ys = [vectors.transform(x) for vectors, x in zip(self.vectors, inputs, strict=True)]
         if self.mean is not None:
-            k, flags = self.mean.residual(k, positions)
-        if len(self.vectors) == 1:
-            codes, scales = self.vectors[0](torch.cat([k, v], 1))
-            k_codes, v_codes = codes[:, : row.heads], codes[:, row.heads :]
-            k_scales, v_scales = scales[:, : row.heads], scales[:, row.heads :]
-        else:
-            (k_codes, k_scales), (v_codes, v_scales) = self.vectors[0](k), self.vectors[1](v)
+            mean = torch.einsum("thd,hed->the", self.mean.at(positions).double(), self.k_in).float()
+            ys[0][:, : row.heads], flags = residual(ys[0][:, : row.heads], mean, self.k_weight)
+        coded = [vectors(y) for vectors, y in zip(self.vectors, ys, strict=True)]
+        if together:
+            coded = zip(*(x.split(row.heads, 1) for x in coded[0]), strict=True)
+        (k_codes, k_scales), (v_codes, v_scales) = coded
         if self.mean is not None:
             k_scales = signed(k_scales, flags)
         parts = [k_codes[..., : row.k_code_bytes].flatten(1), v_codes[..., : row.v_code_bytes].flatten(1)]

@@ -11,6 +11,7 @@ import torch
 from ..kernels.decode.attention import DecodeScratch
 from ..kernels.decode.gather import gather_slots
 from ..kernels.decode.splits import request_block
+from ..kernels.encode.encoder import rows_per_token
 from ..kernels.layer import TritonLayer
 from .buffers import SLOT
 
@@ -34,12 +35,22 @@ def jobs(layer: TritonLayer, scratch: DecodeScratch, num_heads: int, dtype: torc
     layer: any, since a binary serves all; slot 0 is written, which no request has. num_heads: of the query.
     dtype: the model's.
     """
-    few, with_query = (layer.encoder.few_tokens, (0, num_heads)) if layer.fast else (0, (0,))
+    with_query = (0, num_heads) if layer.fast else (0,)
     return [
         *(partial(_gather, batch, layer.rows.device) for batch in batch_sizes(most)),
         *(partial(_decode, layer, scratch, num_heads, dtype, batch) for batch in batch_sizes(most)),
-        *(partial(_encode, layer, heads, dtype, tokens) for tokens in {1, few + 1} for heads in with_query),
+        *(partial(_encode, layer, heads, dtype, tokens) for tokens in encoded_at_once(layer) for heads in with_query),
     ]
+
+
+def encoded_at_once(layer: TritonLayer) -> set[int]:
+    """A number of tokens for each binary of the encode kernels."""
+    if not layer.fast:
+        return {1}
+    several = most = layer.encoder.few_tokens + 1
+    while rows_per_token(layer.tables, most, layer.rows.device) > 1:
+        most *= 2
+    return {1, several, most}
 
 
 def _encode(layer: TritonLayer, num_heads: int, dtype: torch.dtype, tokens: int) -> None:
@@ -64,9 +75,7 @@ def _decode(layer: TritonLayer, scratch: DecodeScratch, num_heads: int, dtype: t
     q = torch.zeros(batch, num_heads, layer.head_dim, dtype=dtype, device=device)
     kv_indptr = torch.arange(batch + 1, dtype=torch.int32, device=device)
     slots = torch.zeros(batch, dtype=SLOT, device=device)
-    rotated = None
-    if layer.fast:
-        rotated = torch.zeros(batch, num_heads, layer.tables.query_channels, dtype=torch.float32, device=device)
+    rotated = torch.zeros(q.shape, dtype=torch.float32, device=device) if layer.fast else None
     layer.decode(q, kv_indptr, slots, 1.0, rotated=rotated, scratch=scratch)
 
 

@@ -336,7 +336,7 @@ def test_page_means_are_as_good_wherever_pages_lie(structured):
     """Across the borders of pages, thirty thousand positions on, and better than the same widths without them."""
     q, k = structured
     theta = 10_000.0 ** (-torch.arange(32, dtype=torch.float64) / 32)
-    k = k + 10 * (theta * 512 <= 1).double().repeat(2)  # a bias in slow blocks, as models with QKV bias have it
+    k = k + 10 * (theta * 512 <= 2).double().repeat(2)  # a bias in slow blocks, as models with QKV bias have it
     rope, positions = ROPES["neox"], torch.arange(q.shape[0])
     turned_q, turned_k = (rotate(x, positions, theta) for x in (q, k))
     codecs = []
@@ -348,7 +348,7 @@ def test_page_means_are_as_good_wherever_pages_lie(structured):
     assert means.mean.page == 512 and plain.mean is None and means.layout.head_bytes == plain.layout.head_bytes
     costs = [shifted_kl(means, q, k, shift) for shift in (0, 200, 30_000)]
     print("KL", costs, shifted_kl(plain, q, k, 0))
-    assert max(costs) < 1.15 * min(costs)  # as above
+    assert max(costs) < 1.25 * min(costs)  # a key at the border of a page is farthest from its mean
     assert max(costs) < 0.5 * min(shifted_kl(plain, q, k, shift) for shift in (0, 30_000))
 
 

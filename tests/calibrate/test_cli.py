@@ -65,7 +65,7 @@ def test_means_reach_the_table(model_folder, tmp_path):
     assert (table.header.k_bits, table.header.page) == (3.0, 512)
     theta = 10_000.0 ** (-torch.arange(16, dtype=torch.float64) / 16)
     torch.testing.assert_close(table.tensors["theta"], theta.expand(2, -1), rtol=1e-5, atol=1e-9)
-    assert torch.equal(table.tensors["mean"].any(-1), (theta * 512 <= 1).expand(2, 2, -1))
+    assert torch.equal(table.tensors["mean"].any(-1), (theta * 512 <= 2).expand(2, 2, -1))
     quality = table.header.quality
     assert 0 < quality["kl"] < 1 and quality["worst_layer"] in (0, 1) and quality["tokens"] == 512
     assert 0 < quality["attention_kl"] <= quality["worst_layer_kl"]

@@ -12,6 +12,7 @@ from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.calibrate.segments import SEGMENT_ALLOCATORS
 from sglang_blockgtq.calibrate.validate import validate
 from sglang_blockgtq.kernels import reference
+from sglang_blockgtq.kernels.format.page_mean import SLOW
 
 FITTED = ("widths", "order", "norm_index", "group", "balance", "k_gain", "k_weight", "v_gain")
 
@@ -34,7 +35,7 @@ def test_the_mean_is_averaged_over_the_positions_of_a_page(make_moments, page):
     """As the mean of keys at the page's positions, each rotated back to the first, would come out."""
     moments = make_moments(bias=0.5)
     found = page_means(moments, page)
-    slow = moments.theta[0] * page <= 1
+    slow = moments.theta[0] * page <= SLOW
     assert 4 < int(slow.sum()) < 32
     total = torch.zeros_like(found)
     for n in range(page):
@@ -43,15 +44,15 @@ def test_the_mean_is_averaged_over_the_positions_of_a_page(make_moments, page):
         total += torch.stack([a * cos - b * sin, b * cos + a * sin], -1)
     torch.testing.assert_close(found[:, :, slow], total[:, :, slow] / page)
     assert not found[:, :, ~slow].any()
-    # The slowest of them has its whole mean, one that turns by a radian a little less.
+    # The slowest of them has its whole mean, one that turns by two radians a little less.
     share = found.square().sum(-1) / moments.mean.square().sum(-1)
-    assert float(share[..., -1].min()) > 0.99 and 0.85 < float(share[0, 0, slow][0]) < 0.99
+    assert float(share[..., -1].min()) > 0.99 and 0.65 < float(share[0, 0, slow][0]) < 0.97
 
 
-def test_a_block_is_slow_up_to_a_radian_a_page(make_moments):
+def test_a_block_is_slow_up_to_two_radians_a_page(make_moments):
     moments = make_moments(bias=0.5)
-    moments.theta[:] = 2 / PAGE
-    moments.theta[:, 3], moments.theta[:, 4] = 1 / PAGE, 1.001 / PAGE
+    moments.theta[:] = 3 / PAGE
+    moments.theta[:, 3], moments.theta[:, 4] = SLOW / PAGE, 1.001 * SLOW / PAGE
     moments.theta[:, 5] = 0  # channels without RoPE
     found = page_means(moments, PAGE)
     assert found.any(-1).any(0).any(0).nonzero()[:, 0].tolist() == [3, 5]
@@ -79,7 +80,6 @@ def test_bits_order_and_gains_are_for_what_is_left(make_moments):
     assert any(not torch.equal(table.tensors[x], build(plain(moments)).tensors[x]) for x in ("widths", "k_gain"))
     assert (table.header.page, want.header.page) == (PAGE, 0)
     torch.testing.assert_close(table.tensors["mean"].double(), page_means(moments, PAGE), rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(table.tensors["mean_weight"].double(), moments.q, rtol=1e-6, atol=0)
     assert torch.equal(table.tensors["theta"], moments.theta)
 
 
@@ -113,7 +113,7 @@ def test_which_allocators_take_means_off(make_moments, rule, page):
     table = build(moments, rule)
     validate(table)
     assert table.header.page == page
-    assert {"mean", "mean_weight", "theta"} <= table.tensors.keys() or not page
+    assert {"mean", "theta"} <= table.tensors.keys() or not page
     assert (table.layer_codec(0).mean is not None) == bool(page)
     if not page:
         assert table.header == build(plain(moments), rule).header
@@ -127,7 +127,7 @@ def test_the_page_is_a_choice(make_moments, page):
     mean = table.layer_codec(1).mean
     assert mean.page == page
     slow = mean.mean.any(-1).any(0)
-    assert torch.equal(slow, mean.theta * page <= 1)
+    assert torch.equal(slow, mean.theta * page <= SLOW)
 
 
 def test_rows_that_are_not_in_columns_are_plain(make_moments):
@@ -195,7 +195,7 @@ def test_means_of_nothing_change_no_row(make_moments):
 def test_a_ranks_heads_have_their_own_means(make_moments):
     table = build(make_moments(heads=4, bias=0.5))
     whole, part = table.page_mean(1), table.page_mean(1, slice(2, 4))
-    assert torch.equal(part.mean, whole.mean[2:]) and torch.equal(part.weight, whole.weight[2:])
+    assert torch.equal(part.mean, whole.mean[2:])
     assert torch.equal(part.theta, whole.theta) and torch.equal(part.pairs, whole.pairs)
     assert torch.equal(table.layer_codec(1, slice(2, 4)).mean.mean, whole.mean[2:])
 

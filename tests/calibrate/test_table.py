@@ -98,7 +98,7 @@ def test_changed_values_under_an_intact_file_are_noticed(saved):
             AllocationTable.load(saved)
     rewrite(saved, {KEY: json.dumps(header)})
     tensors = load_file(saved)
-    for name in tensors.keys() & {"mean", "mean_weight", "theta", "k_gain"}:
+    for name in tensors.keys() & {"mean", "theta", "k_gain"}:
         changed = tensors[name].clone()
         changed.view(-1)[-1] += 1e-3
         save_file({**tensors, name: changed}, saved, metadata={KEY: json.dumps(header)})
@@ -133,7 +133,7 @@ def test_a_table_of_version_3(saved):
     """As version 3 wrote it: of keys without means, and with no word of what it costs."""
     header = {**header_of(saved), "format_version": 3}
     del header["page"], header["quality"]
-    tensors = {name: x for name, x in load_file(saved).items() if name not in ("mean", "mean_weight", "theta")}
+    tensors = {name: x for name, x in load_file(saved).items() if name not in ("mean", "theta")}
     save_file(tensors, saved, metadata={KEY: json.dumps(header)})
     with pytest.raises(TableError, match=f"format version 3 {OLDER}"):
         AllocationTable.load(saved)

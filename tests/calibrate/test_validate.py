@@ -176,7 +176,7 @@ def test_costs_that_are_sound(make_moments):
         validate(AllocationTable(replace(table.header, quality=quality), table.tensors))
 
 
-MEAN_TENSORS = ("mean", "mean_weight", "theta")
+MEAN_TENSORS = ("mean", "theta")
 
 
 @pytest.mark.parametrize("page", [500, 32, 63, 96, -64, 1, True, False, 512.0, "512", None, float("nan")])
@@ -185,8 +185,8 @@ def test_pages_that_fit_no_tiles(refused, page):
 
 
 def test_a_page_and_its_tensors_belong_together(refused):
-    assert refused(bias=0.5, page=0) == "it has the unknown tensor mean, mean_weight, theta"
-    assert refused(page=512) == "it has no tensor mean, mean_weight, theta"
+    assert refused(bias=0.5, page=0) == "it has the unknown tensor mean, theta"
+    assert refused(page=512) == "it has no tensor mean, theta"
     for name in MEAN_TENSORS:
         assert refused(bias=0.5, **{name: None}) == f"it has no tensor {name}"
 
@@ -203,12 +203,6 @@ def test_the_largest_mean_there_is(make_moments):
     validate(table)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 1e19])
-def test_weights_of_means(refused, value):
-    says = refused(bias=0.5, mean_weight=put(value))
-    assert says == "layer 1, KV head 0: mean_weight is not within 0 to 1e+18"
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.2, -3.2])
 def test_frequencies(refused, value):
     assert (
@@ -217,10 +211,10 @@ def test_frequencies(refused, value):
 
 
 def test_a_mean_in_a_fast_block(refused):
-    says = "layer 1, KV head 1: a block with a mean rotates by more than a radian within a page of {} positions"
+    says = "layer 1, KV head 1: a block with a mean rotates by more than 2 radians within a page of {} positions"
     assert refused(bias=0.5, mean=put(1e-3, (1, 1, 3, 0))) == says.format(512)
     # Slow within a page of 512, fast within one of 4,096.
-    assert refused(bias=0.5, page=4096).endswith("rotates by more than a radian within a page of 4096 positions")
+    assert refused(bias=0.5, page=4096).endswith("rotates by more than 2 radians within a page of 4096 positions")
     assert refused(bias=0.5, theta=put(-0.5, (1, 31))).startswith("layer 1, KV head 0: a block with a mean rotates")
 
 
@@ -228,8 +222,6 @@ def test_shapes_and_types_of_means(refused):
     for name, wrong in (
         ("mean", torch.zeros(2, 2, 32)),
         ("mean", torch.zeros(2, 2, 32, 2).half()),
-        ("mean_weight", torch.zeros(2, 2, 64)),
-        ("mean_weight", torch.zeros(2, 2, 32).double()),
         ("theta", torch.zeros(2, 2, 32).double()),
         ("theta", torch.zeros(2, 32)),
     ):

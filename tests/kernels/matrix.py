@@ -189,7 +189,7 @@ def page_mean(case: Case) -> PageMean:
     theta[:turned] = 1e5 ** -(torch.arange(turned, dtype=torch.float64) / turned)
     mean = torch.randn(case.heads, blocks, 2, generator=generator) * 3 * energy.k[0].sqrt()[..., None].float()
     mean[:, theta * case.page > 1] = 0
-    return PageMean(case.page, mean, energy.q[0].float(), theta, case.rope.channels())
+    return PageMean(case.page, mean, theta, case.rope.channels())
 
 
 def _handmade(dim: int, heads: int) -> tuple[CodeLayout, ...]:

@@ -229,7 +229,7 @@ def test_scratch_fits_every_batch_up_to_its_own():
 def test_a_rotated_query_is_taken_as_it_is(case):
     """Encode may have rotated it already; then q itself is not read."""
     d, q = data(case), decode_queries(case)
-    rotated = rotate_queries(d.tables, q, case.group)
+    rotated = rotate_queries(d.tables.k, q, case.group)
     got = decode_attention(
         d.tables, torch.full_like(q, torch.nan), d.rows, d.kv_indptr, d.kv_indices, d.sm_scale, rotated=rotated
     )

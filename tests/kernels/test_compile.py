@@ -114,7 +114,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
     codec = table.layer_codec(0)
     if page:
         blocks = torch.ones(heads, dim // 2)
-        mean = PageMean(page, blocks[..., None].expand(-1, -1, 2), blocks, blocks[0].double(), rope.channels())
+        mean = PageMean(page, blocks[..., None].expand(-1, -1, 2), blocks[0].double(), rope.channels())
         codec = replace(codec, mean=mean)
     in_columns = codec.layout.in_columns
     tables = ColumnTables.of(codec) if in_columns else AnyTables.of(codec)
@@ -132,7 +132,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
         gather.gather_slots(torch.zeros(8, 16, dtype=torch.int32), *torch.ones(2, 8, dtype=torch.int64), indptr, slots)
     if one_template:
         for encoder.FEW_CHANNELS in (8 * heads * dim, 0):
-            queries = (q, torch.zeros(*q.shape[:2], tables.query_channels)) if capability >= 90 else ()
+            queries = (q, torch.zeros(q.shape)) if capability >= 90 else ()
             encoder.Encoder(tables, rows)(k, v, slots.long(), slots.long(), *queries)
     if not in_columns:
         any_encode.AnyEncoder(tables, rows)(k, v, torch.arange(8))

@@ -22,6 +22,18 @@ def test_a_batch_size_for_each_binary(most, sizes):
     assert {request_block(n) for n in range(1, min(most, 512) + 1)} == {request_block(n) for n in sizes}
 
 
+def test_a_number_of_tokens_for_each_binary():
+    """Of encode: the kernel for a few, that for many with a row for each factor, and with one for each token."""
+    layer = TritonLayer(data(TEMPLATE).codec, DEVICE, templates_of(data(TEMPLATE).codec.layout.k))
+    layer.bind(layer.new_rows(16, DEVICE))
+    one, several, most = sorted(warm_up.encoded_at_once(layer))
+    assert one <= layer.encoder.few_tokens < several
+    assert [encoder.rows_per_token(layer.tables, n, torch.device(DEVICE)) for n in (several, most)] == [8, 1]
+    case = data(PRODUCT)
+    layer = TritonLayer(case.codec, DEVICE, templates_of(case.codec.layout.k))
+    assert warm_up.encoded_at_once(layer) == {1}
+
+
 def _kinds(monkeypatch):
     """Which kernels are asked for, with what decides on their binaries."""
     seen = set()

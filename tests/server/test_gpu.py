@@ -22,7 +22,7 @@ def server(launch):
         "--max-running-requests=16",
         "--context-length=4096",
         "--max-total-tokens=20000",
-        "--cuda-graph-bs=8",
+        "--cuda-graph-bs-decode=8",
         record="watcher",
     )
 
