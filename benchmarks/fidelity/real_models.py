@@ -209,7 +209,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=int, help="tokens of a scored sequence, one of each text (default: all)")
     p.add_argument("--seeds", type=int, default=3, help="rotations of each cache that has some (default 3)")
     p.add_argument(
-        "--only", nargs="+", default=[], metavar="PART", help="rows with this in their label: template, K3V3"
+        "--only", nargs="+", default=[], metavar="ROW", help="method, bits or both: template, K3V3, 'template K3V3'"
     )
     p.add_argument("--queries", type=int, default=16, help="query positions of each 2,048 tokens (default 16)")
     p.add_argument("--text", type=Path, help="evaluation text; default: the report that comes with SGLang")
@@ -219,7 +219,7 @@ def parser() -> argparse.ArgumentParser:
 
 def plan(only: Sequence[str], seeds: int) -> list[tuple[Entry, int]]:
     """The first rotation of everything, then the others."""
-    wanted = [e for e in entries() if not only or any(part in e.label for part in only)]
+    wanted = [e for e in entries() if not only or {e.label, *e.label.split()} & set(only)]
     return [(e, seed) for seed in range(max(seeds, 1)) for e in wanted if e.seeded or not seed]
 
 
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = plan(args.only, args.seeds)
     if not rows:
         labels = ", ".join(dict.fromkeys(e.label for e in entries()))
-        parser().error(f"--only {' '.join(args.only)}: no row has this in its label, as these have: {labels}")
+        parser().error(f"--only {' '.join(args.only)}: no row is called so; there are {labels}")
     if args.limit is not None and args.limit < SHORTEST:
         parser().error(f"--limit {args.limit}: at least {SHORTEST} tokens are needed")
     head, begun = commit(), time.perf_counter()  # now: the tree may change during a long run

@@ -35,6 +35,7 @@ _SLOTS = tl.constexpr(BLOCK_SLOTS)
 #: a value still fits. It costs nothing, since a fused operation takes logits and peak to the exponent.
 _LIFT = tl.constexpr(6.0)
 assert 2**_LIFT.value * V_SCALE_MAX < 65504
+_LINE = tl.constexpr(16)  # float32 numbers that a look-up brings to the cache at least
 THREAD_ROWS = tl.constexpr(8)  # of a product, that lie in different threads
 
 
@@ -421,6 +422,9 @@ def decode_kernel(
                 _prefetch_words(rows16, slot, head * K_STRIDE, pick(K_BINS, 0), ROW_BYTES, NEAR)
                 _prefetch_words(rows16, slot, V_OFFSET + head * V_STRIDE, V_BINS, ROW_BYTES, NEAR)
                 prefetch(_scales_of(rows32, slot, (NORM_OFFSET + 4 * head) * (_SLOTS // 4), ROW_BYTES, NEAR))
+        if PAGE > 0 and begin < end:
+            lines = tl.arange(0, PADDED // _LINE) * _LINE
+            prefetch(means + (begin // PAGE * HEADS + head) * PADDED + lines)
     wait_and_release(DEPENDENT)
     if not live:
         return

@@ -208,7 +208,7 @@ def test_a_row_that_fails_is_recorded_and_stops_no_other(run_program, monkeypatc
         return plain(self, entry, seed)
 
     monkeypatch.setattr(Judge, "method", method)
-    assert run_program.go("--limit", str(LIMIT), "--only", "bf16", "fp8") == 1
+    assert run_program.go("--limit", str(LIMIT), "--only", "bf16", "fp8_e4m3") == 1
     assert [r["method"] for r in run_program.read()] == ["fp8_e4m3"]
     (entry,) = json.loads(run_program.log.read_text())["runs"]
     assert entry["failed"] == {"bf16 K16V16, rotation 0": "RuntimeError: out of luck"}
@@ -217,7 +217,7 @@ def test_a_row_that_fails_is_recorded_and_stops_no_other(run_program, monkeypatc
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--only", "nobody"], "--only nobody: no row has this in its label, as these have: exact K32V32"),
+        (["--only", "nobody"], "--only nobody: no row is called so; there are exact K32V32"),
         (["--limit", "63"], "--limit 63: at least 64 tokens"),
         (["--append", "--limit", "64"], "rows of tiny on 495 tokens, this run has 315"),
         (["--append", "--limit", "100", "--name", "new"], "real.csv has other columns"),
