@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import fmean
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -37,20 +38,24 @@ SERVED = {
     "blockgtq-k2v2": "**K2V2**",
     "blockgtq-uniform-k3v3": "uniform K3V3",
 }
-ROWS = (
-    ("bf16", 16, "bf16"),
-    ("fp8_e4m3", 8, "fp8_e4m3"),
-    ("template", 8, "**K8V8**"),
-    ("template", 4, "**K4V4**"),
-    ("template", 3, "**K3V3** (default)"),
-    ("template", 2, "**K2V2**"),
-    ("uniform", 4, "uniform TQ-MSE K4V4"),
-    ("uniform", 3, "uniform TQ-MSE K3V3"),
-    ("uniform", 2, "uniform TQ-MSE K2V2"),
-    ("paper", 3, "paper's allocator by blocks K3V3"),
-    ("paper", 2, "paper's allocator by blocks K2V2"),
-    ("product", 3, "product allocator by blocks K3V3"),
-    ("product", 2, "product allocator by blocks K2V2"),
+#: (method, bits of keys, bits of values, what the reader sees)
+CACHES = (
+    ("exact", 32, 32, "float32"),
+    ("bf16", 16, 16, "bf16"),
+    ("fp8_e4m3", 8, 8, "fp8_e4m3, scale 1"),
+    ("template", 4.5, 4, "**K4.5V4**"),
+    ("template", 4, 4, "**K4V4** (`quality`)"),
+    ("template", 3.5, 3, "**K3.5V3**"),
+    ("template", 3.25, 3, "**K3.25V3**"),
+    ("template", 3, 3, "**K3V3** (`balanced`)"),
+    ("template", 2.5, 2, "**K2.5V2**"),
+    ("template", 2, 2, "**K2V2**"),
+    ("paper", 4, 4, "paper's allocator by blocks K4V4"),
+    ("paper", 3, 3, "paper's allocator by blocks K3V3"),
+    ("paper", 2, 2, "paper's allocator by blocks K2V2"),
+    ("uniform", 4, 4, "uniform TQ-MSE K4V4"),
+    ("uniform", 3, 3, "uniform TQ-MSE K3V3"),
+    ("uniform", 2, 2, "uniform TQ-MSE K2V2"),
 )
 
 
@@ -59,49 +64,23 @@ def read(name: str) -> list[dict]:
         return list(csv.DictReader(f))
 
 
-def fidelity() -> str:
-    """Bytes, perplexity, final KL and attention KL at equal positions, per format."""
-    rows = read("fidelity_smollm2.csv")
-    whole = {(r["method"], float(r["k_bits"])): r for r in rows if not r["layer"]}
-
-    def attention(method: str, bits: float) -> str:
-        kl = [
-            float(r["softmax_kl"])
-            for r in rows
-            if r["layer"] and r["method"] == method and float(r["k_bits"]) == bits and r["shift"] == "0"
-        ]
-        return f"{sum(kl) / len(kl):.4f}" if kl else ""
-
+def real_models() -> str:
+    """Bytes, perplexity and KL of the answer of each cache, the models side by side, means over rotations."""
+    rows = read("real_models.csv")
+    models = list(dict.fromkeys(r["model"] for r in rows))
     lines = [
-        "| cache | bytes per token and head | against bf16 | attention KL | perplexity | KL of the answer |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| cache | " + " | ".join(f"{m}: bytes | perplexity | KL" for m in models) + " |",
+        "|---|" + "---:|" * 3 * len(models),
     ]
-    for method, bits, name in ROWS:
-        row = whole[method, float(bits)]
-        size = float(row["bytes_per_token_head"])
-        lines.append(
-            f"| {name} | {size:.4g} | {256 / size:.2f}x | {attention(method, bits)} "
-            f"| {float(row['ppl']):.2f} | {float(row['kl_final']):.4f} |"
-        )
-    return "\n".join(lines)
-
-
-def served() -> str:
-    """Mean difference of log-probability of the served cache on the GPU."""
-    names = {
-        "stock_cold_warm": "stock bf16, cold against a prefix hit",
-        "k8v8": "K8V8",
-        "k4v4": "K4V4",
-        "k3v3": "K3V3",
-        "k3v3_quantized_chunk": "K3V3, chunk attention quantized",
-    }
-    rows = {r["setting"]: r for r in read("server_agreement_h100.csv")}
-    lines = ["| served on an H100 | after a prefix hit | generated tokens |", "|---|---:|---:|"]
-    for setting, name in names.items():
-        row = rows[setting]
-        lines.append(
-            f"| {name} | {float(row['prefix_gap']):.3f} | {row['decode_gap'] and round(float(row['decode_gap']), 3)} |"
-        )
+    for method, k_bits, v_bits, name in CACHES:
+        cells = []
+        for model in models:
+            which = model, method, k_bits, v_bits
+            of = [r for r in rows if (r["model"], r["method"], float(r["k_bits"]), float(r["v_bits"])) == which]
+            size, ppl, kl = (fmean(float(r[x]) for r in of) if of else None for x in ("bytes", "ppl", "kl"))
+            cells += [f"{size:.4g}", f"{ppl:.4g}", f"{kl:.4f}"] if of else [""] * 3
+        if any(cells):
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -187,7 +166,7 @@ def cell(rows: list[dict], method: str, measure: str, less: bool, cost: bool) ->
 
 def updated(text: str) -> str:
     """README with its generated blocks. ValueError where it has no place for one that is not empty."""
-    blocks = {"results": f"{fidelity()}\n\n{served()}", "speed": speed(), "serving": serving()}
+    blocks = {"results": real_models(), "speed": speed(), "serving": serving()}
     for name in blocks:
         start, end = f"<!-- {name}: generated by scripts/results_table.py -->", f"<!-- end {name} -->"
         if start not in text:

@@ -203,4 +203,4 @@ def test_readme_results_are_current():
     results = load("results_table")
     text = (ROOT / "README.md").read_text()
     assert results.updated(text) == text
-    assert "| **K3V3** (default) | 52 |" in text
+    assert "| **K3V3** (`balanced`) | 100 |" in text
