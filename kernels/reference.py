@@ -201,7 +201,7 @@ def page_bias(codec: LayerCodec, q: torch.Tensor, rows: torch.Tensor) -> torch.T
     """
     flags = scales_of(codec, rows)[..., 0] < 0
     pages = torch.arange(len(rows), device=rows.device) // codec.mean.page
-    means = codec.mean.of_pages(int(pages.max()) + 1)
+    means = codec.mean.first_pages(int(pages.max()) + 1)
     of_page = torch.einsum("mhgd,phd->hgmp", q.float(), means)
     return of_page[..., pages] * flags.T[:, None, None]
 

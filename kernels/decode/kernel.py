@@ -22,7 +22,7 @@ import triton.language as tl
 from ..device.address import block_base
 from ..device.dependent import prefetch, wait_and_release
 from ..device.dequant import segment_levels, segment_offset
-from ..device.page_mean import page_bias
+from ..device.page_mean import page_bias, stored_at
 from ..format.codec import V_SCALE_MAX
 from ..format.columns import COLUMNS
 from ..format.layout import BLOCK_SLOTS
@@ -253,8 +253,8 @@ def _attend_split(
         size = tl.maximum(size, tl.abs(part))
         raw += (part,)
         if PAGE > 0:
-            mean_at = (start_at // PAGE * HEADS + head) * PADDED + i * _COLUMNS
-            biases += part * tl.load(means + mean_at + c)[:, None]
+            mean_at = stored_at(start_at, head, HEADS, PAGE, PADDED)
+            biases += part * tl.load(means + mean_at + i * _COLUMNS + c)[:, None]
     top = tl.max(size, 0)
     top = tl.where(top > 0, top, 1.0)
     qs = ()
@@ -292,7 +292,7 @@ def _attend_split(
         slot = _slots_from(slots, at + BLOCK_N, end, BLOCK_N, NEAR)
         if PAGE > 0:
             if at >= next_page:
-                mean_at = (at // PAGE * HEADS + head) * PADDED
+                mean_at = stored_at(at, head, HEADS, PAGE, PADDED)
                 bias = page_bias(means, mean_at, q, q_at, live_row, DIM, PADDED) * inverse_top
                 next_page += PAGE
         k_scale = (scales & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -424,7 +424,7 @@ def decode_kernel(
                 prefetch(_scales_of(rows32, slot, (NORM_OFFSET + 4 * head) * (_SLOTS // 4), ROW_BYTES, NEAR))
         if PAGE > 0 and begin < end:
             lines = tl.arange(0, PADDED // _LINE) * _LINE
-            prefetch(means + (begin // PAGE * HEADS + head) * PADDED + lines)
+            prefetch(means + stored_at(begin, head, HEADS, PAGE, PADDED) + lines)
     wait_and_release(DEPENDENT)
     if not live:
         return

@@ -35,7 +35,7 @@ class MeanTables:
     @classmethod
     def of(cls, mean: PageMean, positions: int, matrix: torch.Tensor) -> MeanTables:
         """For ``positions`` of a request. matrix ``[H, P, P]`` (in, out): from a key's channels to the stored ones."""
-        mean, matrix, pages = mean.to("cpu"), matrix.cpu(), positions // mean.page + 1
+        mean, matrix, pages = mean.to("cpu"), matrix.cpu(), torch.arange(positions // mean.page + 1)
         heads, padded, _ = matrix.shape
         blocks = len(mean.theta)
         room = padded // 2 - blocks
@@ -58,6 +58,12 @@ def load_mean(means, head, page, channel, BLOCKS: tl.constexpr):
     vectors += head * 4 * BLOCKS
     at = turns + (page * 2 * BLOCKS + tl.load(block_of + channel))
     return tl.load(vectors + channel) * tl.load(at) + tl.load(vectors + 2 * BLOCKS + channel) * tl.load(at + BLOCKS)
+
+
+@triton.jit
+def stored_at(position, head, heads, PAGE: tl.constexpr, PADDED: tl.constexpr):
+    """Where in ``stored`` the mean of a position's page begins."""
+    return (position // PAGE * heads + head) * PADDED
 
 
 @triton.jit

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from ..device.address import block_base
 from ..device.dependent import wait_and_release
+from ..device.page_mean import stored_at
 from ..device.rotate import project_and_store
 from ..format.codec import SCALE_MAX, V_SCALE_MAX
 from ..format.columns import COLUMNS
@@ -135,10 +136,9 @@ def _encode(
     factor = tl.load(search + index, mask=index < num_factors, other=1.0)
     x += token.to(tl.int64) * stride_t + head * stride_h
     if PAGE > 0:
-        page = tl.load(positions + token).to(tl.int32) // PAGE
-        mean = tl.load(means + (page * heads + head) * PADDED + channel)
+        position = tl.load(positions + token).to(tl.int32)
+        mean = tl.load(means + stored_at(position, head, heads, PAGE, PADDED) + channel)
     y, slot = _multiply(x, loc + token, matrix + head * PADDED * PADDED, DIM, PADDED, DEPENDENT)
-    flag = False
     if PAGE > 0:
         flag = tl.sum(weight * mean * (2 * y - mean), 0) > 0
         y = tl.where(flag, mean - y, y)

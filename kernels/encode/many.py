@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from ..device.address import block_base
+from ..device.page_mean import stored_at
 from ..device.rotate import project, project_and_store
 from ..format.codec import SCALE_MAX, V_SCALE_MAX
 from ..format.columns import COLUMNS
@@ -58,11 +59,11 @@ def _store_bin(
 
 
 @triton.jit
-def _load_means(means, page, TILES: tl.constexpr):
-    """Those of rows of ``page [R]``, in tiles ``[R, size]``."""
+def _load_means(means, at, TILES: tl.constexpr):
+    """Those that begin at ``at [R]``, in tiles ``[R, size]``."""
     out = ()
     for t in tl.static_range(len(TILES) // _N):
-        out += (tl.load(means + (page[:, None] + (TILES[_N * t] + tl.arange(0, TILES[_N * t + 1]))[None, :])),)
+        out += (tl.load(means + (at[:, None] + (TILES[_N * t] + tl.arange(0, TILES[_N * t + 1]))[None, :])),)
     return out
 
 
@@ -123,10 +124,9 @@ def _encode(
     lookup += head * 4 * PADDED
     if PAGE > 0:
         # Asked for before the product, which hides the way to them.
-        page = tl.load(positions + token, mask=live, other=0).to(tl.int32) // PAGE
-        page_means = _load_means(means, (page * heads + head) * PADDED, TILES)
+        position = tl.load(positions + token, mask=live, other=0).to(tl.int32)
+        page_means = _load_means(means, stored_at(position, head, heads, PAGE, PADDED), TILES)
     ys = project(x, at, live, matrix, head, 0, TILES, DIM, PADDED)
-    flag = live
     if PAGE > 0:
         ys, flag = _residual(ys, page_means, lookup, TILES)
 

@@ -41,25 +41,28 @@ class PageMean:
     def to(self, device: torch.device | str) -> PageMean:
         return PageMean(self.page, *(x.to(device) for x in (self.mean, self.theta, self.pairs)))
 
-    def turns(self, pages: int) -> torch.Tensor:
-        """Cosines and sines ``[pages, 2, B]`` float32 of the turn from position 0 to each page's first."""
-        first = torch.arange(pages, dtype=torch.float64, device=self.theta.device) * self.page
-        angle = first[:, None] * self.theta
+    def turns(self, pages: torch.Tensor) -> torch.Tensor:
+        """Cosines and sines ``[N, 2, B]`` float32 of the turn from position 0 to the first of each of ``pages [N]``."""
+        angle = (pages.double() * self.page)[:, None] * self.theta
         return torch.stack([angle.cos(), angle.sin()], 1).float()
 
-    def of_pages(self, pages: int) -> torch.Tensor:
-        """``[pages, H, D]`` float32, in the channels of a key."""
+    def of_pages(self, pages: torch.Tensor) -> torch.Tensor:
+        """``[N, H, D]`` float32 for each of ``pages [N]``, in the channels of a key."""
         (x, y), (cos, sin) = self.mean.unbind(-1), self.turns(pages)[:, :, None].unbind(1)
-        out = torch.empty(pages, len(self.mean), 2 * len(self.theta), device=self.mean.device)
+        out = torch.empty(len(pages), len(self.mean), 2 * len(self.theta), device=self.mean.device)
         out[..., self.pairs] = torch.stack([x * cos - y * sin, y * cos + x * sin], -1)
         return out
+
+    def first_pages(self, pages: int) -> torch.Tensor:
+        """:meth:`of_pages` of a request's first ``pages``."""
+        return self.of_pages(torch.arange(pages, device=self.theta.device))
 
     def at(self, positions: torch.Tensor | None) -> torch.Tensor:
         """``[T, H, D]`` float32 for each of ``positions [T]``. ValueError without them."""
         if positions is None:
             raise ValueError("positions: needed, since keys are less the means of their pages")
-        page, index = (positions // self.page).unique(return_inverse=True)
-        return self.of_pages(int(page.max()) + 1)[page][index] if len(page) else self.of_pages(0)
+        pages, index = (positions // self.page).unique(return_inverse=True)
+        return self.of_pages(pages)[index]
 
 
 def residual(y: torch.Tensor, mean: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

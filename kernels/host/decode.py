@@ -178,7 +178,7 @@ class HostReader:
         q = q.float().unflatten(0, (self.layout.heads, -1)) * sm_scale
         logits = q @ self.q_in.mT @ k.permute(1, 2, 0) * k_scale
         if self.mean is not None:
-            means = self.mean.of_pages(-(-len(rows) // self.mean.page)).permute(1, 2, 0)
+            means = self.mean.first_pages(-(-len(rows) // self.mean.page)).permute(1, 2, 0)
             bias = (q @ means).repeat_interleave(self.mean.page, -1)[..., : len(rows)]
             logits += torch.where(k_scale < 0, bias, 0.0)
         prob = logits.softmax(-1) * v_scale

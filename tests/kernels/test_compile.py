@@ -131,7 +131,9 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
     if first:
         gather.gather_slots(torch.zeros(8, 16, dtype=torch.int32), *torch.ones(2, 8, dtype=torch.int64), indptr, slots)
     if one_template:
-        for encoder.FEW_CHANNELS in (8 * heads * dim, 0):
+        spread = encoder.rows_per_token
+        # A few tokens; many with a row for each factor, and with a row for each token, which have fewer registers.
+        for encoder.FEW_CHANNELS, encoder.rows_per_token in ((8 * heads * dim, spread), (0, spread), (0, lambda *_: 1)):
             queries = (q, torch.zeros(q.shape)) if capability >= 90 else ()
             encoder.Encoder(tables, rows)(k, v, slots.long(), slots.long(), *queries)
     if not in_columns:
@@ -179,7 +181,7 @@ def compiled(tmp_path_factory) -> Callable[[tuple], list[dict]]:
 
 
 FIRST = [
-    *("gather_slots_kernel", "encode_few_kernel", "encode_many_kernel"),
+    *("gather_slots_kernel", "encode_few_kernel", "encode_many_kernel", "encode_many_kernel"),
     *("_rotate_kernel", "decode_kernel", "merge_group_kernel"),
     *("_rotate_kernel", "decode_kernel", "merge_chunk_kernel", "merge_row_kernel"),
     *("merge_chunk_kernel", "merge_tile_kernel", "_merge_into_kernel"),
@@ -188,7 +190,7 @@ FIRST = [
 KERNELS = {
     TEMPLATE: FIRST,
     TEMPLATE_80: FIRST,
-    MEANS: [*FIRST[1:6], "unpack_columns_kernel"],
+    MEANS: [*FIRST[1:7], "unpack_columns_kernel"],
     SEGMENTS: ["_rotate_kernel", "decode_kernel", "merge_group_kernel", "unpack_columns_kernel"],
     ANY_LAYOUT: [
         *["encode_any_kernel"] * 2,

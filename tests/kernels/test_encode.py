@@ -204,6 +204,8 @@ def test_a_token_does_not_depend_on_its_batch(case):
 def test_a_row_for_each_factor_gives_the_same_bytes(case, monkeypatch):
     """Small batches spread a token's scale search over rows of the program, large ones do not."""
     d = data(case)
+    part = torch.arange(0, len(d.k), -(-len(d.k) // 20), device=DEVICE)
+    want = rows_at(d, encoded(case, "many"), d.kv_indices[part])
     slots = []
     for spread in (False, True):
 
@@ -212,9 +214,7 @@ def test_a_row_for_each_factor_gives_the_same_bytes(case, monkeypatch):
             return slots[-1]
 
         monkeypatch.setattr(encoder, "rows_per_token", rows_per_token)
-        part = torch.arange(0, len(d.k), -(-len(d.k) // 20), device=DEVICE)
         got = run(d, tokens_of(d, part))
-        want = rows_at(d, encoded(case, "many"), d.kv_indices[part])
         assert torch.equal(rows_at(d, got, d.kv_indices[part]), want)
     assert slots == [1, 1 if d.codec.scale_search == NO_SEARCH else 8]
 

@@ -89,14 +89,14 @@ def test_the_mean_turns_to_each_pages_first_position(case):
     at_zero[..., mean.pairs] = mean.mean
     pages = torch.tensor([0, 1, 2, 468, 2047], device=DEVICE)
     want = turned(mean, at_zero, pages * case.page)
-    torch.testing.assert_close(mean.of_pages(2048)[pages].double(), want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(mean.first_pages(2048)[pages].double(), want, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(mean.at(pages.flip(0) * case.page + 63).double(), want.flip(0), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("rotary", [0, 96])
 def test_channels_without_rope_have_one_mean(rotary):
     mean = page_mean(replace(PARTLY_ROTARY, rotary=rotary))
-    pages = mean.of_pages(300)
+    pages = mean.first_pages(300)
     assert not mean.theta[rotary // 2 :].any() and bool((mean.theta[: rotary // 2] > 0).all())
     assert bool(pages[0, :, rotary:].any()) and bool((pages[..., rotary:] == pages[:1, :, rotary:]).all())
     assert bool((pages[0] != pages[1]).any()) == (rotary > 0)
@@ -123,7 +123,7 @@ def test_flags_minimise_the_weighted_energy(case):
 def test_means_in_stored_channels(case):
     d = data(case)
     stored = d.tables.means.stored[..., : case.head_dim]
-    want = torch.einsum("phd,hed->phe", d.codec.mean.of_pages(len(stored)).double(), d.codec.k_in.double())
+    want = torch.einsum("phd,hed->phe", d.codec.mean.first_pages(len(stored)).double(), d.codec.k_in.double())
     assert relative_error(stored, want) < 1e-6 and not bool(d.tables.means.stored[..., case.head_dim :].any())
 
 
