@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 
-from .calibrate.moments import Moments
 from .calibrate.quality import HeldOut, Quality
-from .calibrate.rope import RopeBlocks
 from .calibrate.table import AllocationTable
 from .kernels.format.layout import uniform_layout
 from .kernels.layer import PackedLayer
@@ -60,12 +58,18 @@ def _calibrated(runner: Any, options: KVQuantOptions, given: Plan, make: Make) -
 
     moments, rope = collect_moments(runner, given.sequences)
     exact = _read_exactly(runner, given.held_out)
+
+    def attempt(bits: tuple[float, float]) -> Choice:
+        table = from_rank_zero(lambda: build(runner, options, given, moments, rope, bits))
+        layers = make(table)
+        return Choice(table.with_quality(_measure(exact, layers, table)), "calibrated", layers)
+
     if options.k_bits is not None:
-        first = _try(runner, options, given, moments, rope, (options.k_bits, options.v_bits), exact, make)
+        first = attempt((options.k_bits, options.v_bits))
         if not _within(first.table, options.max_kl):
             better = (b for b in LADDER if sum(b) > options.k_bits + options.v_bits)
-            tried = (_try(runner, options, given, moments, rope, bits, exact, make) for bits in better)
-            enough = next((choice.table for choice in tried if _within(choice.table, options.max_kl)), None)
+            tried = (attempt(bits).table for bits in better)
+            enough = next((table for table in tried if _within(table, options.max_kl)), None)
             does = "no bits do" if enough is None else f"{_bits(enough)} do"
             _check(first.table, options, does)
         return _kept(first, given, options)
@@ -74,7 +78,7 @@ def _calibrated(runner: Any, options: KVQuantOptions, given: Plan, make: Make) -
     if exact is None:  # nothing says that fewer will do
         every = [next((bits for bits in every if min(bits) >= 4), every[-1])]
     for bits in every:
-        choice = _try(runner, options, given, moments, rope, bits, exact, make)
+        choice = attempt(bits)
         if _within(choice.table, options.target_kl):
             break
     else:
@@ -105,21 +109,6 @@ def _bits(table: AllocationTable) -> str:
 def _kept(choice: Choice, given: Plan, options: KVQuantOptions) -> Choice:
     from_rank_zero(lambda: keep(choice.table, given.path, options.cache_dir))
     return choice
-
-
-def _try(
-    runner: Any,
-    options: KVQuantOptions,
-    given: Plan,
-    moments: Moments,
-    rope: list[RopeBlocks],
-    bits: tuple[float, float],
-    exact: HeldOut | None,
-    make: Make,
-) -> Choice:
-    table = from_rank_zero(lambda: build(runner, options, given, moments, rope, bits))
-    layers = make(table)
-    return Choice(table.with_quality(_measure(exact, layers, table)), "calibrated", layers)
 
 
 def _within(table: AllocationTable, most: float | None) -> bool:
