@@ -18,13 +18,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import requests
-
-from ..launch import ServerError, exit_on_sigterm, missing_plugin, shown
-from ..server_steps import Budget, gpu, provenance, summary
+from ..launch import exit_on_sigterm, missing_plugin, shown
+from ..server_steps import Budget, gpu, provenance
 from ..tasks.prompts import Tokens
 from ..tasks.reference import Reference
-from ..tasks.run import Job, open_jobs
+from ..tasks.run import Job, noted, open_jobs, report
 from ..tasks.servers import CONFIGURATIONS, engine, serve
 from .engines import Engine, Local, Served
 from .questions import Test
@@ -135,7 +133,7 @@ def run(args: argparse.Namespace, chosen: dict[str, Test], jobs: list[Job], engi
         mine = [j for j in jobs if config in args.configs and not (name == "transformers" and chosen[j.task].chat)]
         reads = config == args.reference
         if budget.left > 0 and (open_jobs(mine, config, name, record) or (reads and unread(chosen, record))):
-            try:
+            with noted(config, budget, failed):
                 with engines.open(config) as (opened, about):
                     record.meta.setdefault("servers", {})[config] = about
                     error = measure(mine, config, name, opened, args.concurrency, budget, record)
@@ -143,22 +141,15 @@ def run(args: argparse.Namespace, chosen: dict[str, Test], jobs: list[Job], engi
                         error = read(chosen, opened, args.concurrency, budget, record) or error
                 if error:
                     failed[config] = error
-            except (ServerError, requests.RequestException) as e:
-                if budget.left > 0:  # else it was only cut off
-                    failed[config] = summary(str(e))
-                print(f"{config}: {e}", file=sys.stderr, flush=True)
         if left := len(open_jobs(mine, config, name, record)):
             missing[config] = left
         record.write(rows(chosen, record))
     not_read = len(unread(chosen, record))
     record.meta |= {"failed": failed, "not_measured": missing, "not_read": not_read}
-    for config, error in failed.items():
-        print(f"{config}: {error}", file=sys.stderr)
-    if missing:
-        print("not measured: " + ", ".join(f"{n} samples of {c}" for c, n in missing.items()), file=sys.stderr)
+    status = report(failed, missing)
     if not_read:
         print(f"not read: {not_read} answers; {args.reference} reads them when this is run again", file=sys.stderr)
-    return 1 if failed else 0
+    return status
 
 
 def table(every: list[dict]) -> list[str]:

@@ -7,20 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import requests
-
 from ..launch import ServerError
+from ..tasks import client
 
 
 @dataclass(frozen=True)
-class Reply:
+class Reply(client.Reply):
     """An answer. first: that of the turn before. ids, logprobs: its tokens and what the engine itself gave them."""
 
-    text: str
-    prompt_tokens: int
-    cached_tokens: int | None  # None where the engine does not say
-    completion_tokens: int
-    finish: str
     first: str = ""
     ids: Sequence[int] = ()
     logprobs: Sequence[float] = ()
@@ -48,20 +42,8 @@ class Engine(Protocol):
         ...
 
 
-class Served:
+class Served(client.Connection):
     """A server of SGLang. ServerError for anything but an answer."""
-
-    def __init__(self, url: str):
-        self.url, self._local = url.rstrip("/"), threading.local()
-
-    def post(self, path: str, body: dict, timeout: float) -> dict:
-        if not hasattr(self._local, "session"):
-            self._local.session = requests.Session()
-            self._local.session.trust_env = False  # a proxy is not for the machine itself
-        response = self._local.session.post(self.url + path, json=body, timeout=max(timeout, 0.1))
-        if response.status_code != 200:
-            raise ServerError(f"{path} answered {response.status_code}: {response.text[:500]}")
-        return response.json()
 
     def write(self, ids: list[int], new: int, timeout: float, stop: bool = True) -> Reply:
         sampling = {"temperature": 0, "max_new_tokens": new, "ignore_eos": not stop}

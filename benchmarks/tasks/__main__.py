@@ -21,10 +21,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-import requests
-
 from ..launch import ServerError, exit_on_sigterm, missing_plugin, shown
-from ..server_steps import Budget, gpu, lengths, provenance, summary
+from ..server_steps import Budget, gpu, lengths, provenance
 from . import aime, longbench, merge, plot
 from .calibrate import Interrupted, calibrate, cell_jobs, probe
 from .client import Client, Sampling
@@ -33,7 +31,7 @@ from .knobs import RUNGS, choose, load
 from .prompts import Tokens
 from .record import Record, rows
 from .record import summary as table
-from .run import Job, in_turn, measure, open_jobs
+from .run import Job, in_turn, measure, noted, open_jobs, report
 from .servers import CONFIGURATIONS, engine, serve
 
 HARDEST = min(map(len, RUNGS.values())) - 1
@@ -234,28 +232,20 @@ def run_tasks(args: argparse.Namespace, servers: Servers, jobs: list[Job], recor
     for config in servers.configs:
         name = servers.engine(config)
         if open_jobs(jobs, config, name, record) and budget.left > 0:
-            try:
+            with noted(config, budget, failed):
                 with ExitStack() as stack:
                     client, about = servers.open(stack, config)
                     record.meta.setdefault("servers", {})[config] = about
                     error = measure(jobs, config, name, client, args.concurrency, budget, record)
                 if error:
                     failed[config] = error
-            except (ServerError, requests.RequestException) as e:
-                if budget.left > 0:  # else it was only cut off
-                    failed[config] = summary(str(e))
-                print(f"{config}: {e}", file=sys.stderr, flush=True)
         if left := len(open_jobs(jobs, config, name, record)):
             missing[config] = left
     record.meta |= {"failed": failed, "not_measured": missing}
     record.write()
     pictures(args.out, record.rows())
     print("\n".join(record.summary()))
-    for config, error in failed.items():
-        print(f"{config}: {error}", file=sys.stderr)
-    if missing:
-        print("not measured: " + ", ".join(f"{n} samples of {c}" for c, n in missing.items()), file=sys.stderr)
-    return 1 if failed else 0
+    return report(failed, missing)
 
 
 def run_merge(args: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import requests
 
@@ -32,9 +32,26 @@ class Reply:
     finish: str
 
 
+class Connection:
+    """JSON to the server at ``url``, from several threads if need be."""
+
+    def __init__(self, url: str):
+        self.url, self._local = url.rstrip("/"), threading.local()
+
+    def post(self, path: str, body: dict, timeout: float) -> dict:
+        """ServerError for anything but an answer."""
+        if not hasattr(self._local, "session"):
+            self._local.session = requests.Session()
+            self._local.session.trust_env = False  # a proxy is not for the machine itself
+        response = self._local.session.post(self.url + path, json=body, timeout=max(timeout, 0.1))
+        if response.status_code != 200:
+            raise ServerError(f"{path} answered {response.status_code}: {response.text[:500]}")
+        return response.json()
+
+
 @dataclass
 class Client:
-    """Asks the server at ``url``, from several threads if need be.
+    """Asks the server at ``url`` (see :class:`Connection`).
 
     api: ``completions`` sends token ids, ``chat`` sends the message and leaves the template to the server.
     context: ``cached`` first sends the context alone, so that question and answer read it from the server's prefix
@@ -47,9 +64,9 @@ class Client:
     context: str = "cached"
     model: str = "default"
     sampling: Sampling = Sampling()
-    _local: threading.local = field(default_factory=threading.local, repr=False)
 
     def __post_init__(self) -> None:
+        self._connection = Connection(self.url)
         if self.api == "chat" and self.context == "cached":
             raise ValueError("--context cached needs --api completions: a chat message cannot end before its question")
         if self.api == "chat" and not self.tokens.chat:
@@ -58,14 +75,7 @@ class Client:
             raise ValueError("a chat message cannot begin the model's answer: Tokens(..., prefix=False) is needed")
 
     def post(self, path: str, body: dict, timeout: float) -> dict:
-        """ServerError for anything but an answer."""
-        if not hasattr(self._local, "session"):
-            self._local.session = requests.Session()
-            self._local.session.trust_env = False  # a proxy is not for the machine itself
-        response = self._local.session.post(f"{self.url}/v1/{path}", json=body, timeout=max(timeout, 0.1))
-        if response.status_code != 200:
-            raise ServerError(f"/v1/{path} answered {response.status_code}: {response.text[:500]}")
-        return response.json()
+        return self._connection.post(f"/v1/{path}", body, timeout)
 
     def ask(self, sample: Sample, timeout: float) -> Reply:
         """ServerError also where the server counts the prompt's tokens differently."""

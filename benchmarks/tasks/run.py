@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import requests
 
 from ..launch import ServerError
-from ..server_steps import Budget
+from ..server_steps import Budget, summary
 from .client import Client
 from .prompts import Sample
 from .record import Answer, Record, key
@@ -79,6 +81,26 @@ def ask_all(
         finally:  # told to end: those that were not sent yet are not sent any more
             stop.set()
     return errors[0] if errors else None
+
+
+@contextmanager
+def noted(config: str, budget: Budget, failed: dict[str, str]) -> Iterator[None]:
+    """A configuration whose server does not start or answer is noted in ``failed`` and printed."""
+    try:
+        yield
+    except (ServerError, requests.RequestException) as e:
+        if budget.left > 0:  # else it was only cut off
+            failed[config] = summary(str(e))
+        print(f"{config}: {e}", file=sys.stderr, flush=True)
+
+
+def report(failed: dict[str, str], missing: dict[str, int]) -> int:
+    """Print what failed and how many samples are missing, by configuration; the program's exit status."""
+    for config, error in failed.items():
+        print(f"{config}: {error}", file=sys.stderr)
+    if missing:
+        print("not measured: " + ", ".join(f"{n} samples of {c}" for c, n in missing.items()), file=sys.stderr)
+    return 1 if failed else 0
 
 
 def open_jobs(jobs: Sequence[Job], config: str, engine: str, record: Record) -> list[Job]:

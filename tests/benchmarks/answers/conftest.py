@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from ..stand_in import JsonServer
 
 TEMPLATE = (
     "{% if tools %}<|tools|>{% endif %}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -35,40 +34,20 @@ def model(tokenizer, tmp_path_factory) -> str:
     return str(folder)
 
 
-class Fake:
+class Fake(JsonServer):
     """Answers like a server of SGLang. say: text after a prompt's text. call: message of a chat request's body.
 
     Its reading finds the token at place i of what it reads ``behind(i)`` nats behind the best one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        self.tokenizer, self.requests, self.status = tokenizer, [], 200
+        super().__init__()
+        self.tokenizer = tokenizer
         self.say: Callable[[str], str] = lambda text: "A fine answer. "
         self.call: Callable[[dict], dict] = lambda body: {"content": "{}"}
         self.behind: Callable[[int], float] = lambda i: 0.0
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                data = json.dumps(fake.reply(self.path, body)).encode()
-                self.send_response(fake.status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     def reply(self, path: str, body: dict) -> dict:
-        self.requests.append((path, body))
         if path == "/v1/chat/completions":
             usage = {"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}}
             return {"choices": [{"message": self.call(body), "finish_reason": "stop"}], "usage": usage}
@@ -95,5 +74,4 @@ class Fake:
 def fake(tokenizer) -> Iterator[Fake]:
     server = Fake(tokenizer)
     yield server
-    server.http.shutdown()
-    server.http.server_close()
+    server.stop()

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.answers.engines import Local, Served
 from benchmarks.launch import ServerError
 
+from ..stand_in import tiny_llama_of
+
 
 @pytest.fixture(scope="module")
 def llama(tokenizer):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_llama_of(tokenizer, eos_token_id=None).eval()
 
 
 def test_local_writes_what_the_model_generates_and_reads_it_as_its_best(llama, tokenizer):

@@ -5,15 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.launch import ServerError
 from benchmarks.tasks import __main__ as program
@@ -23,6 +21,8 @@ from benchmarks.tasks.prompts import Sample, Tokens
 from benchmarks.tasks.record import wilson
 from benchmarks.tasks.reference import Reference
 from benchmarks.tasks.run import Job
+
+from ..stand_in import JsonServer, tiny_llama_of
 
 
 @pytest.fixture(scope="module")
@@ -34,37 +34,14 @@ def model(tokenizer, tmp_path_factory) -> str:
     return str(folder)
 
 
-class Fake:
+class Fake(JsonServer):
     """Answers like /v1/completions and /v1/chat/completions with a prefix cache; ``answer`` is asked for the text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, answer: Callable[[str], str]):
-        self.answer, self.requests, self.seen, self.lock = answer, [], [], threading.Lock()
-        self.extra_tokens, self.status = 0, 200
-        self.tokenizer = tokenizer
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with fake.lock:
-                    data = json.dumps(fake.reply(self.path, body)).encode()
-                self.send_response(fake.status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        super().__init__()
+        self.answer, self.seen, self.extra_tokens, self.tokenizer = answer, [], 0, tokenizer
 
     def reply(self, path: str, body: dict) -> dict:
-        self.requests.append((path, body))
         if path == "/v1/chat/completions":
             text = self.tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -87,8 +64,7 @@ class Fake:
 def fake(tokenizer) -> Iterator[Fake]:
     server = Fake(tokenizer, knows)
     yield server
-    server.http.shutdown()
-    server.http.server_close()
+    server.stop()
 
 
 def knows(text: str) -> str:
@@ -364,17 +340,7 @@ def test_heat_map(tmp_path):
 
 
 def test_reference_answers_as_the_model_generates(tokenizer):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        eos_token_id=0,
-    )
-    llama = LlamaForCausalLM(config)
+    llama = tiny_llama_of(tokenizer, eos_token_id=0)
     sample = Sample("t", "Some context.", " A question?", len, new_tokens=6, prefix="So")
     tokens = Tokens(tokenizer)
     ids, _ = tokens.prompt(sample)
