@@ -30,8 +30,8 @@ from .rows import Job, read_csv, run_jobs, write_csv
 
 WHOLE = ((2, 2), (3, 3), (4, 4))
 PAIRS = (
-    *((2, 2), (2.5, 2), (2.5, 2.5), (3, 2), (3, 3), (3.25, 3), (3, 3.25), (3.5, 3), (3, 3.5), (3.5, 3.5)),
-    *((4, 4), (4.5, 4), (4, 4.5), (8, 8)),
+    *((2, 2), (2.5, 2), (2.25, 2.25), (2, 2.5), (2.5, 2.5), (3, 2), (3, 3), (3.25, 3), (3, 3.25), (3.5, 3), (3, 3.5)),
+    *((3.5, 3.5), (4, 4), (4.25, 4), (4, 4.25), (4.5, 4), (4, 4.5), (8, 8)),
 )
 IN_COLUMNS = ("template", "product-segment")  # whose widths are only compared where the fast kernels read them
 CASTS = {"bf16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn}
