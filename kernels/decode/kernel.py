@@ -227,6 +227,7 @@ def _attend_split(
     V_SLOPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ALONE: tl.constexpr,  # whether one tile holds the split, and one page the tile
     STAGES: tl.constexpr,
     NEAR: tl.constexpr,
     ASM: tl.constexpr,
@@ -290,7 +291,7 @@ def _attend_split(
         scales = tl.load(_scales_of(rows32, slot, scale_at, ROW_BYTES, NEAR))
         v_words = load_words(rows16, slot, V_OFFSET + head * V_STRIDE, V_BINS, ROW_BYTES, 0, NEAR)
         slot = _slots_from(slots, at + BLOCK_N, end, BLOCK_N, NEAR)
-        if PAGE > 0:
+        if PAGE > 0 and not ALONE:
             if at >= next_page:
                 mean_at = stored_at(at, head, HEADS, PAGE, PADDED)
                 bias = page_bias(means, mean_at, q, q_at, live_row, DIM, PADDED) * inverse_top
@@ -441,5 +442,5 @@ def decode_kernel(
                         ROW_BYTES, K_STRIDE, V_STRIDE, V_OFFSET, NORM_OFFSET, HEADS, GROUP, QUERIES, DIM, V_DIM,
                         PAGE, PADDED, pick(K_BINS, i), V_BINS, pick(K_REPEAT, i), V_REPEAT, pick(K_SEGMENTS, i),
                         V_SEGMENTS, pick(K_POLY, i), V_POLY, pick(K_SLOPE, i), V_SLOPE,
-                        BLOCK_M, TILES[t], STAGES, NEAR, ASM,
+                        BLOCK_M, TILES[t], t + 1 < len(TILES), STAGES, NEAR, ASM,
                     )  # fmt: skip

@@ -10,14 +10,16 @@ import requests
 pytestmark = [pytest.mark.server, pytest.mark.gpu]
 
 MIB = 1 << 20
-#: Of what nobody lists: SGLang's own buffers for 16 requests, and kernels' code.
-MARGIN = 64 * MIB
-TIE = 0.3  # nats, as in test_engine
+#: Of what nobody lists: the workspace of cuBLAS, 32 MiB on Hopper, and SGLang's buffers for 16 requests.
+MARGIN = 40 * MIB
+TIE = 0.3  # nats, as in test_engine; with 8 bits rounding to bf16 is the rest
 
 
 @pytest.fixture(scope="module")
 def server(launch):
     return launch(
+        "--kv-quant-k-bits=8",
+        "--kv-quant-v-bits=8",
         "--enable-memory-saver",
         "--max-running-requests=16",
         "--context-length=4096",

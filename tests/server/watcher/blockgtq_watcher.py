@@ -1,9 +1,10 @@
 """A test-only SGLang plugin for a GPU: what start-up takes of its memory, and rows that sleep has spoiled.
 
-The lines {"taken"} of the record are bytes of the device before the table is there and once attention is ready. After
-each wake-up every row is NaN.
+The lines {"taken"} of the record are bytes of this process's tensors before the table is there and once attention is
+ready. After each wake-up every row is NaN.
 """
 
+import gc
 import json
 import os
 
@@ -23,10 +24,8 @@ def register():
         out.flush()
 
     def taken() -> int:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info()
-        return total - free
+        gc.collect()
+        return torch.cuda.memory_allocated()
 
     start, init = runtime.start, TritonPackedBackend.__init__
 
