@@ -26,11 +26,12 @@ from ..device.page_mean import page_bias, stored_at
 from ..format.codec import V_SCALE_MAX
 from ..format.columns import COLUMNS
 from ..format.layout import BLOCK_SLOTS
-from .splits import by_multiprocessor, find_split, request_splits
+from .splits import SPLIT_UNIT, by_multiprocessor, find_split, request_splits
 
 _LN2 = tl.constexpr(0.6931471805599453)
 _COLUMNS = tl.constexpr(COLUMNS)
 _SLOTS = tl.constexpr(BLOCK_SLOTS)
+_UNIT = tl.constexpr(SPLIT_UNIT)
 #: Probabilities are kept times 2 to this: the tail of a long softmax stays normal in float16, and the largest scale of
 #: a value still fits. It costs nothing, since a fused operation takes logits and peak to the exponent.
 _LIFT = tl.constexpr(6.0)
@@ -227,7 +228,7 @@ def _attend_split(
     V_SLOPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    ALONE: tl.constexpr,  # whether one tile holds the split, and one page the tile
+    ALONE: tl.constexpr,  # whether one tile holds the split: no longer than the unit at whose borders splits begin
     STAGES: tl.constexpr,
     NEAR: tl.constexpr,
     ASM: tl.constexpr,
@@ -442,5 +443,5 @@ def decode_kernel(
                         ROW_BYTES, K_STRIDE, V_STRIDE, V_OFFSET, NORM_OFFSET, HEADS, GROUP, QUERIES, DIM, V_DIM,
                         PAGE, PADDED, pick(K_BINS, i), V_BINS, pick(K_REPEAT, i), V_REPEAT, pick(K_SEGMENTS, i),
                         V_SEGMENTS, pick(K_POLY, i), V_POLY, pick(K_SLOPE, i), V_SLOPE,
-                        BLOCK_M, TILES[t], t + 1 < len(TILES), STAGES, NEAR, ASM,
+                        BLOCK_M, TILES[t], t + 1 < len(TILES) and TILES[t] <= _UNIT, STAGES, NEAR, ASM,
                     )  # fmt: skip
