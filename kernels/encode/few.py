@@ -69,6 +69,11 @@ def _odd(z, coefficients):
 
 
 @triton.jit
+def _max_max_sum(a0, a1, a2, b0, b1, b2):
+    return tl.maximum(a0, b0), tl.maximum(a1, b1), a2 + b2
+
+
+@triton.jit
 def _coefficients(channels, FIRST: tl.constexpr, PADDED: tl.constexpr):
     out = ()
     for i in tl.static_range(_TERMS):
@@ -139,12 +144,17 @@ def _encode(
         position = tl.load(positions + token).to(tl.int32)
         mean = tl.load(means + stored_at(position, head, heads, PAGE, PADDED) + channel)
     y, slot = _multiply(x, loc + token, matrix + head * PADDED * PADDED, DIM, PADDED, DEPENDENT)
-    if PAGE > 0:
-        flag = tl.sum(weight * mean * (2 * y - mean), 0) > 0
-        y = tl.where(flag, mean - y, y)
-
     # The mean of squares is taken of y / max|y|, so that no input overflows or underflows it.
-    top = tl.maximum(tl.max(tl.abs(y), 0), _TINY)
+    if PAGE > 0:
+        less = mean - y
+        # One exchange between the warps, whichever way the key is coded.
+        parts = tl.abs(y), tl.abs(less), weight * mean * (y - less)
+        top, top_less, gain = tl.reduce(parts, 0, _max_max_sum)
+        flag = gain > 0
+        y, top = tl.where(flag, less, y), tl.where(flag, top_less, top)
+    else:
+        top = tl.max(tl.abs(y), 0)
+    top = tl.maximum(top, _TINY)
     scaled = y * (1.0 / top)
     rms = tl.sqrt(tl.sum(scaled * scaled * share, 0))
     inverse = tl.where(rms > 0, 1.0 / tl.where(rms > 0, rms, 1.0), 0.0)
