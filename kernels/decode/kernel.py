@@ -26,12 +26,11 @@ from ..device.page_mean import page_bias, stored_at
 from ..format.codec import V_SCALE_MAX
 from ..format.columns import COLUMNS
 from ..format.layout import BLOCK_SLOTS
-from .splits import SPLIT_UNIT, by_multiprocessor, find_split, request_splits
+from .splits import by_multiprocessor, find_split, request_splits
 
 _LN2 = tl.constexpr(0.6931471805599453)
 _COLUMNS = tl.constexpr(COLUMNS)
 _SLOTS = tl.constexpr(BLOCK_SLOTS)
-_UNIT = tl.constexpr(SPLIT_UNIT)
 #: Probabilities are kept times 2 to this: the tail of a long softmax stays normal in float16, and the largest scale of
 #: a value still fits. It costs nothing, since a fused operation takes logits and peak to the exponent.
 _LIFT = tl.constexpr(6.0)
@@ -228,7 +227,6 @@ def _attend_split(
     V_SLOPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    ALONE: tl.constexpr,  # whether one tile holds the split: no longer than the unit at whose borders splits begin
     STAGES: tl.constexpr,
     NEAR: tl.constexpr,
     ASM: tl.constexpr,
@@ -292,7 +290,7 @@ def _attend_split(
         scales = tl.load(_scales_of(rows32, slot, scale_at, ROW_BYTES, NEAR))
         v_words = load_words(rows16, slot, V_OFFSET + head * V_STRIDE, V_BINS, ROW_BYTES, 0, NEAR)
         slot = _slots_from(slots, at + BLOCK_N, end, BLOCK_N, NEAR)
-        if PAGE > 0 and not ALONE:
+        if PAGE > 0:
             if at >= next_page:
                 mean_at = stored_at(at, head, HEADS, PAGE, PADDED)
                 bias = page_bias(means, mean_at, q, q_at, live_row, DIM, PADDED) * inverse_top
@@ -443,5 +441,5 @@ def decode_kernel(
                         ROW_BYTES, K_STRIDE, V_STRIDE, V_OFFSET, NORM_OFFSET, HEADS, GROUP, QUERIES, DIM, V_DIM,
                         PAGE, PADDED, pick(K_BINS, i), V_BINS, pick(K_REPEAT, i), V_REPEAT, pick(K_SEGMENTS, i),
                         V_SEGMENTS, pick(K_POLY, i), V_POLY, pick(K_SLOPE, i), V_SLOPE,
-                        BLOCK_M, TILES[t], t + 1 < len(TILES) and TILES[t] <= _UNIT, STAGES, NEAR, ASM,
+                        BLOCK_M, TILES[t], STAGES, NEAR, ASM,
                     )  # fmt: skip

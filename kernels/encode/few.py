@@ -38,24 +38,27 @@ _SCALE_MIN = tl.constexpr(SCALE_MIN)
 
 
 @triton.jit
-def _multiply(x, loc, matrix, DIM: tl.constexpr, PADDED: tl.constexpr, DEPENDENT: tl.constexpr):
-    """The vector at ``x`` times a matrix (in, out), float32 ``[PADDED]``, and what lies at ``loc``.
+def _multiply(x, loc, matrix, mean_at, DIM: tl.constexpr, PADDED: tl.constexpr, DEPENDENT: tl.constexpr):
+    """The vector at ``x`` times a matrix (in, out), float32 ``[PADDED]``, what lies at ``loc``, and the mean at
+    ``mean_at``, 0 where that is None.
 
-    Waits for the kernel ahead once the matrix is under way.
+    Waits for the kernel ahead once the matrix and the mean are under way.
     """
     BLOCK: tl.constexpr = PADDED if PADDED * PADDED <= _MATRIX else _MATRIX // PADDED
     out = tl.arange(0, PADDED)
     y = tl.zeros([PADDED], tl.float32)
-    slot = 0
+    slot, mean = 0, 0.0
     for start in tl.static_range(0, PADDED, BLOCK):
         channel = start + tl.arange(0, BLOCK)
         part = tl.load(matrix + channel[:, None] * PADDED + out[None, :])
         if start == 0:
+            if mean_at is not None:
+                mean = tl.load(mean_at + out)
             wait_and_release(DEPENDENT)
             slot = tl.load(loc).to(tl.int64)
         value = tl.load(x + channel, mask=channel < DIM, other=0.0).to(tl.float32)
         y += tl.sum(part * value[:, None], 0)
-    return y, slot
+    return y, slot, mean
 
 
 @triton.jit
@@ -66,11 +69,6 @@ def _odd(z, coefficients):
     for i in tl.static_range(1, _TERMS - 1):
         y = (y + coefficients[_TERMS - 1 - i][None, :]) * square
     return (y + coefficients[0][None, :]) * z
-
-
-@triton.jit
-def _max_max_sum(a0, a1, a2, b0, b1, b2):
-    return tl.maximum(a0, b0), tl.maximum(a1, b1), a2 + b2
 
 
 @triton.jit
@@ -126,6 +124,10 @@ def _encode(
     VALUES: tl.constexpr,  # whether these are values, which are also whose program writes the padding
     DEPENDENT: tl.constexpr,
 ):
+    mean_at = None
+    if PAGE > 0:
+        # Asked for first, since the mean's place depends on it.
+        mean_at = means + stored_at(tl.load(positions + token).to(tl.int32), head, heads, PAGE, PADDED)
     channel = tl.arange(0, PADDED)
     channels += head * (4 + 2 * _TERMS) * PADDED
     weight = tl.load(channels + channel)
@@ -140,21 +142,14 @@ def _encode(
     index = tl.arange(0, TRIES)
     factor = tl.load(search + index, mask=index < num_factors, other=1.0)
     x += token.to(tl.int64) * stride_t + head * stride_h
+    matrix += head * PADDED * PADDED
+    y, slot, mean = _multiply(x, loc + token, matrix, mean_at, DIM, PADDED, DEPENDENT)
     if PAGE > 0:
-        position = tl.load(positions + token).to(tl.int32)
-        mean = tl.load(means + stored_at(position, head, heads, PAGE, PADDED) + channel)
-    y, slot = _multiply(x, loc + token, matrix + head * PADDED * PADDED, DIM, PADDED, DEPENDENT)
+        flag = tl.sum(weight * mean * (2 * y - mean), 0) > 0
+        y = tl.where(flag, mean - y, y)
+
     # The mean of squares is taken of y / max|y|, so that no input overflows or underflows it.
-    if PAGE > 0:
-        less = mean - y
-        # One exchange between the warps, whichever way the key is coded.
-        parts = tl.abs(y), tl.abs(less), weight * mean * (y - less)
-        top, top_less, gain = tl.reduce(parts, 0, _max_max_sum)
-        flag = gain > 0
-        y, top = tl.where(flag, less, y), tl.where(flag, top_less, top)
-    else:
-        top = tl.max(tl.abs(y), 0)
-    top = tl.maximum(top, _TINY)
+    top = tl.maximum(tl.max(tl.abs(y), 0), _TINY)
     scaled = y * (1.0 / top)
     rms = tl.sqrt(tl.sum(scaled * scaled * share, 0))
     inverse = tl.where(rms > 0, 1.0 / tl.where(rms > 0, rms, 1.0), 0.0)
