@@ -6,13 +6,15 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
+from ..kernels.host.attention import causal_attention
+from ..kernels.terms import Terms
 from .build import build_table, check_budget
 from .frequencies import frequencies, of_blocks
 from .model import (
@@ -44,7 +46,9 @@ _NAME = "blockgtq_capture"
 CHANGING_ROPE = ("dynamic", "longrope")  # their frequencies depend on the sequence's length
 
 
-def _attention(take: Take, heads: int, dim: int, v_dim: int, scales: dict[int, float] | None = None) -> Callable:
+def _attention(
+    take: Take, heads: int, dim: int, v_dim: int, logits: dict[int, tuple[float, Terms]] | None = None
+) -> Callable:
     """An attention function of transformers' interface that shows q, k and v to ``take`` and attends causally."""
 
     def forward(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
@@ -52,11 +56,9 @@ def _attention(take: Take, heads: int, dim: int, v_dim: int, scales: dict[int, f
         where = f"{type(module).__name__} (layer {layer})"
         if layer is None:
             raise ModelError(f"{where}: has no layer_idx, so its layer is unknown; calibrate inside the server")
-        if kwargs.get("sliding_window") is not None:
-            raise ModelError(f"{where}: sliding window of {kwargs['sliding_window']}; full attention is supported")
-        for option in ("softcap", "s_aux", "position_bias"):
-            if kwargs.get(option) is not None:
-                raise ModelError(f"{where}: attention with {option} is not supported; calibrate inside the server")
+        if kwargs.get("position_bias") is not None:
+            raise ModelError(f"{where}: attention with position_bias is not supported")
+        terms = Terms(kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0, kwargs.get("s_aux"))
         if not getattr(module, "is_causal", True):
             raise ModelError(f"{where}: attention is not causal; decoder-only models are supported")
         found = (key.shape[1], key.shape[-1], value.shape[-1])
@@ -65,26 +67,26 @@ def _attention(take: Take, heads: int, dim: int, v_dim: int, scales: dict[int, f
                 f"{where}: {query.shape[1]} query heads and {found[0]} KV heads of {found[1]} and {found[2]} channels, "
                 f"the config says {heads} KV heads of {dim} and {v_dim}"
             )
-        if scales is not None:
-            scales[layer] = scaling
+        if logits is not None:
+            logits[layer] = scaling, terms
         if found := take(layer, *(x[0].transpose(0, 1) for x in (query, key, value))):
             key, value = (x.transpose(0, 1)[None] for x in found)
-        out = scaled_dot_product_attention(
-            query, key, value, is_causal=query.shape[2] > 1, scale=scaling, enable_gqa=query.shape[1] != heads
-        )
-        return out.transpose(1, 2).contiguous(), None
+        out = causal_attention(*(x[0].transpose(0, 1) for x in (query, key, value)), scaling, terms)
+        return out[None], None
 
     return forward
 
 
 @contextmanager
-def _captured(model: torch.nn.Module, take: Take, scales: dict[int, float] | None = None) -> Iterator[None]:
+def _captured(
+    model: torch.nn.Module, take: Take, logits: dict[int, tuple[float, Terms]] | None = None
+) -> Iterator[None]:
     """Within the context, ``take(layer, q, k, v)`` sees every layer's tensors ``[T, heads, channels]``.
 
-    scales: takes each layer's scale of logits.
+    logits: takes the scale and terms of each layer's.
     """
     config = model.config
-    attention = _attention(take, kv_heads(config), head_dim(config), v_head_dim(config), scales)
+    attention = _attention(take, kv_heads(config), head_dim(config), v_head_dim(config), logits)
     former = config._attn_implementation
     AttentionInterface.register(_NAME, attention)
     try:
@@ -115,19 +117,27 @@ def _of_pairs(x: torch.Tensor) -> torch.Tensor:
 
 def model_frequencies(model: torch.nn.Module, rope: Sequence[RopeBlocks]) -> list[torch.Tensor | None]:
     """How fast each layer's blocks rotate, by the model's own rotary module; None where it does not tell."""
-    device, rotated = next(model.parameters()).device, None
-    rotary = getattr(model.base_model, "rotary_emb", None)
+    device, rotary = next(model.parameters()).device, getattr(model.base_model, "rotary_emb", None)
+    parameters = rope_parameters(model.config)
+    kinds = getattr(text_config(model.config), "layer_types", None) or [None] * len(rope)
+    by_kind = any(kind in parameters for kind in kinds)  # each kind of layer has RoPE of its own
 
-    def turn(positions: torch.Tensor) -> torch.Tensor:
-        sides = rotary(torch.zeros(1, device=device), positions[None].to(device))
+    def turn(kind: str | None, positions: torch.Tensor) -> torch.Tensor:
+        sides = rotary(torch.zeros(1, device=device), positions[None].to(device), *([kind] if by_kind else []))
         return torch.stack([_of_pairs(x[0]) for x in sides], 1)
 
-    if rotary is not None and rope_parameters(model.config).get("rope_type") not in CHANGING_ROPE:
+    @cache
+    def rotated(kind: str | None) -> torch.Tensor | None:
+        mine = parameters.get(kind, {}) if by_kind else parameters
+        if rotary is None or mine.get("rope_type") in CHANGING_ROPE:
+            return None
         try:
-            rotated = frequencies(turn, _context(model.config))
+            return frequencies(partial(turn, kind), _context(model.config))
         except (TypeError, ValueError, RuntimeError, IndexError):  # a module of another kind
             logger.warning("%s says no frequencies", type(rotary).__name__)
-    return [of_blocks(rotated, r) for r in rope]
+            return None
+
+    return [of_blocks(rotated(kind if by_kind else None), r) for kind, r in zip(kinds, rope, strict=True)]
 
 
 def check_rope(
@@ -161,8 +171,8 @@ def collect(
     """Moments of a transformers causal language model over token sequences; one pass, batch size 1.
 
     q and k are taken after RoPE and QK-norm. The model's attention implementation is restored.
-    Raises ModelError if its attention is not reached through transformers' attention interface, has
-    a sliding window or is latent, or if ``rope`` (one entry per layer) is not how it pairs channels.
+    Raises ModelError if its attention is not reached through transformers' attention interface, is
+    latent, or if ``rope`` (one entry per layer) is not how it pairs channels.
     """
     config = model.config
     check_model(config)
@@ -185,13 +195,13 @@ def collect(
 def measure(model: torch.nn.Module, ids: Sequence[int], table: AllocationTable) -> Quality:
     """What the cache of ``table`` costs on ``ids``, which it was not calibrated on."""
     device = next(model.parameters()).device
-    tokens, scales = torch.tensor([list(ids)], device=device), {}
+    tokens, logits = torch.tensor([list(ids)], device=device), {}
 
     def run(hook: Hook, answers: torch.Tensor) -> torch.Tensor:
-        with _captured(model, hook, scales):
+        with _captured(model, hook, logits):
             return model(input_ids=tokens, use_cache=False, logits_to_keep=answers.to(device)).logits[0]
 
-    exact = HeldOut(run, len(ids), scales)
+    exact = HeldOut(run, len(ids), logits)
     sums = exact.sums(layers_of(table, slice(None), range(table.header.layers), device, len(ids)), table.header.layers)
     return sums.quality(len(exact.answers))
 

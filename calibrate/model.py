@@ -89,7 +89,7 @@ def config_hash(config: PretrainedConfig) -> str:
 
 
 def check_model(config: PretrainedConfig) -> None:
-    """ModelError for attention that the packed cache does not hold: MLA, sliding windows, hybrids, odd heads."""
+    """ModelError for attention that the packed cache does not hold: MLA, hybrids, odd heads."""
     text = text_config(config)
     name = text.model_type
     if getattr(config, "is_encoder_decoder", False):
@@ -97,12 +97,10 @@ def check_model(config: PretrainedConfig) -> None:
     if getattr(text, "kv_lora_rank", None):
         raise ModelError(f"model type {name}: latent attention (MLA) is not supported; use a model with MHA or GQA")
     kinds = set(getattr(text, "layer_types", None) or ())
-    if not kinds and getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
-        kinds = {"sliding_attention"}
-    if others := sorted(kinds - {"full_attention"}):
+    if others := sorted(kinds - {"full_attention", "sliding_attention"}):
         raise ModelError(
-            f"model type {name}: has {', '.join(others)} layers; every layer must have full attention "
-            "(no sliding window, no linear or state-space layers)"
+            f"model type {name}: has {', '.join(others)} layers; every layer must have full or sliding-window "
+            "attention (no chunked attention, no linear or state-space layers)"
         )
     check_head_dim(head_dim(config))
 

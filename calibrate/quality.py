@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..kernels.layer import PackedLayer
+from ..kernels.terms import PLAIN, Terms
 
 #: In the name of a cached table. Raise it when what is measured, or on what, changes.
 QUALITY_VERSION = 1
@@ -83,17 +84,23 @@ def divergence(true: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def attention_divergence(
-    q: torch.Tensor, k: torch.Tensor, k_read: torch.Tensor, positions: torch.Tensor, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_read: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
+    terms: Terms = PLAIN,
 ) -> torch.Tensor:
-    """KL ``[N, Hq]`` of causal attention to keys as they are and as they are read: q ``[N, Hq, D]`` at ``positions``,
-    k, k_read ``[T, H, D]``."""
+    """KL ``[N, Hq]`` of causal attention, without sinks, to keys as they are and as they are read: q ``[N, Hq, D]`` at
+    ``positions``, k, k_read ``[T, H, D]``."""
     group = q.shape[1] // k.shape[1]
-    future = torch.arange(len(k), device=k.device) > positions.to(k.device)[:, None]
+    key, own = torch.arange(len(k), device=k.device), positions.to(k.device)[:, None]
+    unseen = key > own if not terms.window else (key > own) | (key <= own - terms.window)
     logs = []
     for keys in (k, k_read):
         keys = keys.float().repeat_interleave(group, 1)
-        logits = torch.einsum("nhd,thd->nht", q.float(), keys) * scale
-        logs.append(logits.masked_fill(future[:, None], -torch.inf).log_softmax(-1))
+        logits = terms.capped(torch.einsum("nhd,thd->nht", q.float(), keys) * scale)
+        logs.append(logits.masked_fill(unseen[:, None], -torch.inf).log_softmax(-1))
     return _divergence(*logs)
 
 
@@ -106,13 +113,16 @@ class HeldOut:
     """A held-out sequence of ``tokens`` tokens read exactly, with what is needed to compare caches with that.
 
     run: a pass over the sequence with attention to what a :data:`Hook` returns; gives the logits ``[N, V]`` at
-    ``answers [N]``, or None on a rank that has none. scales: of each layer's logits.
+    ``answers [N]``, or None on a rank that has none. logits: of each layer, their scale and terms.
     """
 
     def __init__(
-        self, run: Callable[[Hook, torch.Tensor], torch.Tensor | None], tokens: int, scales: Mapping[int, float]
+        self,
+        run: Callable[[Hook, torch.Tensor], torch.Tensor | None],
+        tokens: int,
+        logits: Mapping[int, tuple[float, Terms]],
     ):
-        self.run, self.scales = run, scales
+        self.run, self.logits_of = run, logits
         self.answers, self.queries = positions_of(tokens, ANSWERS), positions_of(tokens, QUERIES)
         self.exact: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
@@ -137,7 +147,7 @@ class HeldOut:
 
         for layer, (q, k, v) in self.exact.items():
             k_read, _ = read(layer, k, v)
-            sums.add_attention(layer, attention_divergence(q, k, k_read, self.queries, self.scales[layer]))
+            sums.add_attention(layer, attention_divergence(q, k, k_read, self.queries, *self.logits_of[layer]))
         logits = self.run(lambda layer, q, k, v: read(layer, k, v), self.answers)
         if logits is not None:
             sums.add_answers(divergence(self.logits, logits))

@@ -18,6 +18,7 @@ from .format.codec import LayerCodec
 from .format.layout import CodeLayout, gather_rows, num_slots, scatter_rows
 from .host.decode import HostReader
 from .host.encode import MOST_TOKENS, HostEncoder
+from .terms import PLAIN, Terms
 from .unpack.task import UnpackTask
 from .unpack.unpacker import Unpacker
 
@@ -75,11 +76,13 @@ class PackedLayer(ABC):
         kv_indices: torch.Tensor,
         sm_scale: float,
         *,
+        terms: Terms = PLAIN,
         rotated: torch.Tensor | None = None,
         scratch: DecodeScratch | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention ``[B, Hq, Dv]`` of one query ``q [B, Hq, D]`` per request over the rows of its slots."""
+        """Attention ``[B, Hq, Dv]`` of one query ``q [B, Hq, D]`` per request over the rows of its slots, its own the
+        last."""
 
     @abstractmethod
     def dense(
@@ -137,8 +140,8 @@ class TritonLayer(PackedLayer):
         self.encoder(k, v, loc, positions, q, rotated)
         return rotated
 
-    def decode(self, q, kv_indptr, kv_indices, sm_scale, *, rotated=None, scratch=None, out=None):
-        options = {"rotated": rotated, "scratch": scratch, "out": out}
+    def decode(self, q, kv_indptr, kv_indices, sm_scale, *, terms=PLAIN, rotated=None, scratch=None, out=None):
+        options = {"terms": terms, "rotated": rotated, "scratch": scratch, "out": out}
         return decode_attention(self.tables, q, self.rows, kv_indptr, kv_indices, sm_scale, **options)[0]
 
     def dense(self, slots, positions=None, dtype=torch.float32):
@@ -172,14 +175,14 @@ class TorchLayer(PackedLayer):
         encode = self.encoder if few else partial(reference.encode, self.codec)
         self.scatter(loc, encode(k, v, positions))
 
-    def decode(self, q, kv_indptr, kv_indices, sm_scale, *, rotated=None, scratch=None, out=None):
+    def decode(self, q, kv_indptr, kv_indices, sm_scale, *, terms=PLAIN, rotated=None, scratch=None, out=None):
         """kv_indices: also a slice, of one request's neighbouring slots."""
         rows = self.gather(kv_indices)
         if self.reader is None:
-            return reference.decode_attention(self.codec, q, rows, kv_indptr, sm_scale)[0].to(q.dtype)
+            return reference.decode_attention(self.codec, q, rows, kv_indptr, sm_scale, terms=terms)[0].to(q.dtype)
         out = q.new_empty(*q.shape[:2], self.v_head_dim) if out is None else out
         for b, (start, stop) in enumerate(pairwise(kv_indptr.tolist())):
-            out[b] = self.reader.attend(q[b], rows[start:stop], sm_scale) if stop > start else 0
+            out[b] = self.reader.attend(q[b], rows[start:stop], sm_scale, terms) if stop > start else 0
         return out
 
     def dense(self, slots, positions=None, dtype=torch.float32):

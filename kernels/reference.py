@@ -7,6 +7,7 @@ Query head j belongs to KV head ``j // G``. Source: TurboQuant-MSE as used by Bl
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -16,6 +17,7 @@ from .format.codec import NO_SEARCH, SCALE_MAX, V_SCALE_MAX, LayerCodec
 from .format.layout import CodeLayout
 from .format.pack import pack, unpack
 from .format.page_mean import residual, signed
+from .terms import PLAIN, Terms
 
 
 def _count_below(x: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
@@ -241,12 +243,14 @@ def prefix_attention(
     qo_indptr: torch.Tensor,
     kv_indptr: torch.Tensor,
     sm_scale: float,
+    terms: Terms = PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every query of a request against all its packed rows (no causal mask: the prefix lies before the queries).
+    """Every query of a request against its packed rows (no causal mask: the prefix lies before the queries).
 
     q ``[T, Hq, D]``; rows ``[kv_indptr[-1], row_bytes]`` uint8, request after request, each from its position 0;
     qo_indptr, kv_indptr ``[B + 1]``. Returns out ``[T, Hq, Dv]`` float32 and lse ``[T, Hq]`` float32 (natural log; -inf
-    and zeros for an empty prefix). Decode attention is the case of one query per request.
+    and zeros for an empty prefix), without the sinks of ``terms``. Its window begins at the first query's place behind
+    the prefix.
     """
     heads = codec.layout.heads
     group = q.shape[1] // heads
@@ -262,7 +266,11 @@ def prefix_attention(
         logits = torch.einsum("mhge,nhe->hgmn", q_in, k)
         if codec.mean is not None:
             logits = logits + page_bias(codec, qb, rows[kv[b] : kv[b + 1]])
-        logits = logits * sm_scale
+        logits = terms.capped(logits * sm_scale)
+        if terms.window:
+            own = kv[b + 1] - kv[b] + torch.arange(len(qb), device=q.device)
+            before = torch.arange(kv[b + 1] - kv[b], device=q.device) <= own[:, None] - terms.window
+            logits = logits.masked_fill(before, -torch.inf)
         o, l = _softmax_attend(logits, v)
         o = torch.einsum("mhge,hde->mhgd", o, codec.v_out)
         out[qo[b] : qo[b + 1]] = o.flatten(1, 2)
@@ -277,21 +285,26 @@ def decode_attention(
     kv_indptr: torch.Tensor,
     sm_scale: float,
     q_len: int = 1,
+    terms: Terms = PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``q_len`` queries ``[B * q_len, Hq, D]`` of each request against its packed rows.
 
-    The queries are the request's last tokens: each sees the rows up to its own. See :func:`prefix_attention`.
+    The queries are the request's last tokens: each sees the rows up to its own. See :func:`prefix_attention`, but out
+    has the sinks of ``terms``.
     """
     seen = []
     for a, b in pairwise(kv_indptr.tolist()):
         seen += [rows[a : max(a, b - later)] for later in reversed(range(q_len))]
     indptr = torch.tensor([0, *accumulate(map(len, seen))])
     qo_indptr = torch.arange(q.shape[0] + 1)
-    return prefix_attention(codec, q, torch.cat(seen), qo_indptr, indptr, sm_scale)
+    # A query's own row is the last of its prefix.
+    before = replace(terms, window=terms.window and terms.window + 1)
+    out, lse = prefix_attention(codec, q, torch.cat(seen), qo_indptr, indptr, sm_scale, before)
+    return terms.with_sinks(out, lse), lse
 
 
 def chunk_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, qo_indptr: torch.Tensor, sm_scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, qo_indptr: torch.Tensor, sm_scale: float, terms: Terms = PLAIN
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of each request's new tokens to themselves, dense.
 
@@ -307,9 +320,10 @@ def chunk_attention(
         if a == b:
             continue
         qb = q[a:b].float().unflatten(1, (heads, group))
-        logits = torch.einsum("mhgd,nhd->hgmn", qb, k[a:b].float()) * sm_scale
-        future = torch.ones(b - a, b - a, dtype=torch.bool, device=q.device).triu(1)
-        o, l = _softmax_attend(logits.masked_fill(future, -torch.inf), v[a:b].float())
+        logits = terms.capped(torch.einsum("mhgd,nhd->hgmn", qb, k[a:b].float()) * sm_scale)
+        ones = torch.ones(b - a, b - a, dtype=torch.bool, device=q.device)
+        unseen = ones.triu(1) | ones.tril(-terms.window) if terms.window else ones.triu(1)
+        o, l = _softmax_attend(logits.masked_fill(unseen, -torch.inf), v[a:b].float())
         out[a:b], lse[a:b] = o.flatten(1, 2), l.flatten(1, 2)
     return out, lse
 
@@ -323,12 +337,14 @@ def extend_attention(
     qo_indptr: torch.Tensor,
     kv_indptr: torch.Tensor,
     sm_scale: float,
+    terms: Terms = PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """New tokens against their packed prefix ``rows`` plus, causally, themselves.
 
     k, v are the chunk's own keys and values as it shall see them: raw, or after
     :func:`round_trip` for answers that do not depend on how a prompt was cut.
     """
-    prefix = prefix_attention(codec, q, rows, qo_indptr, kv_indptr, sm_scale)
-    chunk = chunk_attention(q, k, v, qo_indptr, sm_scale)
-    return merge_states(*prefix, *chunk)
+    prefix = prefix_attention(codec, q, rows, qo_indptr, kv_indptr, sm_scale, terms)
+    chunk = chunk_attention(q, k, v, qo_indptr, sm_scale, terms)
+    out, lse = merge_states(*prefix, *chunk)
+    return terms.with_sinks(out, lse), lse

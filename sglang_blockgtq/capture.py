@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from sglang.srt.distributed.parallel_state import get_pp_group
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
@@ -32,8 +31,10 @@ from .calibrate.model import ModelError, rope_parameters
 from .calibrate.moments import Moments, MomentSums
 from .calibrate.rope import RopeBlocks
 from .calibrate.rope_check import check_swings, drift, probe_positions, swing, trusted
+from .kernels.host.attention import causal_attention
 from .options import NAME, KVQuantError
 from .ranks import reduce
+from .terms import terms_of
 
 
 def attention_layers(model: torch.nn.Module) -> list[RadixAttention]:
@@ -106,7 +107,7 @@ class CaptureBackend(AttentionBackend):
         pass
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
-        refuse_extras(kwargs)
+        terms = terms_of(layer, kwargs)
         if k is None:
             raise KVQuantError(f"--kv-quant {NAME}: layer {layer.layer_id} shares another layer's cache; not supported")
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
@@ -116,21 +117,10 @@ class CaptureBackend(AttentionBackend):
         out = q.new_empty(q.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         start = 0
         for n in forward_batch.extend_seq_lens_cpu:
-            part = [x[start : start + n].transpose(0, 1)[None] for x in (q, k, v)]
-            o = F.scaled_dot_product_attention(*part, is_causal=True, scale=layer.scaling, enable_gqa=True)
-            out[start : start + n] = o[0].transpose(0, 1)
+            part = [x[start : start + n] for x in (q, k, v)]
+            out[start : start + n] = causal_attention(*part, layer.scaling, terms)
             start += n
         return out.flatten(1)
-
-
-def refuse_extras(kwargs: dict[str, Any]) -> None:
-    """Attention arguments a model may pass that packed attention does not implement."""
-    for name in ("sinks", "score_mod", "aux_tensors", "q_rope", "k_rope"):
-        if kwargs.get(name) is not None:
-            raise KVQuantError(
-                f"--kv-quant {NAME}: the model's attention uses {name}, which is not supported; "
-                "serve this model without --kv-quant"
-            )
 
 
 def _batch(runner: Any, ids: list[int], positions: Sequence[int], answers: torch.Tensor | None) -> ForwardBatch:

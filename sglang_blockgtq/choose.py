@@ -126,19 +126,20 @@ def _check(table: AllocationTable, options: KVQuantOptions, remedy: str) -> None
 def _read_exactly(runner: Any, ids: list[int]) -> HeldOut | None:
     """None where nothing can be measured, with a warning."""
     from .capture import attention_layers, forward
+    from .terms import terms_of
 
     if not ids or not runner.model_config.is_generation:
         why = "the calibration text has no more tokens" if not ids else "this model gives no answers"
         if is_rank_zero():
             logger.warning("%s: what the cache costs is not measured: %s", NAME, why)
         return None
-    scales = {layer.layer_id: layer.scaling for layer in attention_layers(runner.model)}
+    logits = {x.layer_id: (x.scaling, terms_of(x, {})) for x in attention_layers(runner.model)}
 
     def run(hook: Callable, answers: torch.Tensor) -> torch.Tensor | None:
         out = forward(runner, hook, ids, range(len(ids)), answers)
         return None if out is None else out.next_token_logits[: len(answers)]
 
-    return HeldOut(run, len(ids), scales)
+    return HeldOut(run, len(ids), logits)
 
 
 def _measure(exact: HeldOut | None, layers: Mapping[int, PackedLayer], table: AllocationTable) -> Quality | None:

@@ -190,6 +190,7 @@ def check_resolved(server_args: Any = None) -> None:
     _check(get, has_table=asked.table is not None, resolved=" (as SGLang resolves the arguments)")
 
 
+_ATTENTION = {"full_attention", "attention", "sliding_attention"}
 _HYBRID_KEYS = ("mamba_d_state", "ssm_state_size", "linear_num_value_heads", "linear_attn_config")
 
 
@@ -213,13 +214,13 @@ def check_config(config: Any) -> None:
         raise _refuse_model(name, "MLA keeps one latent vector, not keys and values")
     if any(getattr(text, key, None) for key in _HYBRID_KEYS):
         raise _refuse_model(name, "hybrid linear-attention or state-space layers are not supported")
-    if others := sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention", "attention"}):
+    if others := sorted(set(getattr(text, "layer_types", None) or ()) - _ATTENTION):
         raise _refuse_model(
             f"{name} with {', '.join(others)} layers",
-            "every layer must have full attention (no sliding window, no linear or state-space layers)",
+            "every layer must have full or sliding-window attention (none chunked, linear or of state spaces)",
         )
-    if getattr(text, "attn_logit_softcapping", None):
-        raise _refuse_model(name, "capped attention logits are not supported")
+    if getattr(text, "attention_chunk_size", None):
+        raise _refuse_model(name, "attention in chunks is not supported")
     if head_dim := _head_dim(text):
         try:
             check_head_dim(head_dim)
@@ -283,10 +284,6 @@ def check_layers(layers: list[Any]) -> None:
         where = f"layer {layer.layer_id}"
         if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
             raise _refuse_model(f"{where} attends as {layer.attn_type}", "only causal self-attention is supported")
-        if layer.sliding_window_size is not None and layer.sliding_window_size > -1:
-            raise _refuse_model(f"{where} has a sliding window", "only full attention is supported")
-        if layer.logit_cap:
-            raise _refuse_model(f"{where} caps its logits at {layer.logit_cap}", "capped logits are not supported")
         if layer.xai_temperature_len > 0:
             raise _refuse_model(f"{where} scales logits by position", "xAI temperature scaling is not supported")
         if layer.k_scale is not None or layer.v_scale is not None:

@@ -40,6 +40,7 @@ def _from_cli_args(orig: Any, cls: type, args: Any, *more: Any, **kwargs: Any) -
     except KVQuantError as e:
         raise SystemExit(f"error: {e}") from None
     args.attention_backend = NAME
+    args.disable_hybrid_swa_memory = True  # layers with a window are packed like the others, in one pool
     if getattr(args, "device", None) is None:
         args.device = preflight.default_device()
     server_args = orig(cls, args, *more, **kwargs)
@@ -54,6 +55,7 @@ def engine_server_args(*args: Any, **kwargs: Any) -> Any:
         return _make_server_args(*args, **kwargs)
     _check(asked, kwargs.get)
     kwargs["attention_backend"] = NAME
+    kwargs["disable_hybrid_swa_memory"] = True
     if kwargs.get("device") is None:
         kwargs["device"] = preflight.default_device()
     server_args = _make_server_args(*args, **kwargs)

@@ -17,6 +17,7 @@ from .kernels.format.layout import uniform_layout
 from .kernels.layer import PackedLayer
 from .options import BY_SEGMENTS, NAME, KVQuantError, KVQuantOptions, flag
 from .ranks import check_ranks, is_rank_zero
+from .terms import terms_of
 
 if TYPE_CHECKING:
     from .backend.buffers import Buffers
@@ -157,7 +158,8 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
     if runner.device.split(":")[0] == "cuda":
         from .backend.buffers import Buffers
 
-        buffers = Buffers.of(layers, runner, here[0].tp_q_head_num)
+        window = max(terms_of(x, {}).window for x in here)
+        buffers = Buffers.of(layers, runner, here[0].tp_q_head_num, window)
         torch.cuda.empty_cache()
     runtime = Runtime(
         options=options,

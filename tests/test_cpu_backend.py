@@ -15,6 +15,7 @@ from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.calibrate.table import layers_of
 from sglang_blockgtq.kernels import reference
+from sglang_blockgtq.kernels.terms import PLAIN, Terms
 from sglang_blockgtq.options import KVQuantOptions
 from sglang_blockgtq.pool import PackedKVPool
 
@@ -28,7 +29,10 @@ LAYER = SimpleNamespace(
     qk_head_dim=DIM,
     v_head_dim=DIM,
     scaling=SCALE,
+    sliding_window_size=None,
+    logit_cap=0.0,
 )
+WINDOW, CAP, SINKS = 50, 4.0, torch.linspace(-1, 2, HEADS * GROUP)
 
 
 @pytest.fixture(params=["raw", "quantized"])
@@ -62,7 +66,7 @@ def tokens(backend, seed: int) -> list[tuple[torch.Tensor, ...]]:
     return out
 
 
-def run(backend, texts, starts, stops):
+def run(backend, texts, starts, stops, layer=LAYER, **kwargs):
     """One step of both requests; decode where each has one token."""
     decode = all(b - a == 1 for a, b in zip(starts, stops, strict=True))
     spans = [slice(a, b) for a, b in zip(starts, stops, strict=True)]
@@ -78,23 +82,34 @@ def run(backend, texts, starts, stops):
     batch.out_cache_loc = torch.cat([table[row, span] for row, span in zip((1, 0), spans, strict=True)]).long()
     q, k, v = (torch.cat([text[i][span] for text, span in zip(texts, spans, strict=True)]).flatten(1) for i in range(3))
     backend.init_forward_metadata(batch)
-    out = (backend.forward_decode if decode else backend.forward_extend)(q, k, v, LAYER, batch)
+    out = (backend.forward_decode if decode else backend.forward_extend)(q, k, v, layer, batch, **kwargs)
     return out.view(-1, HEADS * GROUP, DIM).split([span.stop - span.start for span in spans])
 
 
-def expected(backend, text, start: int, stop: int, exact_from: int) -> torch.Tensor:
+def expected(backend, text, start: int, stop: int, exact_from: int, terms: Terms = PLAIN) -> torch.Tensor:
     """Of queries ``start .. stop``: packed keys and values up to ``exact_from``, the model's own from there on."""
     q, k, v = (x[:stop] for x in text)
     packed = reference.round_trip(backend.pool.layer(0).codec, k, v, torch.arange(stop))
     k, v = (torch.cat([a[:exact_from], b[exact_from:]]) for a, b in zip(packed, (k, v), strict=True))
     logits = torch.einsum("mhd,nhd->hmn", q[start:], k.repeat_interleave(GROUP, 1)) * SCALE
-    future = torch.arange(stop)[None] > torch.arange(start, stop)[:, None]
-    weights = logits.masked_fill(future, -torch.inf).softmax(-1)
+    if terms.cap:
+        logits = terms.cap * (logits / terms.cap).tanh()
+    key, own = torch.arange(stop)[None], torch.arange(start, stop)[:, None]
+    unseen = (key > own) | (key <= own - (terms.window or stop))
+    logits = logits.masked_fill(unseen, -torch.inf)
+    if terms.sinks is not None:
+        logits = torch.cat([logits, terms.sinks[:, None, None].expand(-1, stop - start, 1)], -1)
+    weights = logits.softmax(-1)[..., :stop]
     return torch.einsum("hmn,nhd->mhd", weights, v.repeat_interleave(GROUP, 1))
 
 
-def test_every_step_reads_keys_where_they_lie(backend):
+@pytest.mark.parametrize(
+    "terms", [PLAIN, Terms(WINDOW), Terms(WINDOW, CAP, SINKS)], ids=["plain", "window", "window-cap-sinks"]
+)
+def test_every_step_reads_keys_where_they_lie(backend, terms):
     """A prompt, more of it on top of what is cached, and tokens one by one."""
+    options = {} if terms.sinks is None else {"sinks": terms.sinks}
+    layer = SimpleNamespace(**vars(LAYER) | {"sliding_window_size": terms.window - 1, "logit_cap": terms.cap})
     texts = tokens(backend, 1)
     flags = reference.scales_of(
         backend.pool.layer(0).codec,
@@ -104,8 +119,9 @@ def test_every_step_reads_keys_where_they_lie(backend):
     at = [CACHED, *(tuple(a + b + i for a, b in zip(CACHED, NEW, strict=True)) for i in range(4))]
     starts = (0, 0)
     for stops in at:
-        found = run(backend, texts, starts, stops)
+        found = run(backend, texts, starts, stops, layer, **options)
         for text, start, stop, out in zip(texts, starts, stops, found, strict=True):
             exact_from = stop if stop - start == 1 or backend.quantized_chunk else start
-            torch.testing.assert_close(out, expected(backend, text, start, stop, exact_from), rtol=1e-4, atol=1e-4)
+            want = expected(backend, text, start, stop, exact_from, terms)
+            torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
         starts = stops

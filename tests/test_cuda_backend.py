@@ -14,6 +14,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_blockgtq.backend.cuda import TritonPackedBackend
 from sglang_blockgtq.backend.extend import ExtendPlan
+from sglang_blockgtq.kernels.terms import PLAIN
 
 HEADS, GROUP, DIM, LAYERS = 2, 3, 16, (4, 9, 5)  # by id, in the order in which the model runs them
 
@@ -28,8 +29,8 @@ class Layer:
         self.saved.append((k, v, loc, positions))
         return None if q is None else q + 1
 
-    def decode(self, q, kv_indptr, kv_indices, sm_scale, *, rotated, scratch, out):
-        self.read = kv_indptr.tolist(), kv_indices, sm_scale, rotated, scratch
+    def decode(self, q, kv_indptr, kv_indices, sm_scale, *, terms, rotated, scratch, out):
+        self.read = kv_indptr.tolist(), kv_indices, sm_scale, rotated, scratch, terms
         out.fill_(self.id)
 
     def dense(self, slots, positions, dtype):
@@ -41,22 +42,24 @@ class Recorder:
     """In the Workspace's place: keeps what it is called with and writes which layer it was."""
 
     def __init__(self):
-        self.calls, self.plans = [], 0
+        self.calls, self.made, self.terms = [], [], []
 
-    def plan(self, prefix_lens, new_lens, qo_indptr, kv_indptr, kv_indices):
-        self.plans += 1
+    def plans(self, prefix_lens, new_lens, qo_indptr, kv_indptr, kv_indices, window):
+        self.made.append(window)
         room = torch.empty(100, HEADS, DIM)
-        return ExtendPlan.of(prefix_lens, new_lens, qo_indptr, kv_indptr, kv_indices, room, room)
+        batch = prefix_lens, new_lens, qo_indptr, kv_indptr, kv_indices, room, room
+        return list(ExtendPlan.of_window(window, *batch)) if window else [(slice(None), ExtendPlan.of(*batch))]
 
-    def __call__(self, layer, plan, q, k, v, sm_scale, out):
+    def __call__(self, layer, plan, q, k, v, sm_scale, out, terms):
         self.calls.append((layer, plan, q, k, v))
+        self.terms.append(terms)
         out.fill_(layer.id)
 
 
 @pytest.fixture
 def backend():
     backend = TritonPackedBackend.__new__(TritonPackedBackend)
-    backend._plan, backend.quantized_chunk, backend.first_layer = None, False, LAYERS[0]
+    backend._plans, backend.quantized_chunk, backend.first_layer = None, False, LAYERS[0]
     backend.buffers = SimpleNamespace(workspace=Recorder(), graph_slots=torch.full((4 * 6,), -1, dtype=torch.int32))
     layers = {i: Layer(i) for i in LAYERS}
     backend.pool = SimpleNamespace(layers=layers, layer=layers.__getitem__)
@@ -87,10 +90,16 @@ def batch(prefix=(3, 0), new=(2, 4), output=None):
     )
 
 
-def extend(backend, layer_id, forward_batch, **kwargs):
+def attention(layer_id, window=None, cap=0.0):
+    """A RadixAttention's sizes. window: tokens before a query's own that it sees."""
     layer = SimpleNamespace(layer_id=layer_id, tp_q_head_num=HEADS * GROUP, tp_k_head_num=HEADS, tp_v_head_num=HEADS)
-    layer.qk_head_dim = layer.v_head_dim = DIM
-    layer.scaling = 0.5
+    layer.qk_head_dim, layer.v_head_dim, layer.scaling = DIM, DIM, 0.5
+    layer.sliding_window_size, layer.logit_cap = window, cap
+    return layer
+
+
+def extend(backend, layer_id, forward_batch, window=None, cap=0.0, **kwargs):
+    layer = attention(layer_id, window, cap)
     tokens = sum(forward_batch.extend_seq_lens_cpu)
     q, k = torch.randn(tokens, HEADS * GROUP * DIM), torch.randn(tokens, HEADS, DIM)
     return TritonPackedBackend.forward_extend(backend, q, k, k, layer, forward_batch, **kwargs)
@@ -105,9 +114,23 @@ def test_one_plan_for_all_layers_of_a_batch(backend):
         assert k.shape == v.shape == (6, HEADS, DIM)
         assert loc is forward_batch.out_cache_loc and positions is forward_batch.positions
     workspace = backend.buffers.workspace
-    assert workspace.plans == 1 and [call[0].id for call in workspace.calls] == list(LAYERS)
+    assert workspace.made == [0] and [call[0].id for call in workspace.calls] == list(LAYERS)
     plan = workspace.calls[0][1]
     assert (plan.prefix, plan.new) == (3, 6) and plan.cu_k.tolist() == [0, 5, 9]
+    assert workspace.terms == [PLAIN] * len(LAYERS)
+
+
+def test_layers_with_a_window_have_a_plan_of_their_own(backend):
+    """Of the prefix what the first new token sees; SGLang counts the tokens before a query's own, and -1 is none."""
+    forward_batch, sinks = batch(), torch.zeros(HEADS * GROUP)
+    for layer_id, window in zip(LAYERS, (-1, 2, 2), strict=True):
+        extend(backend, layer_id, forward_batch, window, 30.0, sinks=sinks)
+    workspace = backend.buffers.workspace
+    assert workspace.made == [0, 3]
+    assert [(t.window, t.cap, t.sinks is sinks) for t in workspace.terms] == [(w, 30.0, True) for w in (0, 3, 3)]
+    plan = workspace.calls[1][1]
+    assert (plan.prefix, plan.cu_k.tolist()) == (2, [0, 4, 8])
+    assert plan.task.tokens == 2 and plan.task.has_positions
 
 
 def test_the_next_batch_gets_its_own_plan(backend):
@@ -215,12 +238,12 @@ def test_a_step_writes_its_tokens_at_their_positions(stepping, save):
     stepping.init_forward_metadata(step([4, 1], [2, 3]))
     stepping.buffers.scratch = object()
     batch = SimpleNamespace(out_cache_loc=torch.tensor([25, 8]), positions=torch.tensor([1, 2]))
-    layer = SimpleNamespace(layer_id=9, tp_q_head_num=HEADS * GROUP, tp_k_head_num=HEADS, tp_v_head_num=HEADS)
-    layer.qk_head_dim, layer.v_head_dim, layer.scaling = DIM, DIM, 0.5
+    layer = attention(9, 63, 20.0)
     q, k = torch.randn(2, HEADS * GROUP * DIM), torch.randn(2, HEADS * DIM)
     out = TritonPackedBackend.forward_decode(stepping, q, k, 2 * k, layer, batch, save_kv_cache=save)
     packed, meta = stepping.pool.layer(9), stepping.forward_metadata
-    indptr, indices, scale, rotated, scratch = packed.read
+    indptr, indices, scale, rotated, scratch, terms = packed.read
+    assert (terms.window, terms.cap, terms.sinks) == (64, 20.0, None)
     assert (indptr, scale) == ([0, 2, 5], 0.5) and indices is meta.kv_indices and scratch is stepping.buffers.scratch
     assert out.shape == q.shape and bool((out == 9).all())
     if not save:
@@ -290,7 +313,7 @@ def test_graphs_take_the_slots_that_were_counted(stepping, monkeypatch, caplog):
 
 def test_a_layer_without_keys_of_its_own_is_refused(backend):
     with pytest.raises(NotImplementedError, match="layer 4 shares another layer's cache"):
-        layer = SimpleNamespace(layer_id=4)
+        layer = attention(4)
         TritonPackedBackend.forward_extend(backend, torch.zeros(6, 1), None, None, layer, batch())
 
 

@@ -10,8 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..decode.kernel import cap_logits
 from ..decode.splits import find_split, request_block
 from ..format.codec import V_SCALE_MAX
+from ..terms import Terms
 from .codewords import codewords
 from .tables import CODE_FIELDS, AnyTables
 
@@ -60,12 +62,15 @@ def decode_any_kernel(
     V_PADDED: tl.constexpr,
     K_NORMS: tl.constexpr,
     QUERIES: tl.constexpr,
+    WINDOW: tl.constexpr,  # tokens that a query sees; 0: all up to its own
+    CAP: tl.constexpr,  # of the logits; 0: none
     REQUESTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     head, split = tl.program_id(1), tl.program_id(2)
-    request, begin, end = find_split(kv_indptr, num_requests, target, split, REQUESTS)
+    SPAN: tl.constexpr = WINDOW + QUERIES - 1 if WINDOW > 0 else 0
+    request, begin, end = find_split(kv_indptr, num_requests, target, split, REQUESTS, SPAN)
     if request >= num_requests:
         return
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -103,7 +108,13 @@ def decode_any_kernel(
             scale = tl.load(scale_at + i).to(tl.float32)
             logits += tl.dot(part, k, input_precision="ieee") * scale[None, :]
         visible = (n < end)[None, :] & (n[None, :] < seen[:, None])
-        logits = tl.where(visible, logits * to_log2[:, None], float("-inf"))
+        if WINDOW > 0:
+            visible = visible & (n[None, :] >= seen[:, None] - WINDOW)
+        if CAP > 0:
+            logits = tl.trans(cap_logits(tl.trans(logits), to_log2, CAP))
+        else:
+            logits = logits * to_log2[:, None]
+        logits = tl.where(visible, logits, float("-inf"))
 
         new_peak = tl.maximum(peak, tl.max(logits, 1))
         keep = tl.exp2(peak - new_peak)
@@ -137,6 +148,7 @@ def attend(
     kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
     sm_scale: float,
+    terms: Terms,
     q_len: int,
     target: int,
     splits: int,
@@ -153,6 +165,6 @@ def attend(
         kv_indices, requests, target, out, lse, sm_scale * _LOG2E, row.row_bytes, row.norm_offset // 2, row.norms,
         row.k_code_bytes, row.v_code_bytes, row.v_offset, rotated.stride(0), rotated.stride(1),
         HEADS=t.heads, GROUP=group, DIM=t.k.dim, PADDED=t.k.padded, V_DIM=t.v.dim, V_PADDED=t.v.padded,
-        K_NORMS=t.k_codes.norms, QUERIES=q_len, REQUESTS=request_block(requests), BLOCK_M=block, BLOCK_N=32,
-        num_warps=8 if wide else 4, num_stages=2,
+        K_NORMS=t.k_codes.norms, QUERIES=q_len, WINDOW=terms.window, CAP=terms.cap, REQUESTS=request_block(requests),
+        BLOCK_M=block, BLOCK_N=32, num_warps=8 if wide else 4, num_stages=2,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from ..any_layout.tables import AnyTables
 from ..device.dependent import dependent
 from ..device.rotate import rotate_queries
 from ..device.tables import ColumnTables, Tables
+from ..terms import PLAIN, Terms
 from .kernel import decode_kernel
 from .merge import merge_splits
 from .splits import num_splits, request_block
@@ -129,6 +130,7 @@ def decode_attention(
     sm_scale: float,
     *,
     q_len: int = 1,
+    terms: Terms = PLAIN,
     rotated: torch.Tensor | None = None,
     target: int | None = None,
     scratch: DecodeScratch | None = None,
@@ -139,6 +141,7 @@ def decode_attention(
     q ``[B * q_len, Hq, D]``, queries of a request one after another, each seeing the rows up to its own;
     q_len 1 to 8 (more than one is what speculative decoding verifies). rows ``[slots, row_bytes]`` uint8
     (:mod:`..format.layout`). kv_indptr ``[B + 1]`` and kv_indices (slots), int32 or int64.
+    terms: a window, a cap, sinks; the LSE knows no sinks.
     rotated: q in stored channels as float32, where encode has made it already.
     target: splits wanted for all requests together, by default what fills the device (see :mod:`.splits`).
     scratch and ``out [B * q_len, Hq, Dv]`` may be given, for CUDA graphs.
@@ -172,8 +175,11 @@ def decode_attention(
     if rotated is None:
         rotated = rotate_queries(tables.k, q, num_heads // tables.heads)
     attend = _attend if isinstance(tables, ColumnTables) else any_layout.attend
-    attend(tables, rotated, rows, kv_indptr, kv_indices, sm_scale, q_len, target, splits, scratch.out, scratch.lse)
-    merge_splits(tables.v, scratch.out, scratch.lse, kv_indptr, q_len, target, out, lse)
+    where = q_len, target, splits, scratch.out, scratch.lse
+    attend(tables, rotated, rows, kv_indptr, kv_indices, sm_scale, terms, *where)
+    # The tokens that all queries of a request see together.
+    span = terms.window + q_len - 1 if terms.window else 0
+    merge_splits(tables.v, scratch.out, scratch.lse, kv_indptr, q_len, target, out, lse, span, terms.sinks)
     return out, lse
 
 
@@ -184,6 +190,7 @@ def _attend(
     kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
     sm_scale: float,
+    terms: Terms,
     q_len: int,
     target: int,
     splits: int,
@@ -225,6 +232,8 @@ def _attend(
         V_DIM=tables.v.dim,
         PAGE=tables.means.page if tables.means else 0,
         PADDED=tables.k.padded,
+        WINDOW=terms.window,
+        CAP=terms.cap,
         K_BINS=tuple(k.bins for k in ks),
         V_BINS=v.bins,
         K_REPEAT=tuple(k.repeat for k in ks),

@@ -29,6 +29,7 @@ from ..format.layout import BLOCK_SLOTS
 from .splits import by_multiprocessor, find_split, request_splits
 
 _LN2 = tl.constexpr(0.6931471805599453)
+_LOG2E = tl.constexpr(1.4426950408889634)
 _COLUMNS = tl.constexpr(COLUMNS)
 _SLOTS = tl.constexpr(BLOCK_SLOTS)
 #: Probabilities are kept times 2 to this: the tail of a long softmax stays normal in float16, and the largest scale of
@@ -108,6 +109,13 @@ def load_shifts(column_shifts, BINS: tl.constexpr):
 def _within_threads(x):
     """``[N, M]`` to ``[8, M]``, the sum over what a thread holds of a product's column: no exchange, few registers."""
     return tl.sum(tl.reshape(x, [x.shape[0] // THREAD_ROWS, THREAD_ROWS, x.shape[1]]), 0)
+
+
+@triton.jit
+def cap_logits(logits, to_log2, CAP: tl.constexpr):
+    """``CAP * tanh(logit / CAP)`` in base 2, of logits that ``to_log2 [M]`` takes there."""
+    double = tl.exp2(logits * (to_log2 * (2.0 / CAP))[None, :])
+    return (1.0 - 2.0 / (double + 1.0)) * (CAP * _LOG2E)
 
 
 @triton.jit
@@ -215,6 +223,8 @@ def _attend_split(
     V_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     PADDED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
     K_BINS: tl.constexpr,
     V_BINS: tl.constexpr,
     K_REPEAT: tl.constexpr,
@@ -268,6 +278,8 @@ def _attend_split(
         qs += (part,)
     start = tl.max(undo, 0)  # all rows are the same
     to_log2 = top * to_log2
+    # Capped logits are in base 2 already.
+    out_log2 = to_log2 * 0.0 + 1.0 if CAP > 0 else to_log2
 
     k_shifts = load_shifts(column_shifts, K_BINS)
     v_shifts = load_shifts(column_shifts, V_BINS)
@@ -305,15 +317,21 @@ def _attend_split(
         live = n < end
         if PAGE > 0:
             live = (n - begin).to(tl.uint32) < (end - begin).to(tl.uint32)
+        if WINDOW > 0 and QUERIES == 1:
+            live = live & (n >= length - WINDOW)
         rest = tl.where(live, 0.0, float("-inf"))[:, None]
         if PAGE > 0:
             rest = tl.where((live & (k_scale < 0))[:, None], bias[None, :], rest)
         logits = logits * k_scale[:, None] + rest
+        if CAP > 0:
+            logits = tl.where(live[:, None], cap_logits(logits, to_log2, CAP), float("-inf"))
         if QUERIES > 1:
             logits = tl.where(n[:, None] < seen[None, :], logits, float("-inf"))
+            if WINDOW > 0:
+                logits = tl.where(n[:, None] >= seen[None, :] - WINDOW, logits, float("-inf"))
 
         acc, peak, total, weight = add_values(
-            logits, to_log2, v_words, v_scale, v_shifts, acc, peak, total, weight, V_SEGMENTS, V_REPEAT, V_POLY, ASM
+            logits, out_log2, v_words, v_scale, v_shifts, acc, peak, total, weight, V_SEGMENTS, V_REPEAT, V_POLY, ASM
         )
 
     row = (split.to(tl.int64) * QUERIES + query) * (HEADS * GROUP) + j
@@ -322,7 +340,7 @@ def _attend_split(
         peak,
         total,
         weight,
-        to_log2,
+        out_log2,
         row,
         live_row,
         partial_out,
@@ -369,6 +387,8 @@ def decode_kernel(
     V_DIM: tl.constexpr,
     PAGE: tl.constexpr,  # positions of a page; 0: keys have no means
     PADDED: tl.constexpr,  # channels, a power of two
+    WINDOW: tl.constexpr,  # tokens that a query sees; 0: all up to its own
+    CAP: tl.constexpr,  # of the logits; 0: none
     # What begins with K_ is a tuple over templates, of what V has once.
     K_BINS: tl.constexpr,
     V_BINS: tl.constexpr,  # (byte, words, log2 of the columns per word)
@@ -389,13 +409,14 @@ def decode_kernel(
     ASM: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
+    SPAN: tl.constexpr = WINDOW + QUERIES - 1 if WINDOW > 0 else 0
     if len(K_SEGMENTS) == 1:
         kind = 0
         head = tl.program_id(0) % HEADS
         tile = tl.program_id(0) // HEADS
         split = tl.program_id(1)
     else:
-        _, count = request_splits(kv_indptr, num_requests, target, REQUESTS)
+        _, count = request_splits(kv_indptr, num_requests, target, REQUESTS, SPAN)
         splits, tiles = tl.maximum(tl.sum(count, 0), 1), tl.num_programs(0) // HEADS
         program, total = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), splits * tl.num_programs(0)
         place = by_multiprocessor(program, total, num_multiprocessors)
@@ -404,7 +425,7 @@ def decode_kernel(
         tile = place // splits % tiles
         split = tl.where(program < total, place % splits, 1 << 30)
     first_row = tile * BLOCK_M
-    request, begin, end = find_split(kv_indptr, num_requests, target, split, REQUESTS)
+    request, begin, end = find_split(kv_indptr, num_requests, target, split, REQUESTS, SPAN)
     live = request < num_requests
     kv_start = tl.load(kv_indptr + request, mask=live, other=0).to(tl.int64)
     length = (tl.load(kv_indptr + request + 1, mask=live, other=0) - kv_start).to(tl.int32)
@@ -439,7 +460,7 @@ def decode_kernel(
                         q, rows16, rows32, slots, column_shifts, means, partial_out, partial_lse, to_log2, stride_qt,
                         stride_qh, head, first_row, split, request, begin, end, length,
                         ROW_BYTES, K_STRIDE, V_STRIDE, V_OFFSET, NORM_OFFSET, HEADS, GROUP, QUERIES, DIM, V_DIM,
-                        PAGE, PADDED, pick(K_BINS, i), V_BINS, pick(K_REPEAT, i), V_REPEAT, pick(K_SEGMENTS, i),
-                        V_SEGMENTS, pick(K_POLY, i), V_POLY, pick(K_SLOPE, i), V_SLOPE,
+                        PAGE, PADDED, WINDOW, CAP, pick(K_BINS, i), V_BINS, pick(K_REPEAT, i), V_REPEAT,
+                        pick(K_SEGMENTS, i), V_SEGMENTS, pick(K_POLY, i), V_POLY, pick(K_SLOPE, i), V_SLOPE,
                         BLOCK_M, TILES[t], STAGES, NEAR, ASM,
                     )  # fmt: skip

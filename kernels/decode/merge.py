@@ -56,6 +56,13 @@ def _finish(peak, total, merged):
 
 
 @triton.jit
+def _beside_sinks(sinks, j, lse, live):
+    """What the sinks of the query heads ``j`` leave of outputs whose log-sum-exp knows none."""
+    sink = tl.load(sinks + j, mask=live, other=0.0).to(tl.float32)
+    return 1.0 / (1.0 + tl.exp(sink - lse))
+
+
+@triton.jit
 def _weights(matrix, head, channel, column, PADDED: tl.constexpr):
     """Rows ``channel`` and columns ``column`` of a KV head's matrix. Asked for before the wait: in a server they come
     from memory each time."""
@@ -96,13 +103,14 @@ def merge_chunk_kernel(
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     REQUESTS: tl.constexpr,
+    SPAN: tl.constexpr,  # tokens that are seen of a request; 0: all
     BLOCK: tl.constexpr,  # splits taken at a time
     WHOLE: tl.constexpr,  # all splits of the row; else 64
     DEPENDENT: tl.constexpr,
 ):
     """The splits of a request and row, or each 64 of them, into the place of the first."""
     j, token, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS)
+    first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS, SPAN)
     wait_and_release(DEPENDENT)
     if WHOLE:
         if count > 0:
@@ -124,6 +132,7 @@ def merge_group_kernel(
     partial_out,
     partial_lse,
     matrix,  # float32 [H, PADDED, PADDED] (in, out)
+    sinks,  # [Hq], or None
     kv_indptr,
     out,
     lse,
@@ -139,6 +148,7 @@ def merge_group_kernel(
     PADDED: tl.constexpr,
     COLUMNS: tl.constexpr,  # of the output, per program
     REQUESTS: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK: tl.constexpr,  # splits taken at a time
     DEPENDENT: tl.constexpr,
 ):
@@ -147,7 +157,7 @@ def merge_group_kernel(
     channel = tl.arange(0, PADDED)
     column = first_column + tl.arange(0, COLUMNS)
     weights = _weights(matrix, head, channel, column, PADDED)
-    first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS)
+    first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS, SPAN)
     wait_and_release(DEPENDENT)
     g = tl.arange(0, ROWS)
     j = head * GROUP + g
@@ -163,6 +173,8 @@ def merge_group_kernel(
         row = (split * (QUERIES * num_heads))[:, None] + j[None, :]
         peak, total, merged = _fold(parts, states, row, live, channel, peak, total, merged, DIM)
     merged, merged_lse = _finish(peak, total, merged)
+    if sinks is not None:
+        merged *= _beside_sinks(sinks, j, merged_lse, g < GROUP)[:, None]
     rotated = tl.dot(tl.trans(weights), tl.trans(merged), input_precision="tf32x3")
     to = out + token.to(tl.int64) * stride_ot + j[None, :] * stride_oh + column[:, None]
     live_row = g < GROUP
@@ -179,6 +191,7 @@ def merge_row_kernel(
     partial_out,
     partial_lse,
     matrix,  # float32 [H, PADDED, PADDED] (in, out)
+    sinks,  # [Hq], or None
     kv_indptr,
     out,
     lse,
@@ -193,13 +206,14 @@ def merge_row_kernel(
     PADDED: tl.constexpr,
     COLUMNS: tl.constexpr,  # of the output, per program: they share the reading of the matrix
     REQUESTS: tl.constexpr,
+    SPAN: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     j, token, first_column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * COLUMNS
     channel = tl.arange(0, PADDED)
     column = first_column + tl.arange(0, COLUMNS)
     weights = _weights(matrix, j // GROUP, channel, column, PADDED)
-    first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS)
+    first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS, SPAN)
     wait_and_release(DEPENDENT)
     peak = -1e30
     total = 0.0
@@ -210,6 +224,8 @@ def merge_row_kernel(
         row = ((first + split).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
         peak, total, merged = _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM)
     merged, merged_lse = _finish(peak, total, merged)
+    if sinks is not None:
+        merged *= _beside_sinks(sinks, j, merged_lse, True)
     rotated = tl.sum(merged[:, None] * weights, 0)
     to = out + token.to(tl.int64) * stride_ot + j * stride_oh
     tl.store(to + column, rotated.to(out.dtype.element_ty), mask=column < DIM)
@@ -225,6 +241,7 @@ def merge_tile_kernel(
     partial_out,
     partial_lse,
     matrix,
+    sinks,
     kv_indptr,
     out,
     lse,
@@ -241,6 +258,7 @@ def merge_tile_kernel(
     COLUMNS: tl.constexpr,  # of the output, per program
     ROWS: tl.constexpr,
     REQUESTS: tl.constexpr,
+    SPAN: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     BLOCK_K: tl.constexpr = 32 if PADDED >= 32 else PADDED
@@ -256,7 +274,7 @@ def merge_tile_kernel(
     # Behind merge_chunk_kernel each row has one part, at its first split.
     request = tl.where(live, token // QUERIES, -1)
     index = tl.arange(0, REQUESTS)
-    _, count = request_splits(kv_indptr, num_requests, target, REQUESTS)
+    _, count = request_splits(kv_indptr, num_requests, target, REQUESTS, SPAN)
     some = tl.sum(tl.where(index[None, :] == request[:, None], count[None, :], 0), 1) > 0
     firsts = tl.sum(tl.where(index[None, :] < request[:, None], count[None, :], 0), 1)
     state_at = (firsts.to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
@@ -270,6 +288,8 @@ def merge_tile_kernel(
         mask = some[:, None] & (channel < DIM)[None, :]
         merged = tl.load(partial_out + state_at[:, None] * DIM + channel[None, :], mask=mask, other=0.0)
         tile = tl.dot(merged.to(tl.float32), weights[i], tile, input_precision="tf32x3")
+    if sinks is not None:
+        tile *= _beside_sinks(sinks, j, state, live)[:, None]
     to = out + (token.to(tl.int64) * stride_ot + j * stride_oh)[:, None] + column[None, :]
     tl.store(to, tile.to(out.dtype.element_ty), mask=live[:, None] & (column < DIM)[None, :])
     if first_column == 0:
@@ -285,10 +305,13 @@ def merge_splits(
     target: int,
     out: torch.Tensor,
     lse: torch.Tensor,
+    span: int = 0,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Splits ``[S, q_len, Hq, Dv]`` with lse ``[S, q_len, Hq]`` into ``out [B * q_len, Hq, Dv]`` and ``lse``.
 
-    side: of the values. target: see :mod:`.splits`. The partial results are overwritten.
+    side: of the values. target, span: see :mod:`.splits`. sinks ``[Hq]``: taken into out, not into lse. The partial
+    results are overwritten.
     """
     tokens, num_heads = lse.shape
     heads, requests = side.back.shape[0], kv_indptr.shape[0] - 1
@@ -298,6 +321,7 @@ def merge_splits(
         "DIM": side.dim,
         "PADDED": side.padded,
         "REQUESTS": request_block(requests),
+        "SPAN": span,
         "DEPENDENT": dependent(out.device),
         "launch_pdl": dependent(out.device),
     }
@@ -306,7 +330,7 @@ def merge_splits(
     if narrow and not spread and tokens * heads <= _GROUPS_AT_ONCE:
         columns, rows = min(64, side.padded), max(8, triton.next_power_of_2(group))
         merge_group_kernel[(heads, tokens, side.padded // columns)](
-            partial_out, partial_lse, side.back, kv_indptr, out, lse, requests, target, num_heads,
+            partial_out, partial_lse, side.back, sinks, kv_indptr, out, lse, requests, target, num_heads,
             out.stride(0), out.stride(1), **shared, GROUP=group, COLUMNS=columns, ROWS=rows,
             BLOCK=max(4, min(_GROUP_PARTS // rows, triton.next_power_of_2(per_request))), num_warps=8,
         )  # fmt: skip
@@ -323,14 +347,14 @@ def merge_splits(
     if spread:
         columns = min(32, side.padded)  # few rows share the matrix' columns out, to fill the device
         merge_row_kernel[(num_heads, tokens, side.padded // columns)](
-            partial_out, partial_lse, side.back, kv_indptr, out, lse, requests, target, num_heads,
+            partial_out, partial_lse, side.back, sinks, kv_indptr, out, lse, requests, target, num_heads,
             out.stride(0), out.stride(1), **shared, GROUP=group, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
     else:
         columns = min(64, side.padded)
         merge_tile_kernel[(triton.cdiv(tokens * group, 16), heads, side.padded // columns)](
-            partial_out, partial_lse, side.back, kv_indptr, out, lse, tokens * group, requests, target, num_heads,
-            out.stride(0), out.stride(1), **shared, GROUP=group, COLUMNS=columns, ROWS=16, num_warps=4,
+            partial_out, partial_lse, side.back, sinks, kv_indptr, out, lse, tokens * group, requests, target,
+            num_heads, out.stride(0), out.stride(1), **shared, GROUP=group, COLUMNS=columns, ROWS=16, num_warps=4,
         )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ SPLIT_UNIT = 32  # tokens
 _UNIT = tl.constexpr(SPLIT_UNIT)
 _STEPS = 6  # sizes that are tried, from the ideal one up to one that is sure to do
 _TRIES = tl.constexpr(_STEPS)
+_ALIGN = tl.constexpr(64)  # tokens, of the largest tile: splits of a window begin at the border of one
 
 
 def num_splits(batch: int, target: int) -> int:
@@ -34,8 +35,10 @@ def _unit(tokens: int) -> int:
     return max(-(-tokens // SPLIT_UNIT), 1) * SPLIT_UNIT
 
 
-def split_lengths(lengths: torch.Tensor, target: int) -> tuple[int, torch.Tensor]:
+def split_lengths(lengths: torch.Tensor, target: int, span: int = 0) -> tuple[int, torch.Tensor]:
     """Twin of :func:`request_splits`: tokens of a split, and how many splits each request takes."""
+    if span:
+        lengths = lengths - (lengths - span).clamp(min=0) // _ALIGN.value * _ALIGN.value
     total, batch = int(lengths.sum()), len(lengths)
     ideal = -(-total // target)
     size = total
@@ -51,7 +54,14 @@ def split_lengths(lengths: torch.Tensor, target: int) -> tuple[int, torch.Tensor
 
 
 @triton.jit
-def request_splits(kv_indptr, num_requests, target, REQUESTS: tl.constexpr):
+def unseen(length, SPAN: tl.constexpr):
+    """How many of a request's first tokens no query sees, as far as they are whole tiles. SPAN: the tokens that all
+    queries see together, of its last ones; 0: all."""
+    return tl.maximum(length - SPAN, 0) // _ALIGN * _ALIGN if SPAN > 0 else 0 * length
+
+
+@triton.jit
+def request_splits(kv_indptr, num_requests, target, REQUESTS: tl.constexpr, SPAN: tl.constexpr = 0):
     """Tokens of a split, and ``[REQUESTS]`` the number of splits of each request.
 
     The size is the smallest tried one under which all requests together take at most ``target`` splits, so that
@@ -63,6 +73,7 @@ def request_splits(kv_indptr, num_requests, target, REQUESTS: tl.constexpr):
     live = r < num_requests
     start = tl.load(kv_indptr + r, mask=live, other=0)
     length = (tl.load(kv_indptr + r + 1, mask=live, other=0) - start).to(tl.int32)
+    length -= unseen(length, SPAN)
     total = tl.sum(length, 0)
     ideal = tl.cdiv(total, target)
     size = total
@@ -77,14 +88,18 @@ def request_splits(kv_indptr, num_requests, target, REQUESTS: tl.constexpr):
 
 
 @triton.jit
-def find_split(kv_indptr, num_requests, target, split, REQUESTS: tl.constexpr):
+def find_split(kv_indptr, num_requests, target, split, REQUESTS: tl.constexpr, SPAN: tl.constexpr = 0):
     """The request of a split (num_requests or more: there is no such split) and its tokens ``[begin, end)``."""
     r = tl.arange(0, REQUESTS)
-    size, count = request_splits(kv_indptr, num_requests, target, REQUESTS)
+    size, count = request_splits(kv_indptr, num_requests, target, REQUESTS, SPAN)
     upto = tl.cumsum(count, 0)
     request = tl.sum((upto <= split).to(tl.int32), 0)
     first = tl.sum(tl.where(r < request, count, 0), 0)
     begin = (split - first) * size
+    if SPAN > 0:
+        live = request < num_requests
+        start = tl.load(kv_indptr + request, mask=live, other=0)
+        begin += unseen((tl.load(kv_indptr + request + 1, mask=live, other=0) - start).to(tl.int32), SPAN)
     return request, begin, begin + size
 
 
@@ -100,9 +115,9 @@ def by_multiprocessor(program, total, count):
 
 
 @triton.jit
-def splits_of(kv_indptr, num_requests, target, request, REQUESTS: tl.constexpr):
+def splits_of(kv_indptr, num_requests, target, request, REQUESTS: tl.constexpr, SPAN: tl.constexpr):
     """The first split of a request and their number."""
     r = tl.arange(0, REQUESTS)
-    _, count = request_splits(kv_indptr, num_requests, target, REQUESTS)
+    _, count = request_splits(kv_indptr, num_requests, target, REQUESTS, SPAN)
     first = tl.sum(tl.where(r < request, count, 0), 0)
     return first, tl.sum(tl.where(r == request, count, 0), 0)

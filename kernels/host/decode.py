@@ -10,6 +10,7 @@ from ..format.codebook import codebook_table
 from ..format.codec import LayerCodec
 from ..format.columns import COLUMNS, WORD_BITS, Bin, Columns
 from ..format.layout import CodeLayout
+from ..terms import PLAIN, Terms
 
 #: Columns as the bytes of a narrow bin have them: low and high byte of each word, lowest bits of all bytes first.
 _BY_BYTES = torch.arange(COLUMNS).view(2, -1).T.flatten()
@@ -171,15 +172,18 @@ class HostReader:
             k += torch.where(scales[..., :1] < 0, self.mean.at(positions), 0.0)
         return k, v
 
-    def attend(self, q: torch.Tensor, rows: torch.Tensor, sm_scale: float) -> torch.Tensor:
-        """One query ``q [Hq, D]`` over its rows ``[N, row_bytes]``, from position 0: ``[Hq, Dv]`` float32."""
-        k, v, scales = self.levels(rows)
+    def attend(self, q: torch.Tensor, rows: torch.Tensor, sm_scale: float, terms: Terms = PLAIN) -> torch.Tensor:
+        """One query ``q [Hq, D]`` over its rows ``[N, row_bytes]``, from position 0, its own the last: ``[Hq, Dv]``
+        float32."""
+        start = max(len(rows) - terms.window, 0) if terms.window else 0
+        k, v, scales = self.levels(rows[start:])
         k_scale, v_scale = scales.permute(2, 1, 0)[:, :, None]  # [H, 1, N]
         q = q.float().unflatten(0, (self.layout.heads, -1)) * sm_scale
         logits = q @ self.q_in.mT @ k.permute(1, 2, 0) * k_scale
         if self.mean is not None:
             means = self.mean.first_pages(-(-len(rows) // self.mean.page)).permute(1, 2, 0)
-            bias = (q @ means).repeat_interleave(self.mean.page, -1)[..., : len(rows)]
+            bias = (q @ means).repeat_interleave(self.mean.page, -1)[..., start : len(rows)]
             logits += torch.where(k_scale < 0, bias, 0.0)
-        prob = logits.softmax(-1) * v_scale
-        return (prob @ v.transpose(0, 1) @ self.v_out.mT).flatten(0, 1)
+        logits = terms.capped(logits)
+        out = ((logits.softmax(-1) * v_scale) @ v.transpose(0, 1) @ self.v_out.mT).flatten(0, 1)
+        return terms.with_sinks(out, logits.logsumexp(-1).flatten()) if terms.sinks is not None else out

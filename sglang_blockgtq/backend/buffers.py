@@ -31,19 +31,22 @@ class Buffers:
     graph_slots: torch.Tensor | None
 
     @classmethod
-    def of(cls, layers: Mapping[int, TritonLayer], runner: Any, num_heads: int) -> Buffers:
-        """For a ModelRunner with ``num_heads`` query heads on this rank, whose cache is not yet there."""
+    def of(cls, layers: Mapping[int, TritonLayer], runner: Any, num_heads: int, window: int = 0) -> Buffers:
+        """For a ModelRunner with ``num_heads`` query heads on this rank, whose cache is not yet there. window: the
+        largest of its layers; a chunk and the window before it lie in the workspace together."""
         from sglang.srt.runtime_context import get_exec, get_schedule
 
         layer, context = next(iter(layers.values())), runner.model_config.context_len
         requests = get_schedule().max_running_requests or MAX_REQUESTS
-        tokens = get_schedule().max_total_tokens or context
+        tokens = min(get_schedule().max_total_tokens or context, context)
+        chunk = get_schedule().chunked_prefill_size or -1
+        together = min(window + chunk if chunk > 0 else context, tokens) if window else 0
         prefill = choose(runner.device, runner.dtype, layer.head_dim, layer.v_head_dim)
         graph = get_exec().graph.cuda_graph_config.decode
         captured = max(graph.bs) if graph.bs and graph.backend != "disabled" else 0
         return cls(
             prefill=prefill,
-            workspace=Workspace(layer, prefill.attend, runner.dtype, runner.device, min(tokens, context)),
+            workspace=Workspace(layer, prefill.attend, runner.dtype, runner.device, tokens, least=together),
             scratch=DecodeScratch.of(layer.tables, requests, num_heads),
             graph_slots=new_graph_slots(min(captured, requests) * context, runner.device) if captured else None,
         )

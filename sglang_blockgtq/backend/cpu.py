@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from ..capture import refuse_extras
+from ..kernels.host.attention import causal_attention
 from ..runtime import current
+from ..terms import terms_of
 from . import require_packed_pool
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from ..kernels.layer import PackedLayer
-
-QUERY_BLOCK = 256  # queries per mask; bounds the memory of a long prefill
 
 
 class TorchPackedBackend(AttentionBackend):
@@ -58,13 +56,13 @@ class TorchPackedBackend(AttentionBackend):
         return packed
 
     def forward_decode(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):
-        refuse_extras(kwargs)
+        terms = terms_of(layer, kwargs)
         packed = self._encode(k, v, layer, forward_batch, save_kv_cache)
         q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        return packed.decode(q3, self.kv_indptr, self.read, layer.scaling).flatten(1)
+        return packed.decode(q3, self.kv_indptr, self.read, layer.scaling, terms=terms).flatten(1)
 
     def forward_extend(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):
-        refuse_extras(kwargs)
+        terms = terms_of(layer, kwargs)
         packed = self._encode(k, v, layer, forward_batch, save_kv_cache)
         if self.quantized_chunk:
             k, v = packed.dense(forward_batch.out_cache_loc, forward_batch.positions)
@@ -81,31 +79,11 @@ class TorchPackedBackend(AttentionBackend):
                 part = slice(indptr[b], indptr[b + 1])
                 prefix = packed.dense(self.kv_indices[part], self.positions[part])
                 keys, values = torch.cat([prefix[0], keys]), torch.cat([prefix[1], values])
-            self._attend(q3[new], keys, values, layer.scaling, out[new])
+            out[new] = causal_attention(q3[new], keys, values, layer.scaling, terms)
             start += length
         # Rows beyond the real tokens (padding) are not anybody's; keep them finite.
         out[start:] = 0
         return out.to(q.dtype).flatten(1)
-
-    @staticmethod
-    def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor) -> None:
-        """Causal attention of the last ``len(q)`` positions over ``k`` and ``v``, a block of queries at a time."""
-        prefix = k.shape[0] - q.shape[0]
-        keys, values = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
-        positions = torch.arange(k.shape[0])
-        for a in range(0, q.shape[0], QUERY_BLOCK):
-            b = min(a + QUERY_BLOCK, q.shape[0])
-            seen = prefix + b
-            mask = positions[:seen] <= prefix + torch.arange(a, b)[:, None]
-            o = F.scaled_dot_product_attention(
-                q[a:b].transpose(0, 1)[None],
-                keys[:, :, :seen],
-                values[:, :, :seen],
-                attn_mask=mask,
-                scale=scale,
-                enable_gqa=True,
-            )
-            out[a:b] = o[0].transpose(0, 1)
 
 
 def _neighbours(slots: torch.Tensor) -> torch.Tensor | slice:

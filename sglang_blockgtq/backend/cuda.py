@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.layers.attention.triton_backend import ForwardMetadata, TritonAttnBackend
 
-from ..capture import refuse_extras
 from ..kernels.decode.gather import gather_slots
 from ..options import NAME
 from ..runtime import current
+from ..terms import terms_of
 from . import require_packed_pool, warm_up
 from .buffers import SLOT, Buffers, new_graph_slots
 from .extend import ExtendPlan
@@ -48,7 +48,7 @@ class TritonPackedBackend(TritonAttnBackend):
         self.quantized_chunk = current().options.chunk_attention == "quantized"
         self.buffers = self._buffers(runner)
         self._warm_up(runner)
-        self._plan: tuple[Any, ExtendPlan] | None = None
+        self._plans: tuple[Any, dict[int, list[tuple[slice, ExtendPlan]]]] | None = None  # by window
 
     def _buffers(self, runner: Any) -> Buffers:
         """Those that were taken before the cache was sized."""
@@ -112,7 +112,7 @@ class TritonPackedBackend(TritonAttnBackend):
         return ForwardMetadata(**{**dict.fromkeys(names), **own})
 
     def forward_decode(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):
-        refuse_extras(kwargs)
+        terms = terms_of(layer, kwargs)
         meta, packed = self.forward_metadata, self.pool.layer(layer.layer_id)
         q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         rotated = None
@@ -120,11 +120,12 @@ class TritonPackedBackend(TritonAttnBackend):
             rotated = packed.encode(*_by_head(k, v, layer), forward_batch.out_cache_loc, forward_batch.positions, q3)
         out = q3.new_empty(q3.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         kv_indptr, scratch = meta.kv_indptr[: q3.shape[0] + 1], self.buffers.scratch
-        packed.decode(q3, kv_indptr, meta.kv_indices, layer.scaling, rotated=rotated, scratch=scratch, out=out)
+        options = {"terms": terms, "rotated": rotated, "scratch": scratch, "out": out}
+        packed.decode(q3, kv_indptr, meta.kv_indices, layer.scaling, **options)
         return out.flatten(1)
 
     def forward_extend(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):
-        refuse_extras(kwargs)
+        terms = terms_of(layer, kwargs)
         packed = self.pool.layer(layer.layer_id)
         if self.forward_metadata.custom_mask is not None:
             raise NotImplementedError(f"{NAME}: attention masks of speculative decoding are not supported")
@@ -139,23 +140,28 @@ class TritonPackedBackend(TritonAttnBackend):
         if target is None:
             target = q.new_empty(q3.shape[0], layer.tp_q_head_num * layer.v_head_dim)
         out = target.view(-1, layer.tp_q_head_num, layer.v_head_dim)
-        self.buffers.workspace(packed, self._extend_plan(layer, forward_batch), q3, k3, v3, layer.scaling, out)
+        for new, plan in self._extend_plans(layer, forward_batch, terms.window):
+            self.buffers.workspace(packed, plan, q3[new], k3[new], v3[new], layer.scaling, out[new], terms)
         return target
 
-    def _extend_plan(self, layer: RadixAttention, forward_batch: Any) -> ExtendPlan:
-        """The batch's plan. The first layer always makes a new one: a metadata object may be refilled."""
+    def _extend_plans(self, layer: RadixAttention, forward_batch: Any, window: int) -> list[tuple[slice, ExtendPlan]]:
+        """The batch's plans for layers of a window. The first layer always makes new ones: a metadata object may be
+        refilled."""
         meta = self.forward_metadata
-        if self._plan is None or self._plan[0] is not meta or layer.layer_id == self.first_layer:
+        if self._plans is None or self._plans[0] is not meta or layer.layer_id == self.first_layer:
+            self._plans = meta, {}
+        plans = self._plans[1]
+        if window not in plans:
             new = forward_batch.extend_seq_lens_cpu
-            plan = self.buffers.workspace.plan(
+            plans[window] = self.buffers.workspace.plans(
                 forward_batch.extend_prefix_lens_cpu,
                 new,
                 meta.qo_indptr[: len(new) + 1],
                 meta.kv_indptr[: len(new) + 1],
                 meta.kv_indices,
+                window,
             )
-            self._plan = meta, plan
-        return self._plan[1]
+        return plans[window]
 
 
 def _heads(x: torch.Tensor, heads: int, channels: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ import torch
 
 from ..kernels.decode.merge import merge_into
 from ..kernels.layer import TritonLayer
+from ..kernels.terms import PLAIN, Terms
 from ..kernels.unpack.task import UnpackTask
 
 #: Bytes of the workspace, keys and values together: 64K tokens of 8 KV heads of 128 channels in 16 bits.
@@ -73,10 +74,12 @@ class ExtendPlan:
         kv_indices: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        first: torch.Tensor | None = None,
     ) -> ExtendPlan:
         """prefix_lens, new_lens: per request, on the host; qo_indptr, kv_indptr ``[B + 1]``: their sums, on the device.
 
-        kv_indices: the prefixes' slots, and perhaps more. k, v: the workspace. Nothing waits for the device.
+        kv_indices: the prefixes' slots, and perhaps more. k, v: the workspace. first ``[B]``: positions at which the
+        prefixes begin; None: all at 0. Nothing waits for the device.
         """
         kv, qo = [0, *accumulate(prefix_lens)], [0, *accumulate(new_lens)]
         prefix, new, total = kv[-1], qo[-1], kv[-1] + qo[-1]
@@ -85,6 +88,8 @@ class ExtendPlan:
         if not prefix:
             return cls(prefix, new, cu_q, cu_q, max_q, max_q)
         if total > k.shape[0]:
+            if first is not None:
+                raise RuntimeError(f"{total} tokens of a window and its chunk: the workspace holds {k.shape[0]}")
             pieces = tuple(_pieces(kv, qo, cu_q, cu_kv, kv_indices, k, v))
             return cls(prefix, new, cu_q, None, max_q, max_q, pieces=pieces)
         keys, values = k[:total], v[:total]
@@ -100,8 +105,47 @@ class ExtendPlan:
             max(a + b for a, b in zip(prefix_lens, new_lens, strict=True)),
             keys,
             values,
-            UnpackTask(kv_indices[:prefix], keys, values, prefix_to, _positions(cu_kv, prefix), new, chunk_to),
+            UnpackTask(kv_indices[:prefix], keys, values, prefix_to, _positions(cu_kv, prefix, first), new, chunk_to),
         )
+
+    @classmethod
+    def of_window(
+        cls,
+        window: int,
+        prefix_lens: Sequence[int],
+        new_lens: Sequence[int],
+        qo_indptr: torch.Tensor,
+        kv_indptr: torch.Tensor,
+        kv_indices: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> Iterator[tuple[slice, ExtendPlan]]:
+        """As :meth:`of` for layers whose queries see ``window`` tokens: of each prefix what the first new token sees.
+        With the new tokens that each plan is for: as many requests as the workspace holds at a time."""
+        held = [min(n, window - 1) for n in prefix_lens]
+        start = token = 0
+        for stop in _groups([a + b for a, b in zip(held, new_lens, strict=True)], k.shape[0]):
+            group = slice(start, stop)
+            ends, lens = kv_indptr[start + 1 : stop + 1], kv_indptr[start : stop + 1].diff()
+            kept = lens.clamp(max=window - 1)
+            indptr = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
+            slots = kv_indices[_places(indptr, ends - kept - indptr[:-1], sum(held[group]))]
+            cu_q = qo_indptr[start : stop + 1] - token
+            plan = cls.of(held[group], new_lens[group], cu_q, indptr, slots, k, v, lens - kept)
+            new = plan.new if stop < len(held) else None  # the last has what pads the batch
+            yield slice(token, new and token + new), plan
+            start, token = stop, token + plan.new
+
+
+def _groups(tokens: Sequence[int], most: int) -> Iterator[int]:
+    """Where groups of requests end that have at most ``most`` tokens together, or are one request."""
+    total = 0
+    for i, n in enumerate(tokens):
+        if i and total + n > most:
+            yield i
+            total = 0
+        total += n
+    yield len(tokens)
 
 
 def _places(indptr: torch.Tensor, shift: torch.Tensor, total: int) -> torch.Tensor:
@@ -110,11 +154,11 @@ def _places(indptr: torch.Tensor, shift: torch.Tensor, total: int) -> torch.Tens
     return token + shift.long()[torch.searchsorted(indptr[1:].long().contiguous(), token, right=True)]
 
 
-def _positions(indptr: torch.Tensor, total: int) -> torch.Tensor:
-    """Of every token of the flattened prefixes in its request, int64."""
-    if len(indptr) == 2:
+def _positions(indptr: torch.Tensor, total: int, first: torch.Tensor | None = None) -> torch.Tensor:
+    """Of every token of the flattened prefixes in its request, int64. first ``[B]``: of their first tokens; None: 0."""
+    if len(indptr) == 2 and first is None:
         return torch.arange(total, device=indptr.device)
-    return _places(indptr, -indptr[:-1], total)
+    return _places(indptr, -indptr[:-1] if first is None else first - indptr[:-1], total)
 
 
 def _pieces(
@@ -152,15 +196,15 @@ class Workspace:
     """Extend attention of layers of one shape, through one workspace.
 
     attend: ``flash_attn_varlen_func`` or what behaves like it. max_tokens: most tokens that the workspace is asked to
-    hold; it never holds more than :data:`WORKSPACE_BYTES`.
+    hold; it holds no more than :data:`WORKSPACE_BYTES`, but ``least`` tokens.
     """
 
     def __init__(
         self, layer: TritonLayer, attend: Callable, dtype: torch.dtype, device: torch.device | str, max_tokens: int,
-        bytes_: int = 0,
+        bytes_: int = 0, least: int = 0,
     ):  # fmt: skip
         per_token = layer.heads * (layer.head_dim + layer.v_head_dim) * dtype.itemsize
-        self.tokens = max(1, min(max_tokens, (bytes_ or WORKSPACE_BYTES) // per_token))
+        self.tokens = max(1, min(max_tokens, (bytes_ or WORKSPACE_BYTES) // per_token), least)
         self.attend = attend
         # Requests share it in stream order. What is not written is not read either: every call sees its part alone.
         self.k = torch.empty(self.tokens, layer.heads, layer.head_dim, dtype=dtype, device=device)
@@ -184,16 +228,20 @@ class Workspace:
         lse = out.new_zeros(out.shape[1], 1)
         merge_into(out, lse.T, self.v[:1], lse.T)
 
-    def plan(
+    def plans(
         self,
         prefix_lens: Sequence[int],
         new_lens: Sequence[int],
         qo_indptr: torch.Tensor,
         kv_indptr: torch.Tensor,
         kv_indices: torch.Tensor,
-    ) -> ExtendPlan:
-        """See :meth:`ExtendPlan.of`."""
-        return ExtendPlan.of(prefix_lens, new_lens, qo_indptr, kv_indptr, kv_indices, self.k, self.v)
+        window: int = 0,
+    ) -> list[tuple[slice, ExtendPlan]]:
+        """With the new tokens that each plan is for. See :meth:`ExtendPlan.of` and :meth:`ExtendPlan.of_window`."""
+        batch = prefix_lens, new_lens, qo_indptr, kv_indptr, kv_indices, self.k, self.v
+        if window and any(prefix_lens):
+            return list(ExtendPlan.of_window(window, *batch))
+        return [(slice(None), ExtendPlan.of(*batch))]
 
     def __call__(
         self,
@@ -204,6 +252,7 @@ class Workspace:
         v: torch.Tensor,
         sm_scale: float,
         out: torch.Tensor,
+        terms: Terms = PLAIN,
     ) -> None:
         """New tokens against their packed prefix plus, causally, themselves.
 
@@ -219,13 +268,15 @@ class Workspace:
         q = _readable(q)
         if plan.task is not None:
             layer.unpacker(plan.task, k, v)
-            self._attend(q, plan.keys, plan.values, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k, sm_scale, True, out)
+            self._attend(q, plan.keys, plan.values, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k, sm_scale, terms, out)
             return
         k, v = _readable(k), _readable(v)
         if not plan.prefix:
-            self._attend(q, k, v, plan.cu_q, plan.cu_q, plan.max_q, plan.max_q, sm_scale, True, out)
+            self._attend(q, k, v, plan.cu_q, plan.cu_q, plan.max_q, plan.max_q, sm_scale, terms, out)
             return
-        part, lse = self._attend(q, k, v, plan.cu_q, plan.cu_q, plan.max_q, plan.max_q, sm_scale, True, None)
+        # A softmax of pieces has its sinks in the end.
+        capped = Terms(cap=terms.cap)
+        part, lse = self._attend(q, k, v, plan.cu_q, plan.cu_q, plan.max_q, plan.max_q, sm_scale, capped, None)
         merged = part.float()  # float32 between the pieces: they shall not be rounded once each
         for piece in plan.pieces:
             mine = piece.queries
@@ -239,13 +290,16 @@ class Workspace:
                 piece.max_q,
                 piece.max_k,
                 sm_scale,
-                False,
+                capped,
                 None,
+                causal=False,
             )
             merge_into(merged[mine], lse[:, mine].T, part, part_lse.T)
-        out.copy_(merged)
+        out.copy_(terms.with_sinks(merged, lse.T))
 
-    def _attend(self, q, k, v, cu_q, cu_k, max_q, max_k, sm_scale, causal, out) -> tuple[torch.Tensor, torch.Tensor]:
+    def _attend(
+        self, q, k, v, cu_q, cu_k, max_q, max_k, sm_scale, terms, out, causal=True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """out ``[T, Hq, Dv]`` and lse ``[Hq, T]``, zeros and -inf for queries without keys.
 
         num_splits = 0 lets FlashAttention fill the device, as SGLang's own backend does.
@@ -263,8 +317,16 @@ class Workspace:
             num_splits=0,
             return_softmax_lse=True,
             out=out,
+            **_flash_terms(terms),
         )
         return result[0], result[1]
+
+
+def _flash_terms(terms: Terms) -> dict:
+    """As FlashAttention's options, none where there is nothing to say: a window counts the tokens before a query's."""
+    window = {"window_size": (terms.window - 1, 0)} if terms.window else {}
+    cap = {"softcap": terms.cap} if terms.cap else {}
+    return window | cap | ({} if terms.sinks is None else {"sinks": terms.sinks})
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:

@@ -61,27 +61,33 @@ def triton_attention(
     causal: bool,
     return_softmax_lse: bool,
     out: torch.Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Queries ``q [T, Hq, D]`` of each request against its keys ``k [N, H, D]`` and values ``v [N, H, Dv]``.
 
-    causal: a request's last query sees its last key. Returns out ``[T, Hq, Dv]`` and lse ``[Hq, T]`` float32, zeros and
+    causal: a request's last query sees its last key. window_size: tokens before a query's own that it sees; -1: all.
+    Returns out ``[T, Hq, Dv]`` and lse ``[Hq, T]`` float32, zeros and
     -inf for queries without keys; the lse is not given for causal attention with keys before the queries.
     """
     from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd, extend_attention_fwd_unified
 
     out = q.new_empty(*q.shape[:2], v.shape[-1]) if out is None else out
+    terms = {"sliding_window_size": window_size[0], "logit_cap": softcap, "sinks": sinks}
     every = torch.arange(k.shape[0], device=q.device)
     if causal and cu_seqlens_k is not cu_seqlens_q:
         before = (cu_seqlens_k.diff() - cu_seqlens_q.diff()).int()
         extend_attention_fwd_unified(
-            q, out, k, v, 1.0, 1.0, cu_seqlens_q, cu_seqlens_k, every, before, max_seqlen_q, sm_scale=softmax_scale
+            q, out, k, v, 1.0, 1.0, cu_seqlens_q, cu_seqlens_k, every, before, max_seqlen_q, sm_scale=softmax_scale,
+            **terms,
         )  # fmt: skip
         return out, None
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     keys = torch.zeros_like(cu_seqlens_q) if causal else cu_seqlens_k
     extend_attention_fwd(
         q, k, v, out, k, v, cu_seqlens_q, keys, every, None, True, None, max_seqlen_q, 1.0, 1.0, softmax_scale,
-        lse_extend=lse, skip_prefix=causal, skip_extend=not causal,
+        lse_extend=lse, skip_prefix=causal, skip_extend=not causal, **terms,
     )  # fmt: skip
     return out, lse.T

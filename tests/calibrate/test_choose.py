@@ -14,6 +14,7 @@ from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.calibrate.table import AllocationTable, layers_of
 from sglang_blockgtq.choose import choose, rungs
 from sglang_blockgtq.kernels.layer import TritonLayer
+from sglang_blockgtq.kernels.terms import PLAIN
 from sglang_blockgtq.options import LADDER, TARGET_KL, KVQuantError, KVQuantOptions
 
 ROPE = [(32, True)] * 2
@@ -234,7 +235,11 @@ def test_what_measures_is_there_for_models_that_answer(loaded, monkeypatch, capl
     loaded.install(monkeypatch, loaded.group(), loaded.group(), loaded.group())
     runner, ids = loaded.runner(ROPE, ROPE), [(11 * i) % 256 for i in range(200)]
     exact = module._read_exactly(runner, ids)
-    assert exact.scales == {0: 32**-0.5, 1: 32**-0.5} and exact.logits.shape == (200, 256) and not caplog.records
+    assert (
+        exact.logits_of == dict.fromkeys((0, 1), (32**-0.5, PLAIN))
+        and exact.logits.shape == (200, 256)
+        and not caplog.records
+    )
     runner.model_config.is_generation = False
     assert module._read_exactly(runner, ids) is None and "this model gives no answers" in caplog.text
     caplog.clear()

@@ -318,8 +318,8 @@ def test_unsupported_models(bad, model_folder, tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**config, "head_dim": 40}))
     assert "head_dim 40 is not supported; multiples of 16 from 32 to 256 are" in bad(model_path=folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "mistral", "sliding_window": 64, "head_dim": 64}))
-    assert "sliding_attention" in bad(model_path=folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama4_text", "head_dim": 64}))
+    assert "chunked_attention" in bad(model_path=folder)
     (folder / "config.json").write_text(json.dumps(config))
     assert "tokenizer" in bad(model_path=folder)
 

@@ -17,6 +17,7 @@ from sglang_blockgtq.calibrate.hf import check_rope, collect, measure, model_fre
 from sglang_blockgtq.calibrate.model import ModelError, rope_blocks
 from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.calibrate.rope_check import probe_positions
+from sglang_blockgtq.kernels.terms import PLAIN, Terms
 
 #: Model -> (rotary_dim, neox) of each layer at head_dim 32, as published for the architecture.
 ROPE = {
@@ -187,9 +188,45 @@ def test_what_is_measured_is_the_models_own_attention(tiny_model, monkeypatch, n
     assert low.kl > 10 * high.kl > 0 and low.attention_kl > 10 * high.attention_kl > 0
     assert low.tokens == high.tokens == len(ids) and 0 <= low.worst_layer < 2
     scale = 0.5 if name == "granite_own_scaling" else 32**-0.5
-    assert exact[0].scales == pytest.approx({0: scale, 1: scale})
+    assert exact[0].logits_of == {layer: (pytest.approx(scale), PLAIN) for layer in (0, 1)}
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(exact[0].logits, logits, rtol=1e-4, atol=1e-4)
+
+
+WINDOWED = {"num_key_value_heads": 1, "head_dim": 32, "sliding_window": 16, "layers": 2}
+
+
+@pytest.mark.parametrize(
+    "config, options, terms",
+    [
+        ("MistralConfig", WINDOWED, (Terms(16), Terms(16))),
+        ("Gemma2Config", WINDOWED | {"attn_logit_softcapping": 2.0}, (Terms(16, 2.0), Terms(0, 2.0))),
+        ("Gemma3TextConfig", WINDOWED | {"layer_types": ["sliding_attention", "full_attention"]}, (Terms(16), PLAIN)),
+    ],
+    ids=["mistral", "gemma2", "gemma3"],
+)
+def test_windows_and_caps_are_the_models_own(config, options, terms, monkeypatch):
+    """Gemma 3 has RoPE of its own in layers with a window, and so its blocks rotate as fast as these do."""
+    model, exact = tiny(config, **options), []
+    model.set_attn_implementation("eager")  # the only one of transformers' that caps
+
+    class Seen(hf.HeldOut):
+        def __init__(self, *args):
+            super().__init__(*args)
+            exact.append(self)
+
+    monkeypatch.setattr(hf, "HeldOut", Seen)
+    rope, ids = rope_blocks(model.config), SEQUENCES[1]
+    moments = collect(model, SEQUENCES, rope, progress=False)
+    assert moments.theta.isfinite().all() and (config == "Gemma3TextConfig") != bool(
+        torch.equal(moments.theta[0], moments.theta[1])
+    )
+    measure(model, ids, build_table(moments, rope, k_bits=8, v_bits=8))
+    assert [exact[0].logits_of[layer][1] for layer in (0, 1)] == list(terms)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0]
+    assert len(ids) > 2 * 16
     torch.testing.assert_close(exact[0].logits, logits, rtol=1e-4, atol=1e-4)
 
 
@@ -268,25 +305,12 @@ def test_bfloat16_agrees_within_its_noise(tiny_model):
         torch.testing.assert_close(getattr(rounded, name), getattr(exact, name), rtol=0.03, atol=0)
 
 
-def tiny(class_name, **kw):
+def tiny(class_name, layers=1, **kw):
     config = getattr(transformers, class_name)(
-        vocab_size=256, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        vocab_size=256, hidden_size=64, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=64,
         max_position_embeddings=512, pad_token_id=0, bos_token_id=0, eos_token_id=0, **kw,
     )  # fmt: skip
     return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-
-def test_sliding_windows_are_refused():
-    model = tiny("MistralConfig", num_key_value_heads=1, head_dim=32, sliding_window=16)
-    with pytest.raises(ModelError, match="mistral: has sliding_attention layers; every layer must have full attention"):
-        collect(model, SEQUENCES, rope_blocks(model.config), progress=False)
-
-
-def test_a_window_that_only_the_module_knows_of_is_refused():
-    model = tiny("MistralConfig", num_key_value_heads=1, head_dim=32, sliding_window=16)
-    rope = rope_blocks(model.config)
-    with pytest.raises(ModelError, match=r"MistralAttention \(layer 0\): sliding window of 16"):
-        check_rope(model, rope, [None], 5)
 
 
 def test_attention_outside_the_interface_is_refused():

@@ -16,6 +16,7 @@ from sglang_blockgtq.calibrate.quality import (
     divergence,
     positions_of,
 )
+from sglang_blockgtq.kernels.terms import PLAIN
 
 TOKENS, LAYERS, HEADS, GROUP, DIM, VOCAB = 150, 3, 2, 2, 16, 40
 SCALE = 0.7
@@ -157,7 +158,7 @@ def toy():
 
 
 def cost(toy, caches, layers: int = LAYERS) -> Quality:
-    exact = HeldOut(toy, TOKENS, dict.fromkeys(range(LAYERS), SCALE))
+    exact = HeldOut(toy, TOKENS, dict.fromkeys(range(LAYERS), (SCALE, PLAIN)))
     found = exact.sums(dict(enumerate(caches)), layers).quality(len(exact.answers))
     assert all(cache.rows is None for cache in caches)
     return found
@@ -190,7 +191,7 @@ def test_the_worst_layer_is_the_one_that_was_spoiled(toy, layer):
 
 def test_the_answer_is_read_through_the_cache_at_all_layers(toy):
     """The pass that is compared attends to what the caches hold, of its own keys."""
-    exact = HeldOut(toy, TOKENS, dict.fromkeys(range(LAYERS), SCALE))
+    exact = HeldOut(toy, TOKENS, dict.fromkeys(range(LAYERS), (SCALE, PLAIN)))
     true, toy.calls = toy.calls, []
     exact.sums({layer: Cache(0.1, 0.1) for layer in range(LAYERS)}, LAYERS)
     assert [layer for layer, *_ in toy.calls] == list(range(LAYERS))
@@ -200,7 +201,7 @@ def test_the_answer_is_read_through_the_cache_at_all_layers(toy):
 
 def test_the_exact_pass_is_read_once(toy):
     """However many caches are compared with it, and of other models' layers nothing is said."""
-    exact = HeldOut(toy, TOKENS, dict.fromkeys(range(LAYERS), SCALE))
+    exact = HeldOut(toy, TOKENS, dict.fromkeys(range(LAYERS), (SCALE, PLAIN)))
     costs = [exact.sums({layer: Cache(noise) for layer in range(LAYERS)}, 5) for noise in (0.1, 0.0, 0.1)]
     assert len(toy.calls) == 4 * LAYERS
     first, none, again = (sums.quality(TOKENS) for sums in costs)
@@ -212,6 +213,6 @@ def test_a_rank_without_answers_adds_none(toy):
     def run(hook, answers):
         toy(hook, answers)
 
-    exact = HeldOut(run, TOKENS, dict.fromkeys(range(LAYERS), SCALE))
+    exact = HeldOut(run, TOKENS, dict.fromkeys(range(LAYERS), (SCALE, PLAIN)))
     flat = exact.sums({layer: Cache(0.1) for layer in range(LAYERS)}, LAYERS).flat
     assert flat[-1].tolist() == [0, 0] and bool((flat[:-1] > 0).all())

@@ -14,6 +14,7 @@ from sglang_blockgtq.kernels.decode.splits import num_splits, split_lengths
 from sglang_blockgtq.kernels.device.rotate import rotate_queries
 from sglang_blockgtq.kernels.device.tables import MAX_TEMPLATES, CodeSpec, ColumnTables, templates_of
 from sglang_blockgtq.kernels.format.layout import CodeLayout, gather_rows, scatter_rows, uniform_layout
+from sglang_blockgtq.kernels.terms import PLAIN, Terms
 
 from .matrix import (
     ANY_LAYOUT,
@@ -29,6 +30,7 @@ from .matrix import (
     TEMPLATE,
     TEMPLATES,
     TOLERANCE,
+    WIDE,
     Case,
     assert_same,
     data,
@@ -43,9 +45,9 @@ LLAMA, LARGE_TEMPLATES, LARGE_MEANS, LARGE_ANY = LARGE[0], LARGE[7], LARGE[8], L
 
 
 @cache
-def expected(case: Case, q_len: int = 1):
+def expected(case: Case, q_len: int = 1, terms: Terms = PLAIN):
     d, q = data(case), decode_queries(case, q_len)
-    return reference.decode_attention(d.codec, q, d.packed, d.kv_indptr, d.sm_scale, q_len)
+    return reference.decode_attention(d.codec, q, d.packed, d.kv_indptr, d.sm_scale, q_len, terms)
 
 
 def decode(case: Case, q_len: int = 1, **options):
@@ -100,6 +102,24 @@ def test_several_queries_of_a_request(case, q_len):
     assert case.lengths[1] == 1 and bool((lse[1, :-1] == -torch.inf).all()) and bool(lse[1, -1].isfinite().all())
     # Tokens 32 and up are a split of their own, of which the first of eight queries sees nothing.
     assert_same(decode(case, q_len, target=8), want, TOLERANCE[DEVICE][case.dtype])
+
+
+@with_q_len(
+    *((case, 1) for case in (TEMPLATE, WIDE, PRODUCT, TEMPLATES[2], MEANS, MEAN_CASES[1])),
+    *((case, 1) for case in (LLAMA, LARGE_MEANS, LARGE_ANY)),
+    *((case, 3) for case in (TEMPLATE, HANDMADE, MEANS, LARGE_MEANS)),
+)
+def test_windows_caps_and_sinks(case, q_len):
+    """A window of one token, within a tile, and over several with their first tile left out."""
+    sinks = torch.linspace(-2, 3, case.heads * case.group, device=DEVICE)
+    for terms in (Terms(1), Terms(20), Terms(70, 2.0, sinks), Terms(cap=0.5), Terms(sinks=sinks)):
+        want = expected(case, q_len, terms)
+        for target in (1, 8):
+            got = decode(case, q_len, terms=terms, target=target)
+            # What a sink leaves is small, and its rounding was that of the whole.
+            assert_same(got, want, 2 * TOLERANCE[DEVICE][case.dtype])
+    with pytest.raises(AssertionError):
+        assert_same(got, expected(case, q_len), TOLERANCE[DEVICE][case.dtype])
 
 
 @over([TEMPLATE, PRODUCT, TEMPLATES[0], MEANS])

@@ -13,6 +13,7 @@ from sglang_blockgtq.kernels import reference
 from sglang_blockgtq.kernels.device.tables import templates_of
 from sglang_blockgtq.kernels.format.layout import scatter_rows
 from sglang_blockgtq.kernels.layer import TritonLayer
+from sglang_blockgtq.kernels.terms import PLAIN, Terms
 
 from .matrix import DEVICE, LARGE, TOLERANCE, Case, data, over, relative_error
 
@@ -45,6 +46,9 @@ class FlashStandIn:
         num_splits,
         return_softmax_lse,
         out,
+        window_size=(-1, -1),
+        softcap=0.0,
+        sinks=None,
     ):
         for indptr, x, longest in ((cu_seqlens_q, q, max_seqlen_q), (cu_seqlens_k, k, max_seqlen_k)):
             lengths = indptr.diff()
@@ -66,12 +70,18 @@ class FlashStandIn:
             keys = k[kv[b] : kv[b + 1]].float().repeat_interleave(group, 1)
             values = v[kv[b] : kv[b + 1]].float().repeat_interleave(group, 1)
             logits = torch.einsum("mhd,nhd->hmn", q[qo[b] : qo[b + 1]].float(), keys) * softmax_scale
+            logits = softcap * torch.tanh(logits / softcap) if softcap else logits
             if causal:
                 logits = logits.masked_fill(torch.ones(m, n, dtype=torch.bool).triu(n - m + 1), -torch.inf)
+            if window_size[0] >= 0:
+                before = torch.ones(m, n, dtype=torch.bool).tril(n - m - window_size[0] - 1)
+                logits = logits.masked_fill(before, -torch.inf)
             total = logits.logsumexp(-1)
             prob = (logits - total.masked_fill(total == -torch.inf, 0)[..., None]).exp()
             out[qo[b] : qo[b + 1]] = torch.einsum("hmn,nhd->mhd", prob, values).to(q.dtype)
             lse[:, qo[b] : qo[b + 1]] = total
+        if sinks is not None:
+            out *= torch.sigmoid(lse.T - sinks)[..., None]
         return out, lse
 
 
@@ -95,21 +105,23 @@ def sm_scale(case: Case) -> float:
     return data(case).sm_scale if any(case.lengths) else case.head_dim**-0.5
 
 
-def run(case: Case, attend, size: int, padding: int = 0) -> torch.Tensor:
+def run(case: Case, attend, size: int, padding: int = 0, terms: Terms = PLAIN) -> torch.Tensor:
     d, layer = data(case), layer_of(case)
     workspace = Workspace(layer, attend, d.q.dtype, DEVICE, size)
     assert workspace.tokens == size
     # SGLang's own types: int64 for new tokens, int32 for the prefix.
-    plan = workspace.plan(list(case.lengths), list(case.queries), d.qo_indptr.long(), d.kv_indptr, d.kv_indices)
+    lengths, queries = list(case.lengths), list(case.queries)
+    plans = workspace.plans(lengths, queries, d.qo_indptr.long(), d.kv_indptr, d.kv_indices, terms.window)
     q, k, v = (torch.cat([x, x.new_full((padding, *x.shape[1:]), torch.nan)]) for x in (d.q, *chunk(case)))
     out = torch.full_like(q, torch.nan)
-    workspace(layer, plan, q, k, v, sm_scale(case), out)
+    for new, plan in plans:
+        workspace(layer, plan, q[new], k[new], v[new], sm_scale(case), out[new], terms)
     return out
 
 
-def expected(case: Case) -> torch.Tensor:
+def expected(case: Case, terms: Terms = PLAIN) -> torch.Tensor:
     d = data(case)
-    args = d.codec, d.q, *chunk(case), d.packed, d.qo_indptr, d.kv_indptr, sm_scale(case)
+    args = d.codec, d.q, *chunk(case), d.packed, d.qo_indptr, d.kv_indptr, sm_scale(case), terms
     return reference.extend_attention(*args)[0]
 
 
@@ -128,6 +140,44 @@ def test_extend_matches_reference(case):
         else:
             assert attend.calls[0].causal and not any(c.causal for c in attend.calls[1:])
             assert all(c.keys <= size for c in attend.calls[1:])
+
+
+@float32_on_cpu
+@pytest.mark.parametrize("window", [1, 2, 8, 70])
+@pytest.mark.parametrize("case", [MIXED, PAGED, NONE], ids=["mixed", "paged", "none"])
+def test_windows(case, window):
+    """All requests in one call, and as many at a time as a small workspace holds, with padding behind them."""
+    terms, want, alone = Terms(window), expected(case, Terms(window)), 74 if window == 70 else 12
+    for size, padding in ((1000, 0), (alone, 3)):
+        attend = FlashStandIn()
+        out = run(case, attend, size, padding, terms)
+        assert relative_error(out[: len(want)], want) < TOLERANCE["cpu"][case.dtype]
+        assert not out[len(want) :].any()
+        assert len(attend.calls) > 1 or size == 1000 or case is NONE
+
+
+@float32_on_cpu
+def test_a_window_that_the_workspace_cannot_hold():
+    with pytest.raises(RuntimeError, match="42 tokens of a window and its chunk: the workspace holds 41"):
+        run(MIXED, FlashStandIn(), 41, terms=Terms(100))
+
+
+@float32_on_cpu
+@pytest.mark.parametrize("size", [1000, 39])
+def test_caps_and_sinks(size):
+    """Pieces of a prefix are merged before the sinks take their share."""
+    terms = Terms(cap=0.7, sinks=torch.linspace(-2, 3, MIXED.heads * MIXED.group))
+    assert relative_error(run(MIXED, FlashStandIn(), size, terms=terms), expected(MIXED, terms)) < 1e-5
+
+
+@float32_on_cpu
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # it divides by zero where it masks
+@pytest.mark.parametrize(
+    "terms", [Terms(8), Terms(cap=0.7), Terms(sinks=torch.linspace(-2, 3, 6))], ids=["window", "cap", "sinks"]
+)
+def test_terms_with_sglangs_triton_kernel(terms):
+    got = run(MIXED, triton_attention, 1000, terms=terms)
+    assert relative_error(got, expected(MIXED, terms)) < TOLERANCE["cpu"]["float32"]
 
 
 @float32_on_cpu
@@ -164,9 +214,9 @@ def test_nothing_to_do():
     workspace = Workspace(layer, FlashStandIn(), d.q.dtype, DEVICE, 8)
     empty = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     out = torch.full_like(d.q, torch.nan)
-    for plan in (
-        workspace.plan([], [], empty, empty, d.kv_indices),
-        workspace.plan([44], [0], d.qo_indptr * 0, d.kv_indptr, d.kv_indices),
+    for [(_, plan)] in (
+        workspace.plans([], [], empty, empty, d.kv_indices),
+        workspace.plans([44], [0], d.qo_indptr * 0, d.kv_indptr, d.kv_indices),
     ):
         workspace(layer, plan, d.q, *chunk(ONE), d.sm_scale, out)
         assert not out.any()

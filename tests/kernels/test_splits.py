@@ -21,14 +21,15 @@ from .matrix import DEVICE
 
 
 @triton.jit
-def _where_kernel(kv_indptr, num_requests, target, found, of, SPLITS: tl.constexpr, REQUESTS: tl.constexpr):
+def _where_kernel(kv_indptr, num_requests, target, found, of, SPLITS: tl.constexpr, REQUESTS: tl.constexpr,
+                  SPAN: tl.constexpr):  # fmt: skip
     for split in range(SPLITS):
-        request, begin, end = find_split(kv_indptr, num_requests, target, split, REQUESTS)
+        request, begin, end = find_split(kv_indptr, num_requests, target, split, REQUESTS, SPAN)
         tl.store(found + 3 * split, request)
         tl.store(found + 3 * split + 1, begin)
         tl.store(found + 3 * split + 2, end)
     for request in range(num_requests):
-        first, count = splits_of(kv_indptr, num_requests, target, request, REQUESTS)
+        first, count = splits_of(kv_indptr, num_requests, target, request, REQUESTS, SPAN)
         tl.store(of + 2 * request, first)
         tl.store(of + 2 * request + 1, count)
 
@@ -36,26 +37,30 @@ def _where_kernel(kv_indptr, num_requests, target, found, of, SPLITS: tl.constex
 LENGTHS = st.lists(st.one_of(st.integers(0, 70), st.integers(0, 200_000)), min_size=1, max_size=9)
 
 
-@given(LENGTHS, st.integers(1, 40), st.sampled_from([torch.int32, torch.int64]))
-@example([0, 0], 3, torch.int32)
-@example([131072] * 9, 132 * 12, torch.int32)
-@settings(max_examples=12, deadline=None)
-def test_kernels_cut_as_defined(lengths, target, dtype):
-    """Every token of every request lies in one split, and the grid has room for all splits."""
+@given(LENGTHS, st.integers(1, 40), st.sampled_from([torch.int32, torch.int64]), st.sampled_from([0, 1, 100, 5000]))
+@example([0, 0], 3, torch.int32, 0)
+@example([131072] * 9, 132 * 12, torch.int32, 0)
+@example([131072, 127, 128, 129], 40, torch.int32, 128)
+@settings(max_examples=16, deadline=None)
+def test_kernels_cut_as_defined(lengths, target, dtype, span):
+    """Every token of every request that is seen lies in one split, and the grid has room for all splits."""
     batch, grid = len(lengths), min(num_splits(len(lengths), target), 14)
     kv_indptr = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, dtype)
     found = torch.full((grid, 3), -1, dtype=torch.int32, device=DEVICE)
     of = torch.full((batch, 2), -1, dtype=torch.int32, device=DEVICE)
-    _where_kernel[(1,)](kv_indptr, batch, target, found, of, SPLITS=grid, REQUESTS=request_block(batch))
+    _where_kernel[(1,)](kv_indptr, batch, target, found, of, SPLITS=grid, REQUESTS=request_block(batch), SPAN=span)
 
-    size, counts = split_lengths(torch.tensor(lengths), target)
+    size, counts = split_lengths(torch.tensor(lengths), target, span)
     assert size % SPLIT_UNIT == 0 and size > 0
+    skipped = [max(n - span, 0) // 64 * 64 if span else 0 for n in lengths]
     assert int(counts.sum()) <= num_splits(batch, target)
     assert of[:, 1].tolist() == counts.tolist()
     assert of[:, 0].tolist() == (counts.cumsum(0) - counts).tolist()
-    want = [(b, i * size, (i + 1) * size) for b, n in enumerate(counts.tolist()) for i in range(n)]
+    want = [(b, skipped[b] + i * size, skipped[b] + (i + 1) * size) for b, n in enumerate(counts) for i in range(n)]
     for b, n in enumerate(lengths):
-        assert (counts[b] - 1) * size < n <= counts[b] * size or n == counts[b] == 0
+        left = n - skipped[b]
+        assert left >= min(n, span) and (left < span + 64 or not span)
+        assert (counts[b] - 1) * size < left <= counts[b] * size or left == counts[b] == 0
     assert [tuple(x) for x in found.tolist()[: len(want)]] == want[:grid]
     assert all(request >= batch for request, _, _ in found.tolist()[len(want) :]), "the rest has nothing to do"
 
