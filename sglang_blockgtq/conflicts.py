@@ -191,6 +191,7 @@ def check_resolved(server_args: Any = None) -> None:
 
 
 _ATTENTION = {"full_attention", "attention", "sliding_attention"}
+_IMAGES_BOTH_WAYS = {"Gemma3ForConditionalGeneration"}
 _HYBRID_KEYS = ("mamba_d_state", "ssm_state_size", "linear_num_value_heads", "linear_attn_config")
 
 
@@ -219,6 +220,10 @@ def check_config(config: Any) -> None:
             f"{name} with {', '.join(others)} layers",
             "every layer must have full or sliding-window attention (none chunked, linear or of state spaces)",
         )
+    if getattr(text, "global_head_dim", None):
+        raise _refuse_model(name, "its layers have heads of different sizes")
+    if images := _IMAGES_BOTH_WAYS.intersection(getattr(config, "architectures", None) or ()):
+        raise _refuse_model(*images, "the tokens of an image attend in both directions")
     if getattr(text, "attention_chunk_size", None):
         raise _refuse_model(name, "attention in chunks is not supported")
     if head_dim := _head_dim(text):

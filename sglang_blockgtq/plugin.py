@@ -82,6 +82,11 @@ def _check(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
     preflight.check(asked, get)
 
 
+def _attention_backends_of(result: tuple[Any, Any], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """Models with sinks take SGLang's backends by name; ours is one of its Triton backend's kind."""
+    return tuple("triton" if name == NAME else name for name in result)
+
+
 def _resolve_once(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     if KVQuantOptions.of(self) is not None:
         check_resolved(self)
@@ -241,6 +246,7 @@ _OPTION_HOOKS = {
     "plugins.load_plugins": ("AFTER", _give_engine_our_factory),
 }
 _HOOKS = {
+    "arg_groups.model_hook.attention_backends_of": ("AFTER", _attention_backends_of),
     "server_args.ServerArgs.resolve_once": ("AFTER", _resolve_once),
     "model_executor.model_runner.ModelRunner.load_model": ("AROUND", _load_model),
     "model_executor.model_runner.ModelRunner.alloc_memory_pool": ("AROUND", _alloc_memory_pool),

@@ -166,6 +166,8 @@ def test_quantization_param_path(model, tmp_path):
         ({"mamba_d_state": 16}, "state-space"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
         ({"attention_chunk_size": 64}, "in chunks"),
+        ({"global_head_dim": 64}, "heads of different sizes"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "in both directions"),
         (
             {"quantization_config": {"quant_method": "fp8", "kv_cache_scheme": {"type": "float", "num_bits": 8}}},
             "fp8 cache",
