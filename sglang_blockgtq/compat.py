@@ -22,6 +22,7 @@ SIGNATURES = {
     "server_args.ServerArgs.from_cli_args": ["args"],
     "server_args.ServerArgs.resolve_once": ["self"],
     "plugins.load_plugins": [],
+    "arg_groups.model_hook.handle_model_specific_adjustments": ["server_args"],
     "arg_groups.model_hook.attention_backends_of": ["cfg"],
     "model_executor.model_runner.ModelRunner.load_model": ["self"],
     "model_executor.model_runner.ModelRunner.alloc_memory_pool": ["self", "memory_pool_config"],

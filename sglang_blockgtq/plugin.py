@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 _ROOT = "sglang.srt."
 _installed = False
 _broken: str | None = None  # why the hooks could not be installed; raised once --kv-quant is used
+_passes_for_triton = False
 _make_server_args: Callable[..., Any] | None = None  # what Engine builds its ServerArgs with, but for us
 
 
@@ -82,9 +83,18 @@ def _check(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
     preflight.check(asked, get)
 
 
+def _handle_model(orig: Any, *args: Any, **kwargs: Any) -> Any:
+    """Some models take SGLang's backends by name, gpt-oss among them: ours passes for its Triton backend there."""
+    global _passes_for_triton
+    _passes_for_triton = True
+    try:
+        return orig(*args, **kwargs)
+    finally:
+        _passes_for_triton = False
+
+
 def _attention_backends_of(result: tuple[Any, Any], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-    """Models with sinks take SGLang's backends by name; ours is one of its Triton backend's kind."""
-    return tuple("triton" if name == NAME else name for name in result)
+    return tuple("triton" if _passes_for_triton and name == NAME else name for name in result)
 
 
 def _resolve_once(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -246,6 +256,7 @@ _OPTION_HOOKS = {
     "plugins.load_plugins": ("AFTER", _give_engine_our_factory),
 }
 _HOOKS = {
+    "arg_groups.model_hook.handle_model_specific_adjustments": ("AROUND", _handle_model),
     "arg_groups.model_hook.attention_backends_of": ("AFTER", _attention_backends_of),
     "server_args.ServerArgs.resolve_once": ("AFTER", _resolve_once),
     "model_executor.model_runner.ModelRunner.load_model": ("AROUND", _load_model),

@@ -36,7 +36,7 @@ def register():
 
     def recorded_pool(self, *args, layers, **kwargs):
         make_pool(self, *args, layers=layers, **kwargs)
-        watched.update({id(self.layer(i)): i for i in LAYERS})
+        watched.update({id(self.layer(i)): i for i in LAYERS if i in self.layers})
 
     def recorded_encode(self, k, v, loc, positions=None, q=None):
         encode(self, k, v, loc, positions, q)
@@ -58,7 +58,7 @@ def register():
             return
         new = set(forward_batch.out_cache_loc.tolist())
         pool, slots = self.pool, [s for s in self.kv_indices.tolist() if s not in new]
-        for layer in LAYERS:
+        for layer in set(LAYERS) & set(pool.layers):
             rows = pool.layer(layer).gather(torch.tensor(slots, dtype=torch.int64))
             for slot, row in zip(slots, rows, strict=True):
                 if _digest(row) != written.get((layer, slot)):
