@@ -26,6 +26,8 @@ SHAPES = (
     Shape("Llama-3.1-8B", 32, 8, 128),
     Shape("Qwen2.5-7B", 28, 4, 128),
     Shape("SmolLM2", 9, 3, 64),
+    Shape("Qwen3.5-27B", 24, 4, 256),  # of its full-attention layers
+    Shape("gpt-oss-20b", 64, 8, 64),  # of those without a window; its sinks are left out
 )
 
 #: batch x context of decode attention
