@@ -62,9 +62,10 @@ class Sums:
     def quality(self, tokens: int) -> Quality:
         """tokens: positions that were compared; the count has them once for each rank."""
         mean = self.flat[:, 0] / self.flat[:, 1].clamp(min=1)
-        attention = mean[:-1]
+        layers = self.flat[:-1, 1].nonzero()[:, 0]  # with keys
+        attention = mean[layers]
         worst = int(attention.nan_to_num(nan=torch.inf).argmax())
-        return Quality(float(mean[-1]), float(attention.mean()), worst, float(attention[worst]), tokens)
+        return Quality(float(mean[-1]), float(attention.mean()), int(layers[worst]), float(attention[worst]), tokens)
 
 
 def positions_of(tokens: int, count: int) -> torch.Tensor:
@@ -107,12 +108,17 @@ class HeldOut:
 
     run: a pass over the sequence with attention to what a :data:`Hook` returns; gives the logits ``[N, V]`` at
     ``answers [N]``, or None on a rank that has none. scales: of each layer's logits.
+    layers: of the whole model, also those without keys.
     """
 
     def __init__(
-        self, run: Callable[[Hook, torch.Tensor], torch.Tensor | None], tokens: int, scales: Mapping[int, float]
+        self,
+        run: Callable[[Hook, torch.Tensor], torch.Tensor | None],
+        tokens: int,
+        scales: Mapping[int, float],
+        layers: int,
     ):
-        self.run, self.scales = run, scales
+        self.run, self.scales, self.layers = run, scales, layers
         self.answers, self.queries = positions_of(tokens, ANSWERS), positions_of(tokens, QUERIES)
         self.exact: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
@@ -122,10 +128,10 @@ class HeldOut:
 
         self.logits = run(keep, self.answers)
 
-    def sums(self, packed: Mapping[int, PackedLayer], layers: int) -> Sums:
+    def sums(self, packed: Mapping[int, PackedLayer]) -> Sums:
         """Of a cache: this rank's part. packed: this rank's layers by id, bound to rows of their own here and left
-        unbound; layers: of the whole model."""
-        sums = Sums(layers)
+        unbound."""
+        sums = Sums(self.layers)
 
         def read(layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             mine, slots = packed[layer], torch.arange(len(k), device=k.device)

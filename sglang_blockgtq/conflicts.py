@@ -190,9 +190,6 @@ def check_resolved(server_args: Any = None) -> None:
     _check(get, has_table=asked.table is not None, resolved=" (as SGLang resolves the arguments)")
 
 
-_HYBRID_KEYS = ("mamba_d_state", "ssm_state_size", "linear_num_value_heads", "linear_attn_config")
-
-
 def _refuse_model(what: str, reason: str) -> KVQuantError:
     return KVQuantError(f"--kv-quant {NAME}: {what}: {reason}; serve this model without --kv-quant")
 
@@ -203,6 +200,7 @@ def _text_config(config: Any) -> Any:
 
 def check_config(config: Any) -> None:
     """What a Hugging Face config tells of a model that cannot be served. Raises KVQuantError."""
+    from .calibrate.model import WITHOUT_KEYS, layer_kinds, layers_with_keys
     from .calibrate.rope import HeadDimError, check_head_dim
 
     text = _text_config(config)
@@ -211,13 +209,13 @@ def check_config(config: Any) -> None:
         raise _refuse_model(name, "encoder-decoder attention is not supported")
     if getattr(text, "kv_lora_rank", None):
         raise _refuse_model(name, "MLA keeps one latent vector, not keys and values")
-    if any(getattr(text, key, None) for key in _HYBRID_KEYS):
-        raise _refuse_model(name, "hybrid linear-attention or state-space layers are not supported")
-    if others := sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention", "attention"}):
+    if others := sorted(set(layer_kinds(text)) - {"full_attention", "attention"} - WITHOUT_KEYS):
         raise _refuse_model(
             f"{name} with {', '.join(others)} layers",
-            "every layer must have full attention (no sliding window, no linear or state-space layers)",
+            "every layer with keys must have full attention (no sliding window)",
         )
+    if not layers_with_keys(text):
+        raise _refuse_model(name, "no layer has attention, so there is no cache to pack")
     if getattr(text, "attn_logit_softcapping", None):
         raise _refuse_model(name, "capped attention logits are not supported")
     if head_dim := _head_dim(text):

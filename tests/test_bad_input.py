@@ -163,7 +163,6 @@ def test_quantization_param_path(model, tmp_path):
         ({"head_dim": 40}, "multiples of 16 from 32 to 256"),
         ({"head_dim": 512}, "multiples of 16 from 32 to 256"),
         ({"kv_lora_rank": 64}, "MLA"),
-        ({"mamba_d_state": 16}, "state-space"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
         ({"attn_logit_softcapping": 50.0}, "capped"),
         (
@@ -171,7 +170,7 @@ def test_quantization_param_path(model, tmp_path):
             "fp8 cache",
         ),
         ({"model_type": "mistral", "layer_types": ["sliding_attention", "full_attention"]}, "no sliding window"),
-        ({"layer_types": ["full_attention", "linear_attention"]}, "with linear_attention layers"),
+        ({"layer_types": ["linear_attention", "linear_attention"]}, "no layer has attention"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )

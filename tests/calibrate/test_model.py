@@ -103,7 +103,7 @@ def test_sglang_reads_a_config_of_the_same_hash(model_folder):
         (transformers.DeepseekV3Config(), r"deepseek_v3: latent attention \(MLA\) is not supported"),
         (transformers.Gemma3TextConfig(), "gemma3_text: has sliding_attention layers"),
         (transformers.MistralConfig(sliding_window=4096), "mistral: has sliding_attention layers"),
-        (transformers.Qwen3NextConfig(), "qwen3_next: has linear_attention layers"),
+        (transformers.Qwen3NextConfig(num_hidden_layers=3), "qwen3_next: no layer has attention"),
         (transformers.T5Config(), "t5: an encoder-decoder"),
     ],
     ids=lambda x: getattr(x, "model_type", ""),
@@ -118,6 +118,7 @@ def test_supported_attention():
     check_model(transformers.MistralConfig(sliding_window=None))
     check_model(transformers.Qwen2Config(sliding_window=4096, use_sliding_window=False))
     check_model(transformers.Glm4Config())
+    check_model(transformers.Qwen3NextConfig())
 
 
 def test_unsupported_head_dim():
