@@ -39,6 +39,8 @@ def v_head_dim(config: PretrainedConfig) -> int:
     return getattr(text_config(config), "v_head_dim", None) or head_dim(config)
 
 
+#: Kinds of layers with keys and values of all tokens. Falcon-H1's have a state beside them.
+FULL_ATTENTION = frozenset({"full_attention", "attention", "falcon_h1"})
 #: Kinds of layers that keep no keys and values: a state for each request, or nothing.
 WITHOUT_KEYS = frozenset({"linear_attention", "mamba", "mamba2", "conv", "short_conv", "mlp", "moe"})
 
@@ -127,7 +129,7 @@ def check_model(config: PretrainedConfig) -> None:
     kinds = set(layer_kinds(config)) - WITHOUT_KEYS
     if not kinds and getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
         kinds = {"sliding_attention"}
-    if others := sorted(kinds - {"full_attention", "attention"}):
+    if others := sorted(kinds - FULL_ATTENTION):
         raise ModelError(
             f"model type {name}: has {', '.join(others)} layers; layers with keys must have full attention "
             "(no sliding window)"

@@ -200,7 +200,7 @@ def _text_config(config: Any) -> Any:
 
 def check_config(config: Any) -> None:
     """What a Hugging Face config tells of a model that cannot be served. Raises KVQuantError."""
-    from .calibrate.model import WITHOUT_KEYS, layer_kinds, layers_with_keys
+    from .calibrate.model import FULL_ATTENTION, WITHOUT_KEYS, layer_kinds, layers_with_keys
     from .calibrate.rope import HeadDimError, check_head_dim
 
     text = _text_config(config)
@@ -209,7 +209,7 @@ def check_config(config: Any) -> None:
         raise _refuse_model(name, "encoder-decoder attention is not supported")
     if getattr(text, "kv_lora_rank", None):
         raise _refuse_model(name, "MLA keeps one latent vector, not keys and values")
-    if others := sorted(set(layer_kinds(text)) - {"full_attention", "attention"} - WITHOUT_KEYS):
+    if others := sorted(set(layer_kinds(text)) - FULL_ATTENTION - WITHOUT_KEYS):
         raise _refuse_model(
             f"{name} with {', '.join(others)} layers",
             "every layer with keys must have full attention (no sliding window)",
