@@ -214,7 +214,7 @@ def check_config(config: Any) -> None:
             f"{name} with {', '.join(others)} layers",
             "every layer with keys must have full attention (no sliding window)",
         )
-    if not layers_with_keys(text):
+    if layer_kinds(text) and not layers_with_keys(text):
         raise _refuse_model(name, "no layer has attention, so there is no cache to pack")
     if getattr(text, "attn_logit_softcapping", None):
         raise _refuse_model(name, "capped attention logits are not supported")

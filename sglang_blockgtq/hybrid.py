@@ -45,6 +45,11 @@ def check_hybrid(runner: Any, attention: list[int]) -> None:
     if hybrid_gdn_config(model) and runner.device.split(":")[0] == "cuda" and is_blackwell():
         raise _refuse(name, "on Blackwell GPUs SGLang serves gated delta nets with its own attention backends alone")
     theirs = [i for i in config.full_attention_layer_ids if info.start_layer <= i < info.end_layer]
+    if not theirs:
+        raise KVQuantError(
+            f"--kv-quant {NAME}: layers {info.start_layer} to {info.end_layer - 1} are those of a pipeline stage, and "
+            "none of them has keys; use a smaller --pp-size"
+        )
     if attention != theirs:
         raise _refuse(name, f"layers {attention} have keys, SGLang knows of {theirs}")
 

@@ -134,13 +134,14 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
     from .capture import attention_layers, local_heads
     from .conflicts import check_granularity, check_layers, check_resolved, check_runner
     from .hybrid import balance_memory, check_hybrid
+    from .states import release
 
     check_resolved()
     check_runner(runner)
     check_granularity(runner.model_config.hf_config, options)
     attention = attention_layers(runner.model)
-    check_layers(attention)
     check_hybrid(runner, [x.layer_id for x in attention])
+    check_layers(attention)
     kv_heads = runner.model_config.get_total_num_kv_heads()
     heads = local_heads(kv_heads)
     here = [x for x in attention if runner.layer_info.start_layer <= x.layer_id < runner.layer_info.end_layer]
@@ -158,7 +159,10 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
         return {layer: made[row] for layer, row in ids.items()}
 
     begin = time.perf_counter()
-    choice = choose(runner, options, make)
+    try:
+        choice = choose(runner, options, make)
+    finally:
+        release()
     seconds = time.perf_counter() - begin
     table, layers, buffers = choice.table, choice.layers, None
     if runner.device.split(":")[0] == "cuda":

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from .calibrate.model import has_states
+
+STATE = 1  # of the one request; state 0 is that of padding
+_kept: tuple[Any, Any] | None = None  # a runner and its backend, from its first sequence to release()
 
 
 class _Beside:
@@ -31,7 +35,7 @@ def state_layers(runner: Any) -> list[int]:
 
 
 def new_states(runner: Any) -> Any:
-    """A HybridReqToTokenPool with the states of one request, all zero: its only one, whatever request is asked for."""
+    """A HybridReqToTokenPool with the states of one request: these, whatever request is asked for."""
     from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool
 
@@ -47,19 +51,36 @@ def new_states(runner: Any) -> Any:
         enable_mamba_extra_buffer=False,
         start_layer=runner.layer_info.start_layer,
     )
-    pool.req_index_to_mamba_index_mapping.fill_(1)  # state 0 is that of padding
+    pool.req_index_to_mamba_index_mapping.fill_(STATE)
     return pool
 
 
 def with_states(runner: Any, attention: AttentionBackend) -> AttentionBackend:
-    """``attention`` for the layers with keys, SGLang's own backend for the others, over :func:`new_states`.
+    """``attention`` for the layers with keys, SGLang's own backend for the others, over states that are zero.
 
-    ``attention`` itself for a model without states. The states live as long as what is returned: one sequence each.
+    For one sequence. ``attention`` itself for a model without states.
     """
+    global _kept
     if not has_states(runner.model_config.hf_config):
         return attention
+    if _kept is None or _kept[0] is not runner:
+        _kept = runner, _beside_states(runner, attention)
+    backend = _kept[1]
+    backend.req_to_token_pool.mamba_pool.clear_slots(torch.tensor([STATE], device=runner.device))
+    backend.full_attn_backend = backend.attn_backend_list[0] = attention
+    return backend
+
+
+def _beside_states(runner: Any, attention: AttentionBackend) -> Any:
+    """As SGLang wraps an attention backend, over :func:`new_states`."""
     from sglang.srt.layers.attention.attention_registry import attn_backend_wrapper
 
     attention.req_to_token_pool = new_states(runner)
-    beside = _Beside(runner, req_to_token_pool=attention.req_to_token_pool, token_to_kv_pool=attention.token_to_kv_pool)
-    return attn_backend_wrapper(beside, attention)
+    pools = {"req_to_token_pool": attention.req_to_token_pool, "token_to_kv_pool": attention.token_to_kv_pool}
+    return attn_backend_wrapper(_Beside(runner, **pools), attention)
+
+
+def release() -> None:
+    """Let go of the states, before the cache is sized."""
+    global _kept
+    _kept = None

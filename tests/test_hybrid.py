@@ -175,6 +175,8 @@ def test_hybrid_models_that_are_refused(monkeypatch):
         assert "serve this model without --kv-quant" in str(raised.value)
         return str(raised.value)
 
+    with pytest.raises(KVQuantError, match="layers 0 to 2 are those of a pipeline stage.*use a smaller --pp-size"):
+        hybrid.check_hybrid(runner(qwen3_next(), end=3), [])
     assert "layers [3] have keys, SGLang knows of [3, 7]" in said(runner(qwen3_next()), [3])
     assert "keeps no states" in said(runner(transformers.LlamaConfig(mamba_d_state=16)), list(range(8)))
     assert "of another kind" in said(runner(ZayaConfig()), [0])
