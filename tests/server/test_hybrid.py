@@ -9,6 +9,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+from sglang_blockgtq.calibrate.table import AllocationTable
 
 pytestmark = pytest.mark.server
 
@@ -28,7 +31,6 @@ ARGS = (
 
 @pytest.fixture(scope="module")
 def model(smollm2, tmp_path_factory) -> str:
-    import torch
     from transformers import AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
     folder = str(tmp_path_factory.mktemp("model") / "hybrid")
@@ -60,7 +62,6 @@ def model(smollm2, tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def true_logprobs(model):
     """Of each token of a sequence but the first, by transformers."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
@@ -92,11 +93,27 @@ def check(server, token_ids: list[int], true_logprobs) -> None:
         assert cached == PROMPT and apart(hit, true_logprobs(whole)[PROMPT:]) < LIMIT
 
 
-def test_a_hybrid_model_calibrates_itself(launch, model, token_ids, true_logprobs):
-    server = launch(*ARGS, model=model, env={"TRITON_INTERPRET": "1"})
+@pytest.fixture(scope="module")
+def offline(model, tmp_path_factory) -> str:
+    """A table made without a server."""
+    from sglang_blockgtq.calibrate.__main__ import main
+
+    table = str(tmp_path_factory.mktemp("table") / "table.safetensors")
+    bits = ["--k-bits=8", "--v-bits=8", "--device=cpu", "--dtype=float32"]
+    assert main(["--model-path", model, "--out", table, *bits]) == 0
+    return table
+
+
+def test_a_hybrid_model_calibrates_itself(launch, model, offline, token_ids, true_logprobs, tmp_path):
+    server = launch(*ARGS, f"--kv-quant-cache-dir={tmp_path}", model=model, env={"TRITON_INTERPRET": "1"})
     info = server.info()["kv_quant"]
     check(server, token_ids, true_logprobs)
     server.stop()
+    # Each sequence begins with states of zero, as it does without a server.
+    (file,) = (tmp_path / "tables").glob("*.safetensors")
+    mine, other = AllocationTable.load(file).tensors, AllocationTable.load(offline).tensors
+    for name in ("widths", "order", "balance", "v_gain", "theta", "mean"):
+        torch.testing.assert_close(mine[name], other[name], rtol=1e-4, atol=1e-6)
     # Two layers of two heads with 32 channels; the table's rows are theirs.
     assert (info["pool"], info["table_origin"], info["bf16_bytes_per_token"]) == ("PackedKVPool", "calibrated", 512)
     assert info["bytes_per_token"] == 2 * 2 * (2 * 32 + 2 + 2)
@@ -104,16 +121,11 @@ def test_a_hybrid_model_calibrates_itself(launch, model, token_ids, true_logprob
     assert info["page"] > 0  # keys were found to turn as the model says
 
 
-def test_kernels_and_a_table_made_offline(launch, model, token_ids, true_logprobs, tmp_path):
+def test_kernels_and_a_table_made_offline(launch, model, offline, token_ids, true_logprobs):
     """The CUDA backend beside SGLang's backend of the convolutions, and no calibration in the server."""
-    from sglang_blockgtq.calibrate.__main__ import main
-
-    table = str(tmp_path / "table.safetensors")
-    options = ["--k-bits=8", "--v-bits=8", "--device=cpu", "--dtype=float32"]
-    assert main(["--model-path", model, "--out", table, *options]) == 0
     path = os.pathsep.join(filter(None, (str(PLUGIN), os.environ.get("PYTHONPATH"))))
     env = {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    server = launch(*ARGS, f"--kv-quant-table={table}", model=model, env=env)
+    server = launch(*ARGS, f"--kv-quant-table={offline}", model=model, env=env)
     assert server.info()["kv_quant"]["table_origin"] == "file"
     check(server, token_ids, true_logprobs)
     server.stop()
