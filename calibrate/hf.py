@@ -21,8 +21,11 @@ from .model import (
     ModelError,
     check_model,
     config_hash,
+    has_states,
     head_dim,
     kv_heads,
+    layer_kinds,
+    layers_with_keys,
     rope_blocks,
     rope_parameters,
     text_config,
@@ -31,7 +34,7 @@ from .model import (
 from .moments import Moments, MomentSums
 from .quality import TOKENS, HeldOut, Hook, Quality
 from .rope import RopeBlocks
-from .rope_check import check_swings, drift, probe_positions, swing, trusted
+from .rope_check import Probe, check_swings, trusted
 from .segments import SEGMENT_ALLOCATORS, check_segments, rule_of
 from .table import AllocationTable, layers_of
 from .text import MAX_SEQUENCE, check_text_size, check_tokens, held_out, read_text, text_hash, token_sequences
@@ -98,7 +101,7 @@ def _captured(
 
 
 def _check_all_seen(config: PretrainedConfig, seen: set[int]) -> None:
-    if missing := sorted(set(range(text_config(config).num_hidden_layers)) - seen):
+    if missing := sorted(set(layers_with_keys(config)) - seen):
         raise ModelError(
             f"model type {config.model_type}: the attention of layers {missing[:8]} does not go through "
             "transformers' attention interface; calibrate inside the server"
@@ -119,7 +122,7 @@ def model_frequencies(model: torch.nn.Module, rope: Sequence[RopeBlocks]) -> lis
     """How fast each layer's blocks rotate, by the model's own rotary module; None where it does not tell."""
     device, rotary = next(model.parameters()).device, getattr(model.base_model, "rotary_emb", None)
     parameters = rope_parameters(model.config)
-    kinds = getattr(text_config(model.config), "layer_types", None) or [None] * len(rope)
+    kinds = layer_kinds(model.config) or [None] * len(rope)
     by_kind = any(kind in parameters for kind in kinds)  # each kind of layer has RoPE of its own
 
     def turn(kind: str | None, positions: torch.Tensor) -> torch.Tensor:
@@ -147,22 +150,21 @@ def check_rope(
 
     Returns ``theta`` without the layers whose keys do not rotate by it.
     """
-    swings: dict[int, float] = {}
-    drifts: dict[int, float] = {}
+    device = next(model.parameters()).device
+    probe = Probe(token, _context(model.config), has_states(model.config))
 
     def take(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        swings[layer] = swing(k, rope[layer])
-        drifts[layer] = drift(k, rope[layer], theta[layer], positions)
+        probe.add(layer, k)
 
-    device = next(model.parameters()).device
-    positions = probe_positions(_context(model.config))
-    ids = torch.full((1, len(positions)), token, device=device)
     with _captured(model, take):
-        model.base_model(input_ids=ids, position_ids=torch.tensor([positions], device=device), use_cache=False)
-    _check_all_seen(model.config, set(swings))
+        for ids, positions in probe.passes:
+            ids, positions = (torch.tensor([x], device=device) for x in (ids, positions))
+            model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+    _check_all_seen(model.config, set(probe.keys))
+    swings, drifts = zip(*(probe.found(i, r, theta[i]) for i, r in enumerate(rope)), strict=True)
     if any(r.rotary_dim for r in rope):  # else learned positions, if any, change the keys themselves
-        check_swings([swings[layer] for layer in range(len(rope))], rope)
-    return trusted(theta, [drifts[layer] for layer in range(len(rope))], rope)
+        check_swings(swings, rope)
+    return trusted(theta, drifts, rope)
 
 
 def collect(
@@ -170,7 +172,8 @@ def collect(
 ) -> Moments:
     """Moments of a transformers causal language model over token sequences; one pass, batch size 1.
 
-    q and k are taken after RoPE and QK-norm. The model's attention implementation is restored.
+    They have a row for each layer with keys. q and k are taken after RoPE and QK-norm. The model's attention
+    implementation is restored.
     Raises ModelError if its attention is not reached through transformers' attention interface, is
     latent, or if ``rope`` (one entry per layer) is not how it pairs channels.
     """
@@ -189,7 +192,7 @@ def collect(
             # Without the language head: nobody needs the logits.
             model.base_model(input_ids=torch.tensor([list(sequence)], device=device), use_cache=False)
             bar.update(len(sequence))
-    return sums.mean(tokens)
+    return sums.mean(tokens, layers_with_keys(config))
 
 
 def measure(model: torch.nn.Module, ids: Sequence[int], table: AllocationTable) -> Quality:
@@ -201,9 +204,10 @@ def measure(model: torch.nn.Module, ids: Sequence[int], table: AllocationTable) 
         with _captured(model, hook, logits):
             return model(input_ids=tokens, use_cache=False, logits_to_keep=answers.to(device)).logits[0]
 
-    exact = HeldOut(run, len(ids), logits)
-    sums = exact.sums(layers_of(table, slice(None), range(table.header.layers), device, len(ids)), table.header.layers)
-    return sums.quality(len(exact.answers))
+    exact = HeldOut(run, len(ids), logits, text_config(model.config).num_hidden_layers)
+    rows = layers_of(table, slice(None), range(table.header.layers), device, len(ids))
+    packed = {layer: rows[row] for row, layer in enumerate(layers_with_keys(model.config))}
+    return exact.sums(packed).quality(len(exact.answers))
 
 
 def _first_line(error: Exception) -> str:
@@ -268,7 +272,7 @@ def calibrate_model(
     moments, ids = collect(model, sequences, rope), held_out(tokenizer, text, tokens, min(TOKENS, _context(config)))
     table = build_table(
         moments,
-        rope,
+        [rope[layer] for layer in layers_with_keys(config)],
         k_bits=k_bits,
         v_bits=v_bits,
         allocator=allocator,

@@ -39,6 +39,34 @@ def v_head_dim(config: PretrainedConfig) -> int:
     return getattr(text_config(config), "v_head_dim", None) or head_dim(config)
 
 
+#: Kinds of layers with keys and values of all tokens. Falcon-H1's, the last two, have a state beside them.
+ATTENTION = frozenset({"full_attention", "attention", "sliding_attention", "hybrid", "falcon_h1"})
+#: Kinds of layers that keep no keys and values: a state for each request, or nothing.
+WITHOUT_KEYS = frozenset({"linear_attention", "mamba", "mamba2", "conv", "short_conv", "mlp", "moe"})
+
+
+#: Config fields of models whose layers have states.
+STATE_KEYS = ("mamba_d_state", "ssm_state_size", "linear_num_value_heads")
+
+
+def layer_kinds(config: PretrainedConfig) -> list[str]:
+    """What each layer is, as the config names it; empty where it does not tell."""
+    text = text_config(config)
+    return list(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
+
+
+def has_states(config: PretrainedConfig) -> bool:
+    """Whether layers keep a state for each request, in place of keys and values or beside them."""
+    text = text_config(config)
+    return not WITHOUT_KEYS.isdisjoint(layer_kinds(config)) or any(getattr(text, key, None) for key in STATE_KEYS)
+
+
+def layers_with_keys(config: PretrainedConfig) -> list[int]:
+    """Ids of the layers that keep keys and values, in order: all but those of hybrid models with another kind."""
+    kinds = layer_kinds(config) or ["full_attention"] * text_config(config).num_hidden_layers
+    return [layer for layer, kind in enumerate(kinds) if kind not in WITHOUT_KEYS]
+
+
 def _canonical_rope(rope: dict) -> dict:
     """One spelling for what transformers versions and SGLang write differently."""
     out = {}
@@ -85,23 +113,27 @@ def config_hash(config: PretrainedConfig) -> str:
     fields["v_head_dim"] = v_head_dim(config)  # SGLang sets the attribute where transformers leaves it out
     fields["rope"] = rope_parameters(config)
     fields["rotary_dim"] = getattr(text, "rotary_dim", None)
+    if len(with_keys := layers_with_keys(config)) < text.num_hidden_layers:
+        fields["layers_with_keys"] = with_keys
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def check_model(config: PretrainedConfig) -> None:
-    """ModelError for attention that the packed cache does not hold: MLA, hybrids, odd heads."""
+    """ModelError for attention that the packed cache does not hold: MLA, attention in chunks, odd heads."""
     text = text_config(config)
     name = text.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"model type {name}: an encoder-decoder; decoder-only models are supported")
     if getattr(text, "kv_lora_rank", None):
         raise ModelError(f"model type {name}: latent attention (MLA) is not supported; use a model with MHA or GQA")
-    kinds = set(getattr(text, "layer_types", None) or ())
-    if others := sorted(kinds - {"full_attention", "sliding_attention"}):
+    kinds = set(layer_kinds(config)) - WITHOUT_KEYS
+    if others := sorted(kinds - ATTENTION):
         raise ModelError(
-            f"model type {name}: has {', '.join(others)} layers; every layer must have full or sliding-window "
-            "attention (no chunked attention, no linear or state-space layers)"
+            f"model type {name}: has {', '.join(others)} layers; layers with keys must have full or sliding-window "
+            "attention"
         )
+    if not layers_with_keys(config):
+        raise ModelError(f"model type {name}: no layer has attention, so there is no cache to pack")
     check_head_dim(head_dim(config))
 
 

@@ -89,22 +89,26 @@ class MomentSums:
         )
         self.flat[layer, first_head : first_head + heads] += part.to(self.flat.device)
 
-    def mean(self, tokens: int) -> Moments:
-        """Divide by the counts. ValueError where a layer or head was not seen, or had values that are not finite."""
-        n = self.num_blocks
-        q_count, k_count = self.flat[..., -2:-1], self.flat[..., -1:]
+    def mean(self, tokens: int, layers: Sequence[int] | None = None) -> Moments:
+        """Divide by the counts. layers: those that have keys, all by default; the moments have a row for each.
+
+        ValueError where a layer or head was not seen, or had values that are not finite.
+        """
+        n, layers = self.num_blocks, list(range(self.layers) if layers is None else layers)
+        flat = self.flat[layers]
+        q_count, k_count = flat[..., -2:-1], flat[..., -1:]
         if bool((k_count == 0).any()):
-            missing = (k_count[..., 0] == 0).nonzero().tolist()
+            missing = [[layers[row], head] for row, head in (k_count[..., 0] == 0).nonzero().tolist()]
             raise ValueError(f"no calibration data for (layer, KV head) {missing[:8]}")
         # Not found out in add(): ranks would not agree there, and wait for the one that stopped.
-        if bool((broken := ~torch.isfinite(self.flat).all(-1).all(-1)).any()):
-            layer = int(broken.nonzero()[0])
+        if bool((broken := ~torch.isfinite(flat).all(-1).all(-1)).any()):
+            layer = layers[int(broken.nonzero()[0])]
             raise ValueError(f"layer {layer}: queries, keys or values are not finite during calibration")
         return Moments(
-            q=self.flat[..., :n] / q_count,
-            k=self.flat[..., n : 2 * n] / k_count,
-            v=self.flat[..., 4 * n] / k_count[..., 0],
+            q=flat[..., :n] / q_count,
+            k=flat[..., n : 2 * n] / k_count,
+            v=flat[..., 4 * n] / k_count[..., 0],
             tokens=tokens,
-            theta=self.theta,
-            mean=None if self.theta is None else (self.flat[..., 2 * n : 4 * n] / k_count).unflatten(-1, (n, 2)),
+            theta=None if self.theta is None else self.theta[layers],
+            mean=None if self.theta is None else (flat[..., 2 * n : 4 * n] / k_count).unflatten(-1, (n, 2)),
         )

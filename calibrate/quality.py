@@ -63,9 +63,10 @@ class Sums:
     def quality(self, tokens: int) -> Quality:
         """tokens: positions that were compared; the count has them once for each rank."""
         mean = self.flat[:, 0] / self.flat[:, 1].clamp(min=1)
-        attention = mean[:-1]
+        layers = self.flat[:-1, 1].nonzero()[:, 0]  # with keys
+        attention = mean[layers]
         worst = int(attention.nan_to_num(nan=torch.inf).argmax())
-        return Quality(float(mean[-1]), float(attention.mean()), worst, float(attention[worst]), tokens)
+        return Quality(float(mean[-1]), float(attention.mean()), int(layers[worst]), float(attention[worst]), tokens)
 
 
 def positions_of(tokens: int, count: int) -> torch.Tensor:
@@ -113,7 +114,8 @@ class HeldOut:
     """A held-out sequence of ``tokens`` tokens read exactly, with what is needed to compare caches with that.
 
     run: a pass over the sequence with attention to what a :data:`Hook` returns; gives the logits ``[N, V]`` at
-    ``answers [N]``, or None on a rank that has none. logits: of each layer, their scale and terms.
+    ``answers [N]``, or None on a rank that has none. logits: of each layer with keys, their scale and terms.
+    layers: of the whole model, also those without keys.
     """
 
     def __init__(
@@ -121,8 +123,9 @@ class HeldOut:
         run: Callable[[Hook, torch.Tensor], torch.Tensor | None],
         tokens: int,
         logits: Mapping[int, tuple[float, Terms]],
+        layers: int,
     ):
-        self.run, self.logits_of = run, logits
+        self.run, self.logits_of, self.layers = run, logits, layers
         self.answers, self.queries = positions_of(tokens, ANSWERS), positions_of(tokens, QUERIES)
         self.exact: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
@@ -132,10 +135,10 @@ class HeldOut:
 
         self.logits = run(keep, self.answers)
 
-    def sums(self, packed: Mapping[int, PackedLayer], layers: int) -> Sums:
+    def sums(self, packed: Mapping[int, PackedLayer]) -> Sums:
         """Of a cache: this rank's part. packed: this rank's layers by id, bound to rows of their own here and left
-        unbound; layers: of the whole model."""
-        sums = Sums(layers)
+        unbound."""
+        sums = Sums(self.layers)
 
         def read(layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             mine, slots = packed[layer], torch.arange(len(k), device=k.device)

@@ -1,7 +1,10 @@
 """Whether a model rotates its channels as it is thought to: seen from the keys of one token at many positions.
 
 One token repeated gives every position the same hidden state in all layers, so its keys are one vector rotated by RoPE:
-the energy of a true block is the same at all positions, and rotated back by true frequencies so is the block.
+the energy of a true block is the same at all positions, and rotated back by true frequencies so is the block. Layers
+with a state (linear attention, convolutions) give each repetition another hidden state. There a few tokens are read
+several times, each time from another position on: attention sees distances and states see no positions, so the keys
+differ by RoPE alone.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from .rope import RopeBlocks
 logger = logging.getLogger(__name__)
 
 PROBE_TOKENS = 48
+SHIFTED_TOKENS, SHIFTS = 16, 7  # tokens that are read again; of the positions, each that many is one to read them from
 PROBE_STRIDE = 7  # in positions; far enough for most blocks to turn
 DRIFT_LIMIT = 0.1  # of keys rotated back; bf16 rounding gives 0.01, a wrong frequency about 1
 PROBE_LIMIT = 0.15  # mean swing: bf16 rounding gives 0.02, a wrong pairing about 1
@@ -27,6 +31,28 @@ def probe_positions(context: int) -> list[int]:
     stride = max(1, min(PROBE_STRIDE, (context - 1) // (PROBE_TOKENS - 1)))
     near = range(0, PROBE_TOKENS * stride, stride)
     return sorted({*near, *(far for i in range(1, 5) if (far := i * (context - 1) // 4) > near[-1])})
+
+
+class Probe:
+    """passes: token ids and positions of each pass over the model. positions: where the same keys are seen."""
+
+    def __init__(self, token: int, context: int, states: bool):
+        """context: a model's length. states: whether it has layers with states."""
+        self.states, self.keys = states, {}
+        self.positions = probe_positions(context - SHIFTED_TOKENS)[::SHIFTS] if states else probe_positions(context)
+        starts = [range(a, a + SHIFTED_TOKENS) for a in self.positions] if states else [self.positions]
+        self.passes = [([token] * len(where), list(where)) for where in starts]
+
+    def add(self, layer: int, k: torch.Tensor) -> None:
+        """Keys ``[T, H, D]`` of the next pass. A token that is read again counts as a head."""
+        self.keys.setdefault(layer, []).append(k.flatten(0, 1)[None].clone() if self.states else k.clone())
+
+    def found(self, layer: int, blocks: RopeBlocks, theta: torch.Tensor | None) -> tuple[float, float]:
+        """:func:`swing` and :func:`drift` of one layer; zeros for one that has no keys."""
+        if layer not in self.keys:
+            return 0.0, 0.0
+        k = torch.cat(self.keys[layer])
+        return swing(k, blocks), drift(k, blocks, theta, self.positions)
 
 
 def swing(k: torch.Tensor, blocks: RopeBlocks) -> float:

@@ -45,7 +45,7 @@ class TableHeader:
     allocator: str
     scale_rule: str
     scale_search: tuple[float, ...]
-    layers: int
+    layers: int  # with keys and values, in the model's order; a hybrid model has others between them
     kv_heads: int
     head_dim: int
     v_head_dim: int

@@ -27,13 +27,14 @@ from sglang.srt.runtime_context import get_parallel
 from tqdm import tqdm
 
 from .calibrate.frequencies import frequencies, of_blocks
-from .calibrate.model import ModelError, rope_parameters
+from .calibrate.model import ModelError, has_states, layers_with_keys, rope_parameters
 from .calibrate.moments import Moments, MomentSums
 from .calibrate.rope import RopeBlocks
-from .calibrate.rope_check import check_swings, drift, probe_positions, swing, trusted
+from .calibrate.rope_check import Probe, check_swings, trusted
 from .kernels.host.attention import causal_attention
 from .options import NAME, KVQuantError
 from .ranks import reduce
+from .states import with_states
 from .terms import terms_of
 
 
@@ -123,15 +124,9 @@ class CaptureBackend(AttentionBackend):
         return out.flatten(1)
 
 
-def _batch(runner: Any, ids: list[int], positions: Sequence[int], answers: torch.Tensor | None) -> ForwardBatch:
-    """An extend batch of one whole sequence, without cache slots behind it.
-
-    answers ``[N]``: places in the sequence whose logits are wanted; None: the last one's. SGLang gives those of the
-    last token of each sequence by its lengths on the device, which nothing else reads.
-    """
+def _batch(runner: Any, ids: list[int], positions: Sequence[int]) -> ForwardBatch:
+    """An extend batch of one whole sequence, without cache slots behind it."""
     device, n = runner.device, len(ids)
-    ends = torch.tensor([n - 1]) if answers is None else answers
-    lengths = (ends + 1).diff(prepend=torch.zeros(1, dtype=ends.dtype)).to(device, torch.int32)
     length = torch.tensor([n], dtype=torch.int64, device=device)
     positions = torch.tensor(positions, dtype=torch.int64, device=device)
     batch = ForwardBatch(
@@ -146,7 +141,7 @@ def _batch(runner: Any, ids: list[int], positions: Sequence[int], answers: torch
         seq_lens_sum=n,
         positions=positions,
         extend_num_tokens=n,
-        extend_seq_lens=lengths,
+        extend_seq_lens=length.to(torch.int32),
         extend_prefix_lens=torch.zeros(1, dtype=torch.int32, device=device),
         extend_start_loc=torch.zeros(1, dtype=torch.int32, device=device),
         extend_prefix_lens_cpu=[0],
@@ -168,8 +163,14 @@ def forward(
 
     Returns what the model does, on the last pipeline stage: logits of the places ``answers [N]`` among it.
     """
-    pp, batch, extra = get_pp_group(), _batch(runner, ids, positions, answers), {}
-    backend = CaptureBackend(take)
+    pp, batch, extra = get_pp_group(), _batch(runner, ids, positions), {}
+    backend = with_states(runner, CaptureBackend(take))
+    backend.init_forward_metadata(batch)
+    if answers is not None:
+        # SGLang gives logits of the last token of each sequence by its lengths on the device, which nothing else reads
+        # once metadata is there.
+        ends = (answers + 1).diff(prepend=torch.zeros(1, dtype=answers.dtype))
+        batch.extend_seq_lens = ends.to(runner.device, torch.int32)
     with torch.inference_mode(), forward_context(ForwardContext(attn_backend=backend)):
         if pp.world_size > 1 and not pp.is_first_rank:
             extra["pp_proxy_tensors"] = PPProxyTensors(pp.recv_tensor_dict())
@@ -181,7 +182,10 @@ def forward(
 
 
 def model_rope(runner: Any) -> list[RopeBlocks]:
-    """RoPE pairing of every layer of the model, the same on all ranks: pipeline stages hold disjoint layers."""
+    """RoPE pairing of every layer of the model, the same on all ranks: pipeline stages hold disjoint layers.
+
+    ``rotary_dim`` 0 for a layer without keys.
+    """
     config = runner.model_config
     here, layers = rope_of(runner.model, config.head_dim), range(config.num_hidden_layers)
     found = reduce(torch.tensor([[here[i].rotary_dim, here[i].neox, 1] if i in here else [0, 0, 0] for i in layers]))
@@ -190,7 +194,10 @@ def model_rope(runner: Any) -> list[RopeBlocks]:
 
 
 def model_frequencies(runner: Any) -> list[torch.Tensor | None]:
-    """How fast the blocks of every layer rotate, the same on all ranks; None as in :func:`frequencies_of`."""
+    """How fast the blocks of every layer rotate, the same on all ranks; None as in :func:`frequencies_of`.
+
+    Zeros for a layer without keys.
+    """
     config = runner.model_config
     table = torch.zeros(config.num_hidden_layers, config.head_dim // 2 + 2, dtype=torch.float64)
     for layer, theta in frequencies_of(runner.model, config.head_dim).items():
@@ -199,7 +206,7 @@ def model_frequencies(runner: Any) -> list[torch.Tensor | None]:
             table[layer, 1], table[layer, 2:] = 1, theta
     held, known, theta = reduce(table).split([1, 1, config.head_dim // 2], 1)
     theta /= known.clamp(min=1)
-    return [row if ok else None for row, ok in zip(theta, (known == held.clamp(min=1))[:, 0].tolist(), strict=True)]
+    return [row if ok else None for row, ok in zip(theta, (known == held)[:, 0].tolist(), strict=True)]
 
 
 def check_rope(
@@ -209,14 +216,15 @@ def check_rope(
 
     Returns ``theta`` without the layers whose keys do not rotate by it.
     """
-    config, found = runner.model_config, torch.zeros(2, len(rope), dtype=torch.float64)
+    config = runner.model_config
+    probe = Probe(token, config.context_len, has_states(config.hf_config))
 
     def take(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        found[0, layer] = swing(k, rope[layer])
-        found[1, layer] = drift(k, rope[layer], theta[layer], positions)
+        probe.add(layer, k)
 
-    positions = probe_positions(config.context_len)
-    forward(runner, take, [token] * len(positions), positions)
+    for ids, positions in probe.passes:
+        forward(runner, take, ids, positions)
+    found = torch.tensor([probe.found(i, r, theta[i]) for i, r in enumerate(rope)], dtype=torch.float64).T.contiguous()
     swings, drifts = reduce(found, torch.distributed.ReduceOp.MAX).tolist()
     if any(r.rotary_dim for r in rope) or rope_parameters(config.hf_config):  # else learned positions may change keys
         try:
@@ -227,7 +235,7 @@ def check_rope(
 
 
 def collect_moments(runner: Any, sequences: list[list[int]]) -> tuple[Moments, list[RopeBlocks]]:
-    """Moments of the whole model and the RoPE pairing of every layer, identical on all ranks.
+    """Moments of the whole model and the RoPE pairing of every layer with keys, identical on all ranks.
 
     runner: a ModelRunner with weights loaded. sequences: token ids, the same on every rank. Raises KVQuantError if the
     pairing is not the model's own.
@@ -244,6 +252,7 @@ def collect_moments(runner: Any, sequences: list[list[int]]) -> tuple[Moments, l
         forward(runner, take, ids, range(len(ids)))
     reduce(sums.flat)  # replicated heads are counted once a replica, in the counts too
     try:
-        return sums.mean(sum(map(len, sequences))), rope
+        with_keys = layers_with_keys(runner.model_config.hf_config)
+        return sums.mean(sum(map(len, sequences)), with_keys), [rope[layer] for layer in with_keys]
     except ValueError as e:
         raise KVQuantError(f"--kv-quant {NAME}: {e}; serve this model without --kv-quant") from None

@@ -139,14 +139,14 @@ def _read_exactly(runner: Any, ids: list[int]) -> HeldOut | None:
         out = forward(runner, hook, ids, range(len(ids)), answers)
         return None if out is None else out.next_token_logits[: len(answers)]
 
-    return HeldOut(run, len(ids), logits)
+    return HeldOut(run, len(ids), logits, runner.model_config.num_hidden_layers)
 
 
 def _measure(exact: HeldOut | None, layers: Mapping[int, PackedLayer], table: AllocationTable) -> Quality | None:
     if exact is None:
         return None
     started = time.perf_counter()
-    sums = exact.sums(layers, table.header.layers)
+    sums = exact.sums(layers)
     reduce(sums.flat)
     quality = from_rank_zero(lambda: sums.quality(len(exact.answers)))
     if is_rank_zero():

@@ -42,7 +42,21 @@ SIGNATURES = {
         "mha_pool_class",
         "quant_method",
     ],
+    "mem_cache.kv_cache_configurator.KVCacheConfigurator._hybrid_full_attention_pool_class": ["self", "mha_pool_class"],
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool": ["self", "sizes"],
+    "mem_cache.memory_pool.HybridLinearKVPool.__init__": ["full_kv_pool_class"],
+    "mem_cache.memory_pool.HybridReqToTokenPool.__init__": [
+        "size",
+        "mamba_size",
+        "mamba_spec_state_size",
+        "max_context_len",
+        "device",
+        "enable_memory_saver",
+        "cache_params",
+        "mamba_layer_ids",
+        "enable_mamba_extra_buffer",
+        "start_layer",
+    ],
     "mem_cache.memory_pool.KVCache.__init__": [
         "size",
         "page_size",
@@ -53,6 +67,7 @@ SIGNATURES = {
         "start_layer",
         "end_layer",
     ],
+    "layers.attention.attention_registry.attn_backend_wrapper": ["runner", "full_attn_backend"],
     "layers.attention.triton_backend.TritonAttnBackend.forward_extend": ["q", "k", "v", "layer", "forward_batch"],
     "layers.attention.triton_backend.TritonAttnBackend.forward_decode": ["q", "k", "v", "layer", "forward_batch"],
     "layers.attention.triton_backend.TritonAttnBackend.init_cuda_graph_state": [
@@ -68,6 +83,11 @@ SIGNATURES = {
     "layers.attention.triton_backend.TritonAttnBackend.init_forward_metadata_in_graph": ["forward_batch"],
     "mem_cache.kv_index_translator.KVIndexTranslator.read_source": ["plan", "req_pool_indices", "bs"],
     "layers.radix_attention.RadixAttention.forward": ["q", "k", "v", "forward_batch", "save_kv_cache"],
+    **{
+        f"configs.hybrid_arch.{name}": ["model_config"]
+        for name in ("hybrid_gdn_config", "mamba2_config", "mambaish_config")
+    },
+    "layers.attention.qsa.config.parse_qsa_profile": ["config"],
     "managers.scheduler.Scheduler.get_init_info": ["self"],
     "observability.metrics_collector.SchedulerMetricsCollector.emit_constants": ["max_total_num_tokens"],
     "models.utils.enable_fused_set_kv_buffer": ["forward_batch"],
@@ -92,6 +112,11 @@ ABSTRACT_POOL_METHODS = {"__init__", "get_key_buffer", "get_value_buffer", "get_
 CALLS = {
     "model_executor.pool_configurator.DefaultPoolConfigurator.__init__": "_compute_cell_size",
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool": "_build_mha_kv_pool(",
+    "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_hybrid_linear_kv_pool": (
+        "_hybrid_full_attention_pool_class("
+    ),
+    "mem_cache.memory_pool.HybridLinearKVPool.__init__": "self.full_kv_pool = TokenToKVPoolClass(",
+    "mem_cache.kv_cache_configurator.KVCacheConfigurator._handle_max_mamba_cache": "mamba_full_memory_ratio",
     # Within the graph, before the scheduler may write to the table of requests again.
     "model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner._run_in_graph_metadata_prep": (
         "init_forward_metadata_in_graph("

@@ -190,9 +190,7 @@ def check_resolved(server_args: Any = None) -> None:
     _check(get, has_table=asked.table is not None, resolved=" (as SGLang resolves the arguments)")
 
 
-_ATTENTION = {"full_attention", "attention", "sliding_attention"}
 _IMAGES_BOTH_WAYS = {"Gemma3ForConditionalGeneration"}
-_HYBRID_KEYS = ("mamba_d_state", "ssm_state_size", "linear_num_value_heads", "linear_attn_config")
 
 
 def _refuse_model(what: str, reason: str) -> KVQuantError:
@@ -205,6 +203,7 @@ def _text_config(config: Any) -> Any:
 
 def check_config(config: Any) -> None:
     """What a Hugging Face config tells of a model that cannot be served. Raises KVQuantError."""
+    from .calibrate.model import ATTENTION, WITHOUT_KEYS, layer_kinds, layers_with_keys
     from .calibrate.rope import HeadDimError, check_head_dim
 
     text = _text_config(config)
@@ -213,13 +212,13 @@ def check_config(config: Any) -> None:
         raise _refuse_model(name, "encoder-decoder attention is not supported")
     if getattr(text, "kv_lora_rank", None):
         raise _refuse_model(name, "MLA keeps one latent vector, not keys and values")
-    if any(getattr(text, key, None) for key in _HYBRID_KEYS):
-        raise _refuse_model(name, "hybrid linear-attention or state-space layers are not supported")
-    if others := sorted(set(getattr(text, "layer_types", None) or ()) - _ATTENTION):
+    if others := sorted(set(layer_kinds(text)) - ATTENTION - WITHOUT_KEYS):
         raise _refuse_model(
             f"{name} with {', '.join(others)} layers",
-            "every layer must have full or sliding-window attention (none chunked, linear or of state spaces)",
+            "every layer with keys must have full or sliding-window attention",
         )
+    if layer_kinds(text) and not layers_with_keys(text):
+        raise _refuse_model(name, "no layer has attention, so there is no cache to pack")
     if getattr(text, "global_head_dim", None):
         raise _refuse_model(name, "its layers have heads of different sizes")
     if images := _IMAGES_BOTH_WAYS.intersection(getattr(config, "architectures", None) or ()):

@@ -180,18 +180,46 @@ def _build_mha_kv_pool(
         )
     from sglang.srt.runtime_context import get_exec
 
+    return _packed_pool(self, max_total_num_tokens, get_exec().features.enable_memory_saver)
+
+
+def _packed_pool(configurator: Any, size: int, enable_memory_saver: bool) -> Any:
     from .pool import PackedKVPool
     from .runtime import current
 
     return PackedKVPool(
-        max_total_num_tokens,
-        self.pool_page_size,
+        size,
+        configurator.pool_page_size,
         layers=current().layers,
-        device=self.device,
-        enable_memory_saver=get_exec().features.enable_memory_saver,
-        start_layer=self.layer_info.start_layer,
-        end_layer=self.layer_info.end_layer,
+        device=configurator.device,
+        enable_memory_saver=enable_memory_saver,
+        start_layer=configurator.layer_info.start_layer,
+        end_layer=configurator.layer_info.end_layer,
     )
+
+
+def _full_attention_pool_class(orig: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a hybrid model's wrapper builds, by keyword, for its layers with keys."""
+    stock = orig(self, *args, **kwargs)
+    if KVQuantOptions.of(self.server_args) is None or self.is_draft_worker:
+        return stock
+
+    def packed(*, size: int, layer_num: int, enable_memory_saver: bool, quant_method: Any = None, **_: Any) -> Any:
+        pool = _packed_pool(self, size, enable_memory_saver)
+        if quant_method is not None or layer_num != pool.layer_num:
+            raise KVQuantError(
+                f"--kv-quant {NAME}: the engine asked for a {stock.__name__} pool of {layer_num} layers with "
+                f"{type(quant_method).__name__}, the table is for {pool.layer_num} layers without one; leave out "
+                "options that change the KV pool"
+            )
+        return pool
+
+    if stock.__name__ != "MHATokenToKVPool" or self.post_capture_kv_active:
+        raise KVQuantError(
+            f"--kv-quant {NAME}: the engine asked for a {stock.__name__} pool for the layers with full attention; "
+            "only the plain one can be packed, leave out options that change the KV pool"
+        )
+    return packed
 
 
 def _check_pool(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -267,6 +295,10 @@ _HOOKS = {
     _UPDATER + "load_weights_from_distributed": ("AFTER", _after_update),
     "model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size": ("AROUND", _compute_cell_size),
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool": ("AROUND", _build_mha_kv_pool),
+    "mem_cache.kv_cache_configurator.KVCacheConfigurator._hybrid_full_attention_pool_class": (
+        "AROUND",
+        _full_attention_pool_class,
+    ),
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool": ("AFTER", _check_pool),
     "models.utils.enable_fused_set_kv_buffer": ("AROUND", _fused_set_kv_buffer),
     "managers.scheduler.Scheduler.get_init_info": ("AFTER", _init_info),

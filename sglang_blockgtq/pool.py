@@ -64,11 +64,12 @@ class PackedKVPool(KVCache):
     ) -> None:
         """Encode post-RoPE keys ``[T, H * D]`` and values into the rows at ``loc_info``.
 
+        layer_id_override: a wrapper's own count of its layers; they are found by ``layer`` all the same.
         For those who know no positions, of whom SGLang has none here: with page means it is NotImplementedError.
         """
-        if k_scale is not None or v_scale is not None or dcp_kv_mask is not None:
+        if {k_scale, v_scale} - {None, 1.0} or dcp_kv_mask is not None:
             raise NotImplementedError(f"{NAME}: cache scales and context-parallel masks do not apply to packed rows")
-        packed = self.layer(layer.layer_id if layer_id_override is None else layer_id_override)
+        packed = self.layer(layer.layer_id)
         if packed.has_means:
             raise NotImplementedError(f"{NAME}: keys less their page's mean are written by the backend, with positions")
         k = cache_k.view(-1, packed.heads, packed.head_dim)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .calibrate.model import layers_with_keys
 from .calibrate.quality import Quality
 from .calibrate.table import AllocationTable, layers_of
 from .choose import choose
@@ -36,7 +37,7 @@ class Runtime:
     options: KVQuantOptions
     table: AllocationTable
     heads: slice  # this rank's KV heads
-    layer_ids: tuple[int, ...]  # this rank's layers
+    rows: tuple[int, ...]  # of the table, one for each of this rank's layers with keys
     origin: str  # "file", "cache" or "calibrated"
     seconds: float  # getting the table
     bf16_bytes_per_token: int  # of this rank
@@ -46,7 +47,7 @@ class Runtime:
     @cached_property
     def bytes_per_token(self) -> int:
         """Packed bytes per token of this rank's layers and heads, row padding included."""
-        return sum(self.table.row_layout(i, self.heads).row_bytes for i in self.layer_ids)
+        return sum(self.table.row_layout(i, self.heads).row_bytes for i in self.rows)
 
     def summary(self) -> dict[str, Any]:
         """Plain values for /server_info."""
@@ -92,7 +93,7 @@ class Runtime:
     def slow_lines(self) -> list[str]:
         """What is slow on this GPU, and what would be fast; empty where nothing is."""
         header, out = self.table.header, []
-        if not all(self.table.row_layout(i, self.heads).in_columns for i in self.layer_ids):
+        if not all(self.table.row_layout(i, self.heads).in_columns for i in self.rows):
             if header.allocator in BY_SEGMENTS and header.granularity == "block":
                 why = f"{flag('allocator')} {header.allocator} by blocks gives the heads widths of their own"
                 what = f"with {flag('granularity')} segment the fast kernels read them"
@@ -133,11 +134,14 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
     """
     from .capture import attention_layers, local_heads
     from .conflicts import check_granularity, check_layers, check_resolved, check_runner
+    from .hybrid import balance_memory, check_hybrid
+    from .states import release
 
     check_resolved()
     check_runner(runner)
     check_granularity(runner.model_config.hf_config, options)
     attention = attention_layers(runner.model)
+    check_hybrid(runner, [x.layer_id for x in attention])
     check_layers(attention)
     kv_heads = runner.model_config.get_total_num_kv_heads()
     heads = local_heads(kv_heads)
@@ -148,11 +152,18 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
             f"--kv-quant {NAME}: this rank has {here[0].tp_k_head_num} KV heads, the table gives it {len(held)}; "
             "the model spreads its heads in an unsupported way, use another --tp-size"
         )
-    ids = tuple(x.layer_id for x in here)
+    row_of = {layer: row for row, layer in enumerate(layers_with_keys(runner.model_config.hf_config))}
+    ids = {x.layer_id: row_of[x.layer_id] for x in here}
+
+    def make(table: AllocationTable) -> dict[int, PackedLayer]:
+        made = layers_of(table, heads, ids.values(), runner.device, runner.model_config.context_len)
+        return {layer: made[row] for layer, row in ids.items()}
+
     begin = time.perf_counter()
-    choice = choose(
-        runner, options, lambda table: layers_of(table, heads, ids, runner.device, runner.model_config.context_len)
-    )
+    try:
+        choice = choose(runner, options, make)
+    finally:
+        release()
     seconds = time.perf_counter() - begin
     table, layers, buffers = choice.table, choice.layers, None
     if runner.device.split(":")[0] == "cuda":
@@ -165,7 +176,7 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
         options=options,
         table=table,
         heads=heads,
-        layer_ids=ids,
+        rows=tuple(ids.values()),
         origin=choice.origin,
         seconds=seconds,
         bf16_bytes_per_token=sum(2 * x.tp_k_head_num * (x.qk_head_dim + x.v_head_dim) for x in here),
@@ -174,6 +185,7 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
     )
     check_ranks(table.header.table_hash, runtime.bytes_per_token)
     set_current(runtime)
+    balance_memory(runner, table)
     if is_rank_zero():
         logger.info(runtime.line())
         memory = ", ".join(f"{kind.replace('_', ' ')} {n / (1 << 20):.0f} MiB" for kind, n in runtime.memory().items())

@@ -163,7 +163,6 @@ def test_quantization_param_path(model, tmp_path):
         ({"head_dim": 40}, "multiples of 16 from 32 to 256"),
         ({"head_dim": 512}, "multiples of 16 from 32 to 256"),
         ({"kv_lora_rank": 64}, "MLA"),
-        ({"mamba_d_state": 16}, "state-space"),
         ({"is_encoder_decoder": True}, "encoder-decoder"),
         ({"attention_chunk_size": 64}, "in chunks"),
         ({"global_head_dim": 64}, "heads of different sizes"),
@@ -173,7 +172,7 @@ def test_quantization_param_path(model, tmp_path):
             "fp8 cache",
         ),
         ({"layer_types": ["chunked_attention", "full_attention"]}, "with chunked_attention layers"),
-        ({"layer_types": ["full_attention", "linear_attention"]}, "with linear_attention layers"),
+        ({"layer_types": ["linear_attention", "linear_attention"]}, "no layer has attention"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )

@@ -77,7 +77,8 @@ def test_layers_are_found_by_their_ids(pool):
     assert not pool.layer(1).rows.any() and not pool.layer(6).rows.any()
     others = torch.tensor([s for s in range(48) if s not in (3, 9, 4)])
     assert not pool.layer(4).gather(others).any()
-    pool.set_kv_buffer(SimpleNamespace(layer_id=0), torch.tensor([5]), k[:1], v[:1], layer_id_override=6)
+    # As a wrapper calls it, by its own count of the layers and with scales that change nothing.
+    pool.set_kv_buffer(SimpleNamespace(layer_id=6), torch.tensor([5]), k[:1], v[:1], 1.0, 1.0, layer_id_override=2)
     assert pool.layer(6).gather(torch.tensor([5])).any()
     for layer in (0, 5, 7):
         with pytest.raises(KVQuantError, match=rf"layer {layer} is not in the packed pool, \[1, 4, 6\] are"):
@@ -136,7 +137,7 @@ def test_no_dense_view_for_hicache(pool):
 def test_scales_are_refused(pool):
     x = torch.zeros(1, HEADS * DIM)
     with pytest.raises(NotImplementedError, match="scales"):
-        pool.set_kv_buffer(SimpleNamespace(layer_id=1), torch.tensor([1]), x, x, k_scale=1.0)
+        pool.set_kv_buffer(SimpleNamespace(layer_id=1), torch.tensor([1]), x, x, k_scale=2.0)
 
 
 def test_keys_with_means_are_not_written_without_positions():

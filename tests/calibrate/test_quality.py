@@ -73,17 +73,18 @@ def test_positions_are_spread_evenly_and_end_with_the_last(tokens, count):
 
 
 def test_sums():
+    """Layer 1 has no keys and does not count."""
     sums = Sums(3)
     sums.add_attention(0, torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
     sums.add_attention(2, torch.tensor([[4.0, 0.0]]))
     sums.add_attention(2, torch.tensor([[8.0, 8.0]]))
     sums.add_answers(torch.tensor([0.5, 1.5, 1.0, 1.0]))
     found = sums.quality(4)
-    assert found == Quality(kl=1.0, attention_kl=8 / 3, worst_layer=2, worst_layer_kl=5.0, tokens=4)
+    assert found == Quality(kl=1.0, attention_kl=4.0, worst_layer=2, worst_layer_kl=5.0, tokens=4)
     assert found.to_dict() == {
-        "kl": 1.0, "attention_kl": 8 / 3, "worst_layer": 2, "worst_layer_kl": 5.0, "tokens": 4
+        "kl": 1.0, "attention_kl": 4.0, "worst_layer": 2, "worst_layer_kl": 5.0, "tokens": 4
     }  # fmt: skip
-    for part in ("KL of the answer 1.0000", "4 held-out tokens", "attention 2.6667", "worst layer 2 5.0000"):
+    for part in ("KL of the answer 1.0000", "4 held-out tokens", "attention 4.0000", "worst layer 2 5.0000"):
         assert part in found.line()
     sums.add_attention(1, torch.tensor([[math.nan]]))
     assert sums.quality(4).worst_layer == 1
@@ -158,8 +159,8 @@ def toy():
 
 
 def cost(toy, caches, layers: int = LAYERS) -> Quality:
-    exact = HeldOut(toy, TOKENS, dict.fromkeys(range(LAYERS), (SCALE, PLAIN)))
-    found = exact.sums(dict(enumerate(caches)), layers).quality(len(exact.answers))
+    exact = HeldOut(toy, TOKENS, dict.fromkeys(range(LAYERS), (SCALE, PLAIN)), layers)
+    found = exact.sums(dict(enumerate(caches))).quality(len(exact.answers))
     assert all(cache.rows is None for cache in caches)
     return found
 
@@ -191,9 +192,9 @@ def test_the_worst_layer_is_the_one_that_was_spoiled(toy, layer):
 
 def test_the_answer_is_read_through_the_cache_at_all_layers(toy):
     """The pass that is compared attends to what the caches hold, of its own keys."""
-    exact = HeldOut(toy, TOKENS, dict.fromkeys(range(LAYERS), (SCALE, PLAIN)))
+    exact = HeldOut(toy, TOKENS, dict.fromkeys(range(LAYERS), (SCALE, PLAIN)), LAYERS)
     true, toy.calls = toy.calls, []
-    exact.sums({layer: Cache(0.1, 0.1) for layer in range(LAYERS)}, LAYERS)
+    exact.sums({layer: Cache(0.1, 0.1) for layer in range(LAYERS)})
     assert [layer for layer, *_ in toy.calls] == list(range(LAYERS))
     for (_, k, v), (_, true_k, true_v) in zip(toy.calls, true, strict=True):
         assert not torch.equal(k, true_k) and not torch.equal(v, true_v)
@@ -201,8 +202,8 @@ def test_the_answer_is_read_through_the_cache_at_all_layers(toy):
 
 def test_the_exact_pass_is_read_once(toy):
     """However many caches are compared with it, and of other models' layers nothing is said."""
-    exact = HeldOut(toy, TOKENS, dict.fromkeys(range(LAYERS), (SCALE, PLAIN)))
-    costs = [exact.sums({layer: Cache(noise) for layer in range(LAYERS)}, 5) for noise in (0.1, 0.0, 0.1)]
+    exact = HeldOut(toy, TOKENS, dict.fromkeys(range(LAYERS), (SCALE, PLAIN)), 5)
+    costs = [exact.sums({layer: Cache(noise) for layer in range(LAYERS)}) for noise in (0.1, 0.0, 0.1)]
     assert len(toy.calls) == 4 * LAYERS
     first, none, again = (sums.quality(TOKENS) for sums in costs)
     assert first == again and none.kl == 0
@@ -213,6 +214,6 @@ def test_a_rank_without_answers_adds_none(toy):
     def run(hook, answers):
         toy(hook, answers)
 
-    exact = HeldOut(run, TOKENS, dict.fromkeys(range(LAYERS), (SCALE, PLAIN)))
-    flat = exact.sums({layer: Cache(0.1) for layer in range(LAYERS)}, LAYERS).flat
+    exact = HeldOut(run, TOKENS, dict.fromkeys(range(LAYERS), (SCALE, PLAIN)), LAYERS)
+    flat = exact.sums({layer: Cache(0.1) for layer in range(LAYERS)}).flat
     assert flat[-1].tolist() == [0, 0] and bool((flat[:-1] > 0).all())

@@ -1,0 +1,85 @@
+"""Hybrid models: some layers attend to keys and values, which are packed; others keep a state for each request, which
+stays as SGLang has it.
+
+Which of them are served, and how memory is shared between the two.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from .calibrate.model import has_states
+from .calibrate.table import AllocationTable
+from .options import NAME, KVQuantError
+from .ranks import is_rank_zero
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED = "gated delta nets, Mamba and short convolutions are supported"
+
+
+def _refuse(what: str, reason: str) -> KVQuantError:
+    return KVQuantError(f"--kv-quant {NAME}: {what}: {reason}; serve this model without --kv-quant")
+
+
+def check_hybrid(runner: Any, attention: list[int]) -> None:
+    """Whether SGLang and we mean the same layers. attention: ids of this rank's layers with keys. Raises KVQuantError.
+
+    runner: a ModelRunner with weights loaded.
+    """
+    from sglang.srt.configs.hybrid_arch import hybrid_gdn_config, mamba2_config, mambaish_config
+    from sglang.srt.layers.attention.qsa.config import parse_qsa_profile
+    from sglang.srt.utils import is_blackwell
+
+    model, info = runner.model_config, runner.layer_info
+    config, name = mambaish_config(model), f"model type {getattr(model.hf_config, 'model_type', 'unknown')}"
+    if config is None:
+        if has_states(model.hf_config):
+            raise _refuse(name, f"SGLang keeps no states for its layers without keys; {SUPPORTED}")
+        return
+    if not (hybrid_gdn_config(model) or mamba2_config(model)) or not has_states(model.hf_config):
+        raise _refuse(name, f"its linear attention is of another kind; {SUPPORTED}")
+    if parse_qsa_profile(model.hf_config) is not None:
+        raise _refuse(name, "its sparse attention keeps an index beside keys and values")
+    if hybrid_gdn_config(model) and runner.device.split(":")[0] == "cuda" and is_blackwell():
+        raise _refuse(name, "on Blackwell GPUs SGLang serves gated delta nets with its own attention backends alone")
+    theirs = [i for i in config.full_attention_layer_ids if info.start_layer <= i < info.end_layer]
+    if not theirs:
+        raise KVQuantError(
+            f"--kv-quant {NAME}: layers {info.start_layer} to {info.end_layer - 1} are those of a pipeline stage, and "
+            "none of them has keys; use a smaller --pp-size"
+        )
+    if attention != theirs:
+        raise _refuse(name, f"layers {attention} have keys, SGLang knows of {theirs}")
+
+
+def balance_memory(runner: Any, table: AllocationTable) -> None:
+    """Give states the share of memory at which there are as many tokens for each of them as without packing.
+
+    SGLang's default is made for 16-bit keys and values: with packed ones it would leave room for many more tokens, but
+    not for more requests or cached prefixes, each of which needs a state. What the user chose stays.
+    """
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.runtime_context import get_context, get_memory, get_schedule
+
+    schedule, given = get_schedule(), runner.server_args
+    if not has_states(runner.model_config.hf_config) or mambaish_config(runner.model_config) is None:
+        return
+    if given.mamba_full_memory_ratio is not None or schedule.max_mamba_cache_size is not None:
+        return
+    if get_memory().disable_radix_cache and schedule.max_running_requests is not None:
+        return  # then there is one state for each request
+    header = table.header
+    smaller = 2 * (header.head_dim + header.v_head_dim) / table.bytes_per_token_head()
+    default = schedule.mamba_full_memory_ratio
+    ratio = round(default * smaller, 3)
+    get_context().override(f"{NAME}.balance_memory", mamba_full_memory_ratio=ratio)
+    if is_rank_zero():
+        logger.info(
+            "%s: --mamba-full-memory-ratio %g in place of %g: states take as much of memory beside packed keys and "
+            "values as they would beside 16-bit ones; give a smaller one for more tokens and fewer requests",
+            NAME,
+            ratio,
+            default,
+        )
