@@ -153,8 +153,9 @@ def check_rope(
     device = next(model.parameters()).device
     probe = Probe(token, _context(model.config), has_states(model.config))
 
-    def take(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def take(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         probe.add(layer, k)
+        return k, torch.zeros_like(v)  # or a sink's share, which positions change, would change the next layer's keys
 
     with _captured(model, take):
         for ids, positions in probe.passes:

@@ -219,8 +219,9 @@ def check_rope(
     config = runner.model_config
     probe = Probe(token, config.context_len, has_states(config.hf_config))
 
-    def take(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def take(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         probe.add(layer, k)
+        return k, torch.zeros_like(v)  # or a sink's share, which positions change, would change the next layer's keys
 
     for ids, positions in probe.passes:
         forward(runner, take, ids, positions)

@@ -313,6 +313,17 @@ def tiny(class_name, layers=1, **kw):
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
+def test_sinks_are_no_other_pairing():
+    """A sink's share depends on the logits, and so on positions, which then the next layer's keys seem to depend on."""
+    options = {"num_local_experts": 2, "num_experts_per_tok": 1, "initializer_range": 0.3}
+    model = tiny("GptOssConfig", **WINDOWED, **options)
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.fill_(1.0)
+    check_rope(model, [RopeBlocks(32, 32)] * 2, [None] * 2, 5)
+    with pytest.raises(ModelError, match="the model pairs its channels otherwise"):
+        check_rope(model, [RopeBlocks(32, 32, False)] * 2, [None] * 2, 5)
+
+
 def test_attention_outside_the_interface_is_refused():
     config = transformers.GPTJConfig(
         vocab_size=256, n_embd=64, n_layer=2, n_head=2, rotary_dim=16, n_positions=512, bos_token_id=0, eos_token_id=0
