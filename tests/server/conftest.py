@@ -116,6 +116,27 @@ def token_ids(smollm2) -> list[int]:
 
 
 @pytest.fixture(scope="session")
+def gemma2(smollm2, tmp_path_factory) -> str:
+    """Random: one layer with a window of 48 and one without, capped logits, weights large enough for attention to
+    matter."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
+
+    folder = str(tmp_path_factory.mktemp("model") / "gemma2")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=8, sliding_window=48, attn_logit_softcapping=2.0,
+        final_logit_softcapping=None, max_position_embeddings=1024, initializer_range=0.3, bos_token_id=1,
+        eos_token_id=2, pad_token_id=0, hidden_act="gelu_pytorch_tanh",
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def table_cache(tmp_path_factory) -> str:
     """One cache folder for all servers of a run: only the first start of a setting calibrates."""
     return str(tmp_path_factory.mktemp("kv-quant-cache"))

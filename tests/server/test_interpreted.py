@@ -1,7 +1,8 @@
 """The CUDA backend inside the real server, on the CPU: what its kernels answer is what the PyTorch backend answers.
 
-Two layers of the small real model, in float32: enough for answers to depend on every row that is read, and few enough
-for Triton's interpreter. Pages of means are so short that prompts and steps cross from one to the next.
+Two layers, in float32: enough for answers to depend on every row that is read, and few enough for Triton's interpreter;
+those of the small real model, and random ones of which one has a window, with capped logits. Pages of means are so
+short that prompts and steps cross from one to the next.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ PAGE, PROMPT, HIT, CHUNK, NEW = 64, 84, 70, 32, 5
 LIMIT = 5e-3
 
 
-@pytest.fixture(scope="module")
-def two_layers(smollm2, tmp_path_factory) -> str:
+@pytest.fixture(scope="module", params=["real", "window"])
+def two_layers(request, smollm2, tmp_path_factory) -> str:
+    if request.param == "window":
+        return request.getfixturevalue("gemma2")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = str(tmp_path_factory.mktemp("model") / "two-layers")

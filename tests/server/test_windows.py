@@ -12,29 +12,9 @@ from .test_radix import check_records
 
 pytestmark = pytest.mark.server
 
-WINDOW, CAP = 48, 2.0
 PREFIX, LENGTH, NEW = 160, 200, 12  # several windows long
 #: Mean |difference of log-probability|, nats, at 8 bits in float32. Without windows or caps it is above 0.2.
 LIMIT = 0.03
-
-
-@pytest.fixture(scope="module")
-def gemma2(smollm2, tmp_path_factory) -> str:
-    """Random, one layer with a window and one without, weights large enough for attention to matter."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
-
-    folder = str(tmp_path_factory.mktemp("model") / "gemma2")
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=8, sliding_window=WINDOW, attn_logit_softcapping=CAP,
-        final_logit_softcapping=None, max_position_embeddings=1024, initializer_range=0.3, bos_token_id=1,
-        eos_token_id=2, pad_token_id=0, hidden_act="gelu_pytorch_tanh",
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def exact(folder: str, ids: list[int], **changes) -> list[float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 MOST = 8  # requests of a decode batch
+CHUNK = 64  # most tokens of a prefill beside a window
 
 
 def _swift():
@@ -46,9 +47,11 @@ def register():
 
         def _buffers(self, runner):
             layer, context = self.pool.layer(self.first_layer), runner.model_config.context_len
+            # Without a window one prompt goes in pieces; with one it lies there with a chunk.
+            window = (runner.sliding_window_size or -1) + 1
             return Buffers(
                 prefill=Prefill(triton_attention, "SGLang's Triton kernel"),
-                workspace=Workspace(layer, triton_attention, runner.dtype, "cpu", 40),  # one prompt goes in pieces
+                workspace=Workspace(layer, triton_attention, runner.dtype, "cpu", 40, least=window and window + CHUNK),
                 scratch=DecodeScratch.of(layer.tables, MOST, self.num_head),
                 graph_slots=new_graph_slots(MOST * context, "cpu"),
             )
