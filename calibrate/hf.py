@@ -19,7 +19,6 @@ from .build import build_table, check_budget
 from .frequencies import frequencies, of_blocks
 from .model import (
     ModelError,
-    check_model,
     config_hash,
     has_states,
     head_dim,
@@ -36,6 +35,7 @@ from .quality import TOKENS, HeldOut, Hook, Quality
 from .rope import RopeBlocks
 from .rope_check import Probe, check_swings, trusted
 from .segments import SEGMENT_ALLOCATORS, check_segments, rule_of
+from .supported import check_model
 from .table import AllocationTable, layers_of
 from .text import MAX_SEQUENCE, check_text_size, check_tokens, held_out, read_text, text_hash, token_sequences
 from .weights import weights_hash

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from transformers import PretrainedConfig
 
-from .rope import RopeBlocks, check_head_dim
+from .rope import RopeBlocks
 
 
 class ModelError(ValueError):
@@ -116,25 +116,6 @@ def config_hash(config: PretrainedConfig) -> str:
     if len(with_keys := layers_with_keys(config)) < text.num_hidden_layers:
         fields["layers_with_keys"] = with_keys
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def check_model(config: PretrainedConfig) -> None:
-    """ModelError for attention that the packed cache does not hold: MLA, attention in chunks, odd heads."""
-    text = text_config(config)
-    name = text.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"model type {name}: an encoder-decoder; decoder-only models are supported")
-    if getattr(text, "kv_lora_rank", None):
-        raise ModelError(f"model type {name}: latent attention (MLA) is not supported; use a model with MHA or GQA")
-    kinds = set(layer_kinds(config)) - WITHOUT_KEYS
-    if others := sorted(kinds - ATTENTION):
-        raise ModelError(
-            f"model type {name}: has {', '.join(others)} layers; layers with keys must have full or sliding-window "
-            "attention"
-        )
-    if not layers_with_keys(config):
-        raise ModelError(f"model type {name}: no layer has attention, so there is no cache to pack")
-    check_head_dim(head_dim(config))
 
 
 def modeling_module(config: PretrainedConfig) -> ModuleType:

@@ -190,9 +190,6 @@ def check_resolved(server_args: Any = None) -> None:
     _check(get, has_table=asked.table is not None, resolved=" (as SGLang resolves the arguments)")
 
 
-_IMAGES_BOTH_WAYS = {"Gemma3ForConditionalGeneration"}
-
-
 def _refuse_model(what: str, reason: str) -> KVQuantError:
     return KVQuantError(f"--kv-quant {NAME}: {what}: {reason}; serve this model without --kv-quant")
 
@@ -203,33 +200,10 @@ def _text_config(config: Any) -> Any:
 
 def check_config(config: Any) -> None:
     """What a Hugging Face config tells of a model that cannot be served. Raises KVQuantError."""
-    from .calibrate.model import ATTENTION, WITHOUT_KEYS, layer_kinds, layers_with_keys
-    from .calibrate.rope import HeadDimError, check_head_dim
+    from .calibrate.supported import unsupported
 
-    text = _text_config(config)
-    name = f"model type {getattr(text, 'model_type', 'unknown')}"
-    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
-        raise _refuse_model(name, "encoder-decoder attention is not supported")
-    if getattr(text, "kv_lora_rank", None):
-        raise _refuse_model(name, "MLA keeps one latent vector, not keys and values")
-    if others := sorted(set(layer_kinds(text)) - ATTENTION - WITHOUT_KEYS):
-        raise _refuse_model(
-            f"{name} with {', '.join(others)} layers",
-            "every layer with keys must have full or sliding-window attention",
-        )
-    if layer_kinds(text) and not layers_with_keys(text):
-        raise _refuse_model(name, "no layer has attention, so there is no cache to pack")
-    if getattr(text, "global_head_dim", None):
-        raise _refuse_model(name, "its layers have heads of different sizes")
-    if images := _IMAGES_BOTH_WAYS.intersection(getattr(config, "architectures", None) or ()):
-        raise _refuse_model(*images, "the tokens of an image attend in both directions")
-    if getattr(text, "attention_chunk_size", None):
-        raise _refuse_model(name, "attention in chunks is not supported")
-    if head_dim := _head_dim(text):
-        try:
-            check_head_dim(head_dim)
-        except HeadDimError as e:
-            raise KVQuantError(f"--kv-quant {NAME}: {e}; serve this model without --kv-quant") from None
+    if what := unsupported(config):
+        raise KVQuantError(f"--kv-quant {NAME}: {what}; serve this model without --kv-quant")
     if kv_scheme := _checkpoint_kv_scheme(config):
         raise _refuse_model(f"checkpoint with {kv_scheme}", "its scales are made for an fp8 cache")
 

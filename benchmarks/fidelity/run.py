@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sglang_blockgtq.calibrate.allocate import ALLOCATORS
 from sglang_blockgtq.calibrate.build import ROTATION_SEED, build_table
 from sglang_blockgtq.calibrate.hf import collect
-from sglang_blockgtq.calibrate.model import check_model, rope_blocks
+from sglang_blockgtq.calibrate.model import rope_blocks
 from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.calibrate.segments import SEGMENT_ALLOCATORS
+from sglang_blockgtq.calibrate.supported import check_model
 from sglang_blockgtq.calibrate.table import AllocationTable
 from sglang_blockgtq.calibrate.text import DEFAULT_TOKENS, read_text, text_hash, token_sequences
 

@@ -9,7 +9,6 @@ from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.hf import collect, measure
 from sglang_blockgtq.calibrate.model import (
     ModelError,
-    check_model,
     config_hash,
     has_states,
     layers_with_keys,
@@ -17,6 +16,7 @@ from sglang_blockgtq.calibrate.model import (
 )
 from sglang_blockgtq.calibrate.moments import MomentSums
 from sglang_blockgtq.calibrate.rope import RopeBlocks
+from sglang_blockgtq.calibrate.supported import check_model
 
 SEQUENCES = [torch.randint(256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (70, 130)]
 COMMON = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 1024,

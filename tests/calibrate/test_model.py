@@ -6,13 +6,13 @@ import transformers
 
 from sglang_blockgtq.calibrate.model import (
     ModelError,
-    check_model,
     config_hash,
     is_neox,
     rope_blocks,
     rope_parameters,
 )
 from sglang_blockgtq.calibrate.rope import RopeBlocks, check_head_dim
+from sglang_blockgtq.calibrate.supported import check_model
 
 
 def llama(**kw) -> transformers.LlamaConfig:
@@ -100,10 +100,10 @@ def test_sglang_reads_a_config_of_the_same_hash(model_folder):
 @pytest.mark.parametrize(
     "config, reason",
     [
-        (transformers.DeepseekV3Config(), r"deepseek_v3: latent attention \(MLA\) is not supported"),
-        (transformers.Llama4TextConfig(), "llama4_text: has chunked_attention layers"),
+        (transformers.DeepseekV3Config(), "deepseek_v3: MLA keeps one latent vector"),
+        (transformers.Llama4TextConfig(), "llama4_text with chunked_attention layers"),
         (transformers.Qwen3NextConfig(num_hidden_layers=3), "qwen3_next: no layer has attention"),
-        (transformers.T5Config(), "t5: an encoder-decoder"),
+        (transformers.T5Config(), "t5: encoder-decoder attention"),
     ],
     ids=lambda x: getattr(x, "model_type", ""),
 )

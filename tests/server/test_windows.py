@@ -13,6 +13,7 @@ from .test_radix import check_records
 pytestmark = pytest.mark.server
 
 PREFIX, LENGTH, NEW = 160, 200, 12  # several windows long
+POOL = 500  # tokens; two other prompts push the first one out
 #: Mean |difference of log-probability|, nats, at 8 bits in float32. Without windows or caps it is above 0.2.
 LIMIT = 0.03
 
@@ -34,7 +35,7 @@ def gap(a: list[float], b: list[float]) -> float:
 def test_windows_and_caps(launch, gemma2, token_ids):
     server = launch(
         "--dtype=float32",
-        "--max-total-tokens=1000",
+        f"--max-total-tokens={POOL}",
         "--kv-quant-k-bits=8",
         "--kv-quant-v-bits=8",
         "--kv-quant-chunk-attention=quantized",
@@ -54,6 +55,11 @@ def test_windows_and_caps(launch, gemma2, token_ids):
     branch = token_ids[:PREFIX] + token_ids[1000 : 1000 + LENGTH - PREFIX]
     found, hits = server.logprobs(branch, PREFIX)
     assert hits == PREFIX and gap(found[-len(want) + 1 :], exact(gemma2, branch)[1:]) < LIMIT
+
+    for start in (1500, 2400):  # push everything out
+        server.generate(token_ids[start : start + 300])
+    refilled, hits = server.logprobs(prompt, PREFIX - 1)
+    assert hits == 0 and gap(refilled[-len(want) :], want) < LIMIT
 
     answer = server.generate(prompt[:PREFIX], NEW)["output_ids"]
     server.flush()
