@@ -252,8 +252,8 @@ def check_runner(runner: Any) -> None:
         raise KVQuantError(f"--kv-quant {NAME}: ROCm is not supported; use an NVIDIA GPU or --device cpu")
 
 
-def check_layers(layers: list[Any]) -> None:
-    """RadixAttention modules of the loaded model. Raises KVQuantError."""
+def check_layers(layers: list[Any], head_dim: int) -> None:
+    """RadixAttention modules of the loaded model. head_dim: by its config. Raises KVQuantError."""
     from sglang.srt.layers.radix_attention import AttentionType
 
     if not layers:
@@ -269,5 +269,8 @@ def check_layers(layers: list[Any]) -> None:
     shapes = {(x.qk_head_dim, x.v_head_dim, x.tp_k_head_num, x.tp_v_head_num) for x in layers}
     if len(shapes) > 1:
         raise _refuse_model(f"layers of different shapes {sorted(shapes)}", "all layers must have the same heads")
+    if layers[0].qk_head_dim != head_dim:
+        found = f"heads of {layers[0].qk_head_dim} channels where the config says {head_dim}"
+        raise _refuse_model(found, "the model does not follow its config")
     if layers[0].tp_k_head_num != layers[0].tp_v_head_num:
         raise _refuse_model("different numbers of key and value heads", "they must be equal")

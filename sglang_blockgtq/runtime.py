@@ -142,7 +142,7 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
     check_granularity(runner.model_config.hf_config, options)
     attention = attention_layers(runner.model)
     check_hybrid(runner, [x.layer_id for x in attention])
-    check_layers(attention)
+    check_layers(attention, runner.model_config.head_dim)
     kv_heads = runner.model_config.get_total_num_kv_heads()
     heads = local_heads(kv_heads)
     here = [x for x in attention if runner.layer_info.start_layer <= x.layer_id < runner.layer_info.end_layer]
