@@ -57,7 +57,7 @@ class Family:
             return
         for weight in model.parameters():
             if weight.dim() > 1:
-                weight.data.normal_(0, 0.05)
+                weight.data.normal_(0, 0.8 * weight.shape[-1] ** -0.5)
         model.save_pretrained(folder)
 
 
@@ -84,7 +84,7 @@ FAMILIES = (
         "MiniMax-M2",
         "MiniMaxM2Config",
         (48, 8, 128),
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 64},
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 64, "scoring_func": "sigmoid"},
     ),
     Family("mistral", "Ministral, Mistral Small", "MistralConfig", (32, 8, 128), {"sliding_window": None}),
     Family("phi3", "Phi-3, Phi-4", "Phi3Config", (32, 8, 96), {"hidden_size": 3072}),
