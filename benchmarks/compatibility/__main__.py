@@ -5,8 +5,8 @@
 Random weights with true head shapes (:mod:`.families`), 8 bits, float32. A model that is served answers a prompt cold
 and again on its cached beginning; both are compared with transformers in float32. Columns: family, like, heads,
 outcome (served, refused: before the weights load, or failed: later), words (why not), bytes and bf16_bytes of a token,
-cold and warm (mean difference of log-probability, nats), hit (tokens from the cache), start_s. ``--append`` keeps the
-rows that the file has.
+cold and warm (from transformers, mean difference of log-probability, nats), read (the same between the two, which is
+the cache's), hit (tokens from the cache), start_s. ``--append`` keeps the rows that the file has.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .families import FAMILIES, Family
 PREFIX, LENGTH = 200, 260  # tokens: several windows
 COLUMNS = (
     *("family", "like", "heads", "outcome", "words"),
-    *("bytes", "bf16_bytes", "cold", "warm", "hit", "start_s"),
+    *("bytes", "bf16_bytes", "cold", "warm", "read", "hit", "start_s"),
 )
 ARGUMENTS = [
     "--dtype=float32",
@@ -81,7 +81,7 @@ def measure(family: Family, tokenizer: Path, ids: list[int], folder: Path, user:
             server.flush()
             server.generate(ids[:PREFIX])
             warm, hit = server.logprobs(ids, PREFIX)
-            row |= {"cold": gap(cold, want), "warm": gap(warm, want), "hit": hit}
+            row |= {"cold": gap(cold, want), "warm": gap(warm, want), "read": gap(cold, warm), "hit": hit}
     except ServerError:
         row["outcome"], row["words"] = why(log.read_text(errors="replace"))
     return row
