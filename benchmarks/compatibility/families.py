@@ -101,7 +101,12 @@ FAMILIES = (
         "Gemma 2",
         "Gemma2Config",
         (8, 4, 256),
-        {"sliding_window": 64, "layer_types": _WINDOWS, "hidden_act": "gelu_pytorch_tanh"},
+        {
+            "sliding_window": 64,
+            "layer_types": _WINDOWS,
+            "hidden_act": "gelu_pytorch_tanh",
+            "final_logit_softcapping": None,
+        },
     ),
     Family(
         "gemma3",
