@@ -152,12 +152,7 @@ def check_rope(
     """
     device = next(model.parameters()).device
     probe = Probe(token, _context(model.config), has_states(model.config))
-
-    def take(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        probe.add(layer, k)
-        return k, torch.zeros_like(v)  # or a sink's share, which positions change, would change the next layer's keys
-
-    with _captured(model, take):
+    with _captured(model, probe.take):
         for ids, positions in probe.passes:
             ids, positions = (torch.tensor([x], device=device) for x in (ids, positions))
             model.base_model(input_ids=ids, position_ids=positions, use_cache=False)

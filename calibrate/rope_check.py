@@ -43,9 +43,14 @@ class Probe:
         starts = [range(a, a + SHIFTED_TOKENS) for a in self.positions] if states else [self.positions]
         self.passes = [([token] * len(where), list(where)) for where in starts]
 
-    def add(self, layer: int, k: torch.Tensor) -> None:
-        """Keys ``[T, H, D]`` of the next pass. A token that is read again counts as a head."""
+    def take(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep the keys ``k [T, H, D]`` of the next pass; a token that is read again counts as a head.
+
+        Returns what attention shall see: no values, or a sink's share, which positions change, would change the next
+        layer's keys.
+        """
         self.keys.setdefault(layer, []).append(k.flatten(0, 1)[None].clone() if self.states else k.clone())
+        return k, torch.zeros_like(v)
 
     def found(self, layer: int, blocks: RopeBlocks, theta: torch.Tensor | None) -> tuple[float, float]:
         """:func:`swing` and :func:`drift` of one layer; zeros for one that has no keys."""

@@ -218,13 +218,8 @@ def check_rope(
     """
     config = runner.model_config
     probe = Probe(token, config.context_len, has_states(config.hf_config))
-
-    def take(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        probe.add(layer, k)
-        return k, torch.zeros_like(v)  # or a sink's share, which positions change, would change the next layer's keys
-
     for ids, positions in probe.passes:
-        forward(runner, take, ids, positions)
+        forward(runner, probe.take, ids, positions)
     found = torch.tensor([probe.found(i, r, theta[i]) for i, r in enumerate(rope)], dtype=torch.float64).T.contiguous()
     swings, drifts = reduce(found, torch.distributed.ReduceOp.MAX).tolist()
     if any(r.rotary_dim for r in rope) or rope_parameters(config.hf_config):  # else learned positions may change keys

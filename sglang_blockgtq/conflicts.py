@@ -190,7 +190,7 @@ def check_resolved(server_args: Any = None) -> None:
     _check(get, has_table=asked.table is not None, resolved=" (as SGLang resolves the arguments)")
 
 
-def _refuse_model(what: str, reason: str) -> KVQuantError:
+def refuse_model(what: str, reason: str) -> KVQuantError:
     return KVQuantError(f"--kv-quant {NAME}: {what}: {reason}; serve this model without --kv-quant")
 
 
@@ -205,7 +205,7 @@ def check_config(config: Any) -> None:
     if what := unsupported(config):
         raise KVQuantError(f"--kv-quant {NAME}: {what}; serve this model without --kv-quant")
     if kv_scheme := _checkpoint_kv_scheme(config):
-        raise _refuse_model(f"checkpoint with {kv_scheme}", "its scales are made for an fp8 cache")
+        raise refuse_model(f"checkpoint with {kv_scheme}", "its scales are made for an fp8 cache")
 
 
 def _head_dim(text: Any) -> int | None:
@@ -243,11 +243,11 @@ def check_runner(runner: Any) -> None:
     import torch
 
     if runner.use_mla_backend:  # SGLang knows MLA by the architecture's name
-        raise _refuse_model("MLA attention", "it keeps one latent vector, not keys and values")
+        raise refuse_model("MLA attention", "it keeps one latent vector, not keys and values")
     if runner.is_hybrid_swa:
-        raise _refuse_model("a split sliding-window pool", "only one full-attention pool is supported")
+        raise refuse_model("a split sliding-window pool", "only one full-attention pool is supported")
     if runner.kv_cache_dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise _refuse_model(f"cache dtype {runner.kv_cache_dtype} from the checkpoint", "its scales are for fp8")
+        raise refuse_model(f"cache dtype {runner.kv_cache_dtype} from the checkpoint", "its scales are for fp8")
     if runner.device.split(":")[0] == "cuda" and torch.version.hip:
         raise KVQuantError(f"--kv-quant {NAME}: ROCm is not supported; use an NVIDIA GPU or --device cpu")
 
@@ -257,20 +257,20 @@ def check_layers(layers: list[Any], head_dim: int) -> None:
     from sglang.srt.layers.radix_attention import AttentionType
 
     if not layers:
-        raise _refuse_model("no attention layer found", "the model does not use SGLang's RadixAttention")
+        raise refuse_model("no attention layer found", "the model does not use SGLang's RadixAttention")
     for layer in layers:
         where = f"layer {layer.layer_id}"
         if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
-            raise _refuse_model(f"{where} attends as {layer.attn_type}", "only causal self-attention is supported")
+            raise refuse_model(f"{where} attends as {layer.attn_type}", "only causal self-attention is supported")
         if layer.xai_temperature_len > 0:
-            raise _refuse_model(f"{where} scales logits by position", "xAI temperature scaling is not supported")
+            raise refuse_model(f"{where} scales logits by position", "xAI temperature scaling is not supported")
         if layer.k_scale is not None or layer.v_scale is not None:
-            raise _refuse_model(f"{where} has fp8 KV scales", "packed codes carry their own scales")
+            raise refuse_model(f"{where} has fp8 KV scales", "packed codes carry their own scales")
     shapes = {(x.qk_head_dim, x.v_head_dim, x.tp_k_head_num, x.tp_v_head_num) for x in layers}
     if len(shapes) > 1:
-        raise _refuse_model(f"layers of different shapes {sorted(shapes)}", "all layers must have the same heads")
+        raise refuse_model(f"layers of different shapes {sorted(shapes)}", "all layers must have the same heads")
     if layers[0].qk_head_dim != head_dim:
         found = f"heads of {layers[0].qk_head_dim} channels where the config says {head_dim}"
-        raise _refuse_model(found, "the model does not follow its config")
+        raise refuse_model(found, "the model does not follow its config")
     if layers[0].tp_k_head_num != layers[0].tp_v_head_num:
-        raise _refuse_model("different numbers of key and value heads", "they must be equal")
+        raise refuse_model("different numbers of key and value heads", "they must be equal")

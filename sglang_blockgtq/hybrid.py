@@ -11,16 +11,13 @@ from typing import Any
 
 from .calibrate.model import has_states
 from .calibrate.table import AllocationTable
+from .conflicts import refuse_model
 from .options import NAME, KVQuantError
 from .ranks import is_rank_zero
 
 logger = logging.getLogger(__name__)
 
 SUPPORTED = "gated delta nets, Mamba and short convolutions are supported"
-
-
-def _refuse(what: str, reason: str) -> KVQuantError:
-    return KVQuantError(f"--kv-quant {NAME}: {what}: {reason}; serve this model without --kv-quant")
 
 
 def check_hybrid(runner: Any, attention: list[int]) -> None:
@@ -36,14 +33,16 @@ def check_hybrid(runner: Any, attention: list[int]) -> None:
     config, name = mambaish_config(model), f"model type {getattr(model.hf_config, 'model_type', 'unknown')}"
     if config is None:
         if has_states(model.hf_config):
-            raise _refuse(name, f"SGLang keeps no states for its layers without keys; {SUPPORTED}")
+            raise refuse_model(name, f"SGLang keeps no states for its layers without keys; {SUPPORTED}")
         return
     if not (hybrid_gdn_config(model) or mamba2_config(model)) or not has_states(model.hf_config):
-        raise _refuse(name, f"its linear attention is of another kind; {SUPPORTED}")
+        raise refuse_model(name, f"its linear attention is of another kind; {SUPPORTED}")
     if parse_qsa_profile(model.hf_config) is not None:
-        raise _refuse(name, "its sparse attention keeps an index beside keys and values")
+        raise refuse_model(name, "its sparse attention keeps an index beside keys and values")
     if hybrid_gdn_config(model) and runner.device.split(":")[0] == "cuda" and is_blackwell():
-        raise _refuse(name, "on Blackwell GPUs SGLang serves gated delta nets with its own attention backends alone")
+        raise refuse_model(
+            name, "on Blackwell GPUs SGLang serves gated delta nets with its own attention backends alone"
+        )
     theirs = [i for i in config.full_attention_layer_ids if info.start_layer <= i < info.end_layer]
     if not theirs:
         raise KVQuantError(
@@ -51,7 +50,7 @@ def check_hybrid(runner: Any, attention: list[int]) -> None:
             "none of them has keys; use a smaller --pp-size"
         )
     if attention != theirs:
-        raise _refuse(name, f"layers {attention} have keys, SGLang knows of {theirs}")
+        raise refuse_model(name, f"layers {attention} have keys, SGLang knows of {theirs}")
 
 
 def balance_memory(runner: Any, table: AllocationTable) -> None:

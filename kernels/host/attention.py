@@ -19,8 +19,7 @@ def causal_attention(
     PyTorch's fused attention, except for caps and sinks, which it does not have: their logits are float32.
     """
     if terms == PLAIN and len(q) == len(k):
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=sm_scale, enable_gqa=True)[0].transpose(0, 1)
+        return _fused(q, k, v, None, sm_scale)
     prefix, out = k.shape[0] - q.shape[0], q.new_empty(*q.shape[:2], v.shape[-1])
     positions = torch.arange(k.shape[0], device=q.device)
     for a in range(0, q.shape[0], QUERY_BLOCK):
@@ -36,9 +35,13 @@ def causal_attention(
     return out
 
 
-def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, sm_scale: float) -> torch.Tensor:
+def _fused(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, sm_scale: float
+) -> torch.Tensor:
+    """mask: None for queries and keys of the same positions."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, mask, scale=sm_scale, enable_gqa=True)[0].transpose(0, 1)
+    out = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=sm_scale, enable_gqa=True)
+    return out[0].transpose(0, 1)
 
 
 def _explicit(

@@ -169,17 +169,24 @@ def test_a_rotary_module_of_another_kind_says_no_frequencies(tiny_model, monkeyp
     assert "LlamaRotaryEmbedding says no frequencies" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["llama_gqa3", "granite_own_scaling", "gpt2_no_rope"])
-def test_what_is_measured_is_the_models_own_attention(tiny_model, monkeypatch, name):
-    """Its logits and its scale; and more bits cost less."""
-    model, exact = tiny_model(name), []
+@pytest.fixture
+def exact(monkeypatch) -> list[hf.HeldOut]:
+    """What is read exactly while something is measured."""
+    made = []
 
     class Seen(hf.HeldOut):
         def __init__(self, *args):
             super().__init__(*args)
-            exact.append(self)
+            made.append(self)
 
     monkeypatch.setattr(hf, "HeldOut", Seen)
+    return made
+
+
+@pytest.mark.parametrize("name", ["llama_gqa3", "granite_own_scaling", "gpt2_no_rope"])
+def test_what_is_measured_is_the_models_own_attention(tiny_model, exact, name):
+    """Its logits and its scale; and more bits cost less."""
+    model = tiny_model(name)
     rope, ids = rope_blocks(model.config), SEQUENCES[1]
     moments = collect(model, SEQUENCES, rope, progress=False)
     uniform = "uniform" if name == "gpt2_no_rope" else "template"
@@ -206,17 +213,10 @@ WINDOWED = {"num_key_value_heads": 1, "head_dim": 32, "sliding_window": 16, "lay
     ],
     ids=["mistral", "gemma2", "gemma3"],
 )
-def test_windows_and_caps_are_the_models_own(config, options, terms, monkeypatch):
+def test_windows_and_caps_are_the_models_own(config, options, terms, exact):
     """Gemma 3 has RoPE of its own in layers with a window, and so its blocks rotate as fast as these do."""
-    model, exact = tiny(config, **options), []
+    model = tiny(config, **options)
     model.set_attn_implementation("eager")  # the only one of transformers' that caps
-
-    class Seen(hf.HeldOut):
-        def __init__(self, *args):
-            super().__init__(*args)
-            exact.append(self)
-
-    monkeypatch.setattr(hf, "HeldOut", Seen)
     rope, ids = rope_blocks(model.config), SEQUENCES[1]
     moments = collect(model, SEQUENCES, rope, progress=False)
     assert moments.theta.isfinite().all() and (config == "Gemma3TextConfig") != bool(
