@@ -15,6 +15,7 @@ class Shape:
     q_heads: int
     kv_heads: int
     dim: int
+    sinks: bool = False  # one for each query head
 
     @property
     def group(self) -> int:
@@ -27,7 +28,7 @@ SHAPES = (
     Shape("Qwen2.5-7B", 28, 4, 128),
     Shape("SmolLM2", 9, 3, 64),
     Shape("Qwen3.5-27B", 24, 4, 256),  # of its full-attention layers
-    Shape("gpt-oss-20b", 64, 8, 64),  # of those without a window; its sinks are left out
+    Shape("gpt-oss-20b", 64, 8, 64, sinks=True),  # of those without a window
 )
 
 #: batch x context of decode attention

@@ -18,6 +18,7 @@ from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.kernels.device.tables import Tables
 from sglang_blockgtq.kernels.format.codec import LayerCodec
 from sglang_blockgtq.kernels.format.layout import num_slots
+from sglang_blockgtq.kernels.terms import Terms
 
 from .cases import CONTIGUOUS, Method, Shape
 
@@ -77,6 +78,11 @@ class Pool:
         v_spread = (energy.v[0] / shape.dim).sqrt().float()[:, None].to(self.device)
         self.k = self._filled(k_spread)
         self.v = self._filled(v_spread.expand_as(k_spread))
+        self.terms = Terms()
+        if shape.sinks:
+            self.terms = Terms(
+                sinks=torch.randn(shape.q_heads, generator=self.generator, device=self.device).bfloat16()
+            )
         # Keeps softmax from being one-hot on these wide-spread heads.
         self.sm_scale = 1.5 / float((self._q_spread.square() * k_spread.square()).sum(-1).mean().sqrt())
 

@@ -30,11 +30,22 @@ def _workspace(device: torch.device) -> torch.Tensor:
 class FlashInfer:
     """One planned batch. Call with q ``[B, Hq, D]`` and a window ``[slots, H, D]`` of keys and of values."""
 
-    def __init__(self, shape: Shape, index: Index, page: int, kv_dtype: torch.dtype, sm_scale: float, queries: int = 1):
+    def __init__(
+        self,
+        shape: Shape,
+        index: Index,
+        page: int,
+        kv_dtype: torch.dtype,
+        sm_scale: float,
+        queries: int = 1,
+        sinks: torch.Tensor | None = None,
+    ):
         from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
         if queries != 1:
             raise NotImplementedError("FlashInfer's decode wrapper takes one query token per request")
+        if sinks is not None:
+            raise NotImplementedError("FlashInfer's decode wrapper has no sinks")
         self.page = page
         indptr, ids = index.flat(page)
         last = index.last_page_len(page)
@@ -72,7 +83,16 @@ class FlashInfer:
 class FlashAttention3:
     """One batch. Call with q ``[B * queries, Hq, D]`` and a window ``[slots, H, D]`` of keys and of values."""
 
-    def __init__(self, shape: Shape, index: Index, page: int, kv_dtype: torch.dtype, sm_scale: float, queries: int = 1):
+    def __init__(
+        self,
+        shape: Shape,
+        index: Index,
+        page: int,
+        kv_dtype: torch.dtype,
+        sm_scale: float,
+        queries: int = 1,
+        sinks: torch.Tensor | None = None,
+    ):
         from sgl_kernel.flash_attn import flash_attn_with_kvcache, get_scheduler_metadata
 
         self.run, self.page, self.kv_dtype = flash_attn_with_kvcache, page, kv_dtype
@@ -103,6 +123,7 @@ class FlashAttention3:
             "causal": True,
             "num_splits": 0,
             "scheduler_metadata": metadata,
+            "sinks": sinks,
         }
 
     def query(self, q: torch.Tensor) -> torch.Tensor:

@@ -13,11 +13,17 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def dense_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: Index, sm_scale: float, queries: int = 1
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    index: Index,
+    sm_scale: float,
+    queries: int = 1,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Float32 attention of the last ``queries`` tokens of each request, causal among themselves.
 
-    q ``[B * queries, Hq, D]``; k, v ``[slots, H, D]``. Returns ``[B * queries, Hq, D]``.
+    q ``[B * queries, Hq, D]``; k, v ``[slots, H, D]``; sinks ``[Hq]``. Returns ``[B * queries, Hq, D]``.
     """
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     heads, k, v = k.shape[1], k.float(), v.float()
@@ -30,7 +36,11 @@ def dense_attention(
         logits = torch.einsum("mhgd,nhd->hgmn", qb, k[at]) * sm_scale
         last = torch.arange(n - queries, n, device=q.device)[:, None]
         future = torch.arange(n, device=q.device)[None, :] > last
-        prob = logits.masked_fill(future, -torch.inf).softmax(-1)
+        logits = logits.masked_fill(future, -torch.inf)
+        if sinks is not None:
+            sink = sinks.float().view(heads, -1, 1, 1).expand(*logits.shape[:-1], 1)
+            logits = torch.cat([logits, sink], -1)
+        prob = logits.softmax(-1)[..., :n]
         out[mine] = torch.einsum("hgmn,nhd->mhgd", prob, v[at]).flatten(1, 2)
     return out
 

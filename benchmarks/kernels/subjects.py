@@ -131,7 +131,7 @@ class Dense(Attention):
         return case.batch * case.context * 2 * case.shape.kv_heads * case.shape.dim * self.dtype.itemsize
 
     def caller(self, case: Case, index: Index, page: int, q: torch.Tensor):
-        call = self.engine(case.shape, index, page, self.dtype, self.pool.sm_scale, case.queries)
+        call = self.engine(case.shape, index, page, self.dtype, self.pool.sm_scale, case.queries, self.pool.terms.sinks)
         out = torch.empty_like(q)  # bf16 whatever the query is cast to
         q = call.query(q)
         k, v = (windows(x, index.slots) for x in self.cache)
@@ -141,7 +141,7 @@ class Dense(Attention):
         if self.method.name == "fa3-fp8":
             q = q.to(FP8)  # what it is given
         k, v = (windows(x, index.slots)[0] for x in self.cache)
-        return dense_attention(q, k, v, index, self.pool.sm_scale, case.queries)
+        return dense_attention(q, k, v, index, self.pool.sm_scale, case.queries, self.pool.terms.sinks)
 
 
 class Packed(Attention):
@@ -176,13 +176,14 @@ class Packed(Attention):
     def caller(self, case: Case, index: Index, page: int, q: torch.Tensor):
         indptr, ids = index.flat(1, ours.INDEX_DTYPE)
         rows, scale = windows(self.rows, index.slots), self.pool.sm_scale
-        step = ours.plan(self.tables, index.batch, case.shape.q_heads, case.queries)
+        step = ours.plan(self.tables, index.batch, case.shape.q_heads, case.queries) | {"terms": self.pool.terms}
         return lambda i: ours.attend(self.tables, q, rows[i], indptr, ids, scale, **step)
 
     def reference(self, case: Case, index: Index, q: torch.Tensor) -> torch.Tensor:
         indptr, slots = index.flat(1, torch.int64)
         rows = gather_rows(self.codec.layout, windows(self.rows, index.slots)[0], slots)
-        return reference.decode_attention(self.codec, q, rows, indptr, self.pool.sm_scale, case.queries)[0]
+        sm_scale, terms = self.pool.sm_scale, self.pool.terms
+        return reference.decode_attention(self.codec, q, rows, indptr, sm_scale, case.queries, terms)[0]
 
     def windows(self, case: Case) -> int:
         return write_windows(self.pool, case.batch) if case.kernel == ENCODE_KERNEL else super().windows(case)

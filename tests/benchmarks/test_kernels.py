@@ -191,11 +191,13 @@ def test_rows_are_the_pools_own_tokens(tokens, monkeypatch):
 # --- references ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("queries", [1, 4])
-def test_dense_attention_against_a_loop(pool, queries):
+def test_dense_attention_against_a_loop(pool, queries, sinks):
     index = data.Index.of((queries, 20), cases.SHUFFLED, "cpu")
     q = pool.queries(2 * queries)
-    found = dense_attention(q, pool.k, pool.v, index, pool.sm_scale, queries)
+    sink = torch.arange(6) / 2.0 if sinks else torch.full((6,), -torch.inf)
+    found = dense_attention(q, pool.k, pool.v, index, pool.sm_scale, queries, sink if sinks else None)
     indptr, slots = index.flat(1, torch.int64)
     for b, n in enumerate(index.lengths):
         at = slots[indptr[b] : indptr[b + 1]]
@@ -203,7 +205,8 @@ def test_dense_attention_against_a_loop(pool, queries):
             seen = at[: n - queries + i + 1]
             for h in range(6):
                 k, v = pool.k[seen, h // 3].double(), pool.v[seen, h // 3].double()
-                prob = torch.softmax(k @ q[b * queries + i, h].double() * pool.sm_scale, 0)
+                logits = k @ q[b * queries + i, h].double() * pool.sm_scale
+                prob = torch.softmax(torch.cat([logits, sink[h : h + 1].double()]), 0)[:-1]
                 torch.testing.assert_close(found[b * queries + i, h].double(), prob @ v, rtol=1e-4, atol=1e-4)
 
 
@@ -252,7 +255,7 @@ def test_packed_decode_of_several_queries_is_checked(packed, monkeypatch):
     assert row.note == "" and row.us and 0 < row.rel_error < subjects.TOLERANCE
     assert row.bytes == 80 * packed.tables.row.row_bytes  # read once for all queries
 
-    def every_token(tables, q, rows, kv_indptr, slots, sm_scale, q_len, scratch):
+    def every_token(tables, q, rows, kv_indptr, slots, sm_scale, q_len, **_):
         """Attention without the causal mask among the queries."""
         rest = gather_rows(packed.codec.layout, rows, slots), kv_indptr, sm_scale
         each = [reference.decode_attention(packed.codec, q[i::q_len], *rest)[0] for i in range(q_len)]
@@ -319,7 +322,7 @@ def test_bf16_cache_writes(pool, monkeypatch):
 # --- peers: stand-ins with the real signatures ----------------------------------------------------------------------
 
 
-def _attend(q, k_cache, v_cache, table, lengths, starts, scale):
+def _attend(q, k_cache, v_cache, table, lengths, starts, scale, sinks=None):
     """Paged attention, causal among the queries; the page table says where tokens are."""
     page = k_cache.shape[1]
     out = torch.empty(q.shape, dtype=torch.float32)
@@ -328,7 +331,7 @@ def _attend(q, k_cache, v_cache, table, lengths, starts, scale):
         index = SimpleNamespace(flat=lambda *_, at=at: (torch.tensor([0, len(at)]), at))
         mine = slice(starts[b], starts[b + 1])
         k, v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
-        out[mine] = dense_attention(q[mine], k, v, index, scale, starts[b + 1] - starts[b])
+        out[mine] = dense_attention(q[mine], k, v, index, scale, starts[b + 1] - starts[b], sinks)
     return out
 
 
@@ -358,7 +361,8 @@ def _fake_fa3(q, k_cache, v_cache, out, page_table, cache_seqlens, cu_seqlens_q,
     assert options.pop("scheduler_metadata") == ("made" if max_seqlen_q == 1 else None)
     starts = cu_seqlens_q.tolist()
     assert max_seqlen_q == starts[1]
-    result = _attend(q, k_cache, v_cache, page_table, cache_seqlens.tolist(), starts, options.pop("softmax_scale"))
+    scale, sinks = options.pop("softmax_scale"), options.pop("sinks")
+    result = _attend(q, k_cache, v_cache, page_table, cache_seqlens.tolist(), starts, scale, sinks)
     assert not options
     return out.copy_(result)
 
@@ -386,6 +390,20 @@ def test_peers_are_given_the_right_tokens(fake_peers, pool, method, order):
     assert row.bytes == 80 * 2 * 2 * 64 * (1 if "fp8" in method.name else 2)
     pages = {cases.CONTIGUOUS: (128, 16, 1), cases.SHUFFLED: (16, 1)}[order]
     assert row.page == pages[0] and row.note == "; ".join(f"page {p}: {row.us:.4g} us" for p in pages[1:])
+
+
+def test_sinks_on_both_sides(fake_peers):
+    shape = cases.Shape("sinks", 6, 2, 64, sinks=True)
+    pool = data.Pool(shape, 512, "cpu")
+    assert pool.terms.sinks.shape == (6,)
+    for method, made in (
+        (FA3, subjects.Dense(FA3, pool)),
+        (TEMPLATE, subjects.Packed(TEMPLATE, pool, _reference_encoder)),
+    ):
+        row = run.measure_case(made, _case(method, context=33, shape=shape), _fake_timer, 0.1)
+        assert row.us and row.rel_error < subjects.TOLERANCE, row.note
+    row = run.measure_case(subjects.Dense(FLASHINFER, pool), _case(FLASHINFER, shape=shape), _fake_timer, 0.1)
+    assert row.us is None and "no sinks" in row.note
 
 
 def test_several_queries_per_request(fake_peers, pool):
