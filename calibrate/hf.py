@@ -24,7 +24,7 @@ from .model import (
     head_dim,
     kv_heads,
     layer_kinds,
-    layers_with_keys,
+    packed_layers,
     rope_blocks,
     rope_parameters,
     text_config,
@@ -49,10 +49,10 @@ _NAME = "blockgtq_capture"
 CHANGING_ROPE = ("dynamic", "longrope")  # their frequencies depend on the sequence's length
 
 
-def _attention(
-    take: Take, heads: int, dim: int, v_dim: int, logits: dict[int, tuple[float, Terms]] | None = None
-) -> Callable:
-    """An attention function of transformers' interface that shows q, k and v to ``take`` and attends causally."""
+def _attention(take: Take, config: PretrainedConfig, logits: dict[int, tuple[float, Terms]] | None = None) -> Callable:
+    """An attention function of transformers' interface that attends causally and shows q, k and v of packed layers to
+    ``take``."""
+    heads, dim, v_dim, packed = kv_heads(config), head_dim(config), v_head_dim(config), set(packed_layers(config))
 
     def forward(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
         layer = getattr(module, "layer_idx", None)
@@ -64,16 +64,17 @@ def _attention(
         terms = Terms(kwargs.get("sliding_window") or 0, kwargs.get("softcap") or 0.0, kwargs.get("s_aux"))
         if not getattr(module, "is_causal", True):
             raise ModelError(f"{where}: attention is not causal; decoder-only models are supported")
-        found = (key.shape[1], key.shape[-1], value.shape[-1])
-        if found != (heads, dim, v_dim) or query.shape[1] % heads:
-            raise ModelError(
-                f"{where}: {query.shape[1]} query heads and {found[0]} KV heads of {found[1]} and {found[2]} channels, "
-                f"the config says {heads} KV heads of {dim} and {v_dim}"
-            )
-        if logits is not None:
-            logits[layer] = scaling, terms
-        if found := take(layer, *(x[0].transpose(0, 1) for x in (query, key, value))):
-            key, value = (x.transpose(0, 1)[None] for x in found)
+        if layer in packed:
+            found = (key.shape[1], key.shape[-1], value.shape[-1])
+            if found != (heads, dim, v_dim) or query.shape[1] % heads:
+                raise ModelError(
+                    f"{where}: {query.shape[1]} query heads and {found[0]} KV heads of {found[1]} and {found[2]} "
+                    f"channels, the config says {heads} KV heads of {dim} and {v_dim}"
+                )
+            if logits is not None:
+                logits[layer] = scaling, terms
+            if read := take(layer, *(x[0].transpose(0, 1) for x in (query, key, value))):
+                key, value = (x.transpose(0, 1)[None] for x in read)
         out = causal_attention(*(x[0].transpose(0, 1) for x in (query, key, value)), scaling, terms)
         return out[None], None
 
@@ -84,12 +85,12 @@ def _attention(
 def _captured(
     model: torch.nn.Module, take: Take, logits: dict[int, tuple[float, Terms]] | None = None
 ) -> Iterator[None]:
-    """Within the context, ``take(layer, q, k, v)`` sees every layer's tensors ``[T, heads, channels]``.
+    """Within the context, ``take(layer, q, k, v)`` sees every packed layer's tensors ``[T, heads, channels]``.
 
     logits: takes the scale and terms of each layer's.
     """
     config = model.config
-    attention = _attention(take, kv_heads(config), head_dim(config), v_head_dim(config), logits)
+    attention = _attention(take, config, logits)
     former = config._attn_implementation
     AttentionInterface.register(_NAME, attention)
     try:
@@ -101,7 +102,7 @@ def _captured(
 
 
 def _check_all_seen(config: PretrainedConfig, seen: set[int]) -> None:
-    if missing := sorted(set(layers_with_keys(config)) - seen):
+    if missing := sorted(set(packed_layers(config)) - seen):
         raise ModelError(
             f"model type {config.model_type}: the attention of layers {missing[:8]} does not go through "
             "transformers' attention interface; calibrate inside the server"
@@ -168,7 +169,7 @@ def collect(
 ) -> Moments:
     """Moments of a transformers causal language model over token sequences; one pass, batch size 1.
 
-    They have a row for each layer with keys. q and k are taken after RoPE and QK-norm. The model's attention
+    They have a row for each packed layer. q and k are taken after RoPE and QK-norm. The model's attention
     implementation is restored.
     Raises ModelError if its attention is not reached through transformers' attention interface, is
     latent, or if ``rope`` (one entry per layer) is not how it pairs channels.
@@ -188,7 +189,7 @@ def collect(
             # Without the language head: nobody needs the logits.
             model.base_model(input_ids=torch.tensor([list(sequence)], device=device), use_cache=False)
             bar.update(len(sequence))
-    return sums.mean(tokens, layers_with_keys(config))
+    return sums.mean(tokens, packed_layers(config))
 
 
 def measure(model: torch.nn.Module, ids: Sequence[int], table: AllocationTable) -> Quality:
@@ -202,7 +203,7 @@ def measure(model: torch.nn.Module, ids: Sequence[int], table: AllocationTable) 
 
     exact = HeldOut(run, len(ids), logits, text_config(model.config).num_hidden_layers)
     rows = layers_of(table, slice(None), range(table.header.layers), device, len(ids))
-    packed = {layer: rows[row] for row, layer in enumerate(layers_with_keys(model.config))}
+    packed = {layer: rows[row] for row, layer in enumerate(packed_layers(model.config))}
     return exact.sums(packed).quality(len(exact.answers))
 
 
@@ -268,7 +269,7 @@ def calibrate_model(
     moments, ids = collect(model, sequences, rope), held_out(tokenizer, text, tokens, min(TOKENS, _context(config)))
     table = build_table(
         moments,
-        [rope[layer] for layer in layers_with_keys(config)],
+        [rope[layer] for layer in packed_layers(config)],
         k_bits=k_bits,
         v_bits=v_bits,
         allocator=allocator,

@@ -45,6 +45,8 @@ ATTENTION = frozenset({"full_attention", "attention", "sliding_attention", "hybr
 WITHOUT_KEYS = frozenset({"linear_attention", "mamba", "mamba2", "conv", "short_conv", "mlp", "moe"})
 
 
+#: Model types whose layers with a window SGLang keeps in a pool of their own, in 16 bits.
+WINDOWS_APART = frozenset({"gpt_oss", "mellum", "mimo_v2_flash"})
 #: Config fields of models whose layers have states.
 STATE_KEYS = ("mamba_d_state", "ssm_state_size", "linear_num_value_heads")
 
@@ -61,10 +63,19 @@ def has_states(config: PretrainedConfig) -> bool:
     return not WITHOUT_KEYS.isdisjoint(layer_kinds(config)) or any(getattr(text, key, None) for key in STATE_KEYS)
 
 
-def layers_with_keys(config: PretrainedConfig) -> list[int]:
-    """Ids of the layers that keep keys and values, in order: all but those of hybrid models with another kind."""
+def windows_apart(config: PretrainedConfig) -> bool:
+    """Whether SGLang keeps the layers with a window in a pool of their own, which forgets what no query sees."""
+    return text_config(config).model_type in WINDOWS_APART and "sliding_attention" in layer_kinds(config)
+
+
+def packed_layers(config: PretrainedConfig) -> list[int]:
+    """Ids of the layers whose keys and values are packed, in order.
+
+    All but those of hybrid models without keys, and those with a window where these are kept apart.
+    """
     kinds = layer_kinds(config) or ["full_attention"] * text_config(config).num_hidden_layers
-    return [layer for layer, kind in enumerate(kinds) if kind not in WITHOUT_KEYS]
+    others = WITHOUT_KEYS | ({"sliding_attention"} if windows_apart(config) else set())
+    return [layer for layer, kind in enumerate(kinds) if kind not in others]
 
 
 def _canonical_rope(rope: dict) -> dict:
@@ -113,8 +124,8 @@ def config_hash(config: PretrainedConfig) -> str:
     fields["v_head_dim"] = v_head_dim(config)  # SGLang sets the attribute where transformers leaves it out
     fields["rope"] = rope_parameters(config)
     fields["rotary_dim"] = getattr(text, "rotary_dim", None)
-    if len(with_keys := layers_with_keys(config)) < text.num_hidden_layers:
-        fields["layers_with_keys"] = with_keys
+    if len(packed := packed_layers(config)) < text.num_hidden_layers:
+        fields["packed_layers"] = packed
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from .model import ATTENTION, WITHOUT_KEYS, ModelError, head_dim, layer_kinds, layers_with_keys, text_config
+from .model import ATTENTION, WITHOUT_KEYS, ModelError, head_dim, layer_kinds, packed_layers, text_config
 from .rope import HeadDimError, check_head_dim
 
 IMAGES_BOTH_WAYS = {"Gemma3ForConditionalGeneration"}
@@ -21,8 +21,8 @@ def unsupported(config: PretrainedConfig) -> str | None:
     if others := sorted(set(layer_kinds(text)) - ATTENTION - WITHOUT_KEYS):
         kinds = ", ".join(others)
         return f"{name} with {kinds} layers: every layer with keys must have full or sliding-window attention"
-    if layer_kinds(text) and not layers_with_keys(text):
-        return f"{name}: no layer has attention, so there is no cache to pack"
+    if layer_kinds(text) and not packed_layers(text):
+        return f"{name}: no layer has attention to all tokens, so there is no cache to pack"
     if getattr(text, "global_head_dim", None):
         return f"{name}: its layers have heads of different sizes"
     if images := IMAGES_BOTH_WAYS.intersection(getattr(config, "architectures", None) or ()):

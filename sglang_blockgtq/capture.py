@@ -7,7 +7,7 @@ attention and adds up energies is all it takes. Every TP and PP rank walks the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +27,7 @@ from sglang.srt.runtime_context import get_parallel
 from tqdm import tqdm
 
 from .calibrate.frequencies import frequencies, of_blocks
-from .calibrate.model import ModelError, has_states, layers_with_keys, rope_parameters
+from .calibrate.model import ModelError, has_states, packed_layers, rope_parameters
 from .calibrate.moments import Moments, MomentSums
 from .calibrate.rope import RopeBlocks
 from .calibrate.rope_check import Probe, check_swings, trusted
@@ -94,15 +94,15 @@ def frequencies_of(model: torch.nn.Module, head_dim: int) -> dict[int, torch.Ten
 
 
 class CaptureBackend(AttentionBackend):
-    """Dense causal attention over one batch of whole sequences. ``take(layer_id, q, k, v)`` sees ``[T, heads, D]``, and
-    may return other keys and values to attend to."""
+    """Dense causal attention over one batch of whole sequences. ``take(layer_id, q, k, v)`` sees ``[T, heads, D]`` of
+    ``packed`` layers, and may return other keys and values to attend to."""
 
-    def __init__(self, take: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], Any]):
+    def __init__(self, take: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], Any], packed: Collection[int]):
         super().__init__()
         # uint8 keeps fused RoPE-and-store kernels off: there is no pool to store into.
         self.token_to_kv_pool = SimpleNamespace(dtype=torch.uint8)
         self.req_to_token_pool = None
-        self.take = take
+        self.take, self.packed = take, packed
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         pass
@@ -114,7 +114,8 @@ class CaptureBackend(AttentionBackend):
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
         v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
-        k, v = self.take(layer.layer_id, q, k, v) or (k, v)
+        if layer.layer_id in self.packed:
+            k, v = self.take(layer.layer_id, q, k, v) or (k, v)
         out = q.new_empty(q.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         start = 0
         for n in forward_batch.extend_seq_lens_cpu:
@@ -164,7 +165,7 @@ def forward(
     Returns what the model does, on the last pipeline stage: logits of the places ``answers [N]`` among it.
     """
     pp, batch, extra = get_pp_group(), _batch(runner, ids, positions), {}
-    backend = with_states(runner, CaptureBackend(take))
+    backend = with_states(runner, CaptureBackend(take, packed_layers(runner.model_config.hf_config)))
     backend.init_forward_metadata(batch)
     if answers is not None:
         # SGLang gives logits of the last token of each sequence by its lengths on the device, which nothing else reads
@@ -231,7 +232,7 @@ def check_rope(
 
 
 def collect_moments(runner: Any, sequences: list[list[int]]) -> tuple[Moments, list[RopeBlocks]]:
-    """Moments of the whole model and the RoPE pairing of every layer with keys, identical on all ranks.
+    """Moments of the whole model and the RoPE pairing of every packed layer, identical on all ranks.
 
     runner: a ModelRunner with weights loaded. sequences: token ids, the same on every rank. Raises KVQuantError if the
     pairing is not the model's own.
@@ -248,7 +249,7 @@ def collect_moments(runner: Any, sequences: list[list[int]]) -> tuple[Moments, l
         forward(runner, take, ids, range(len(ids)))
     reduce(sums.flat)  # replicated heads are counted once a replica, in the counts too
     try:
-        with_keys = layers_with_keys(runner.model_config.hf_config)
-        return sums.mean(sum(map(len, sequences)), with_keys), [rope[layer] for layer in with_keys]
+        packed = packed_layers(runner.model_config.hf_config)
+        return sums.mean(sum(map(len, sequences)), packed), [rope[layer] for layer in packed]
     except ValueError as e:
         raise KVQuantError(f"--kv-quant {NAME}: {e}; serve this model without --kv-quant") from None

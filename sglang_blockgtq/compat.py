@@ -44,6 +44,14 @@ SIGNATURES = {
     ],
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._hybrid_full_attention_pool_class": ["self", "mha_pool_class"],
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool": ["self", "sizes"],
+    "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_hybrid_swa_kv_pool": ["self", "mha_pool_class"],
+    "model_executor.pool_configurator.HybridSWAPoolConfigurator.__init__": ["self", "kvc"],
+    "model_executor.pool_configurator.HybridSWAPoolConfigurator._recompute_cell_size": ["self"],
+    "mem_cache.swa_memory_pool.SWAKVPool.__init__": [
+        "token_to_kv_pool_class",
+        "swa_attention_layer_ids",
+        "full_attention_layer_ids",
+    ],
     "mem_cache.memory_pool.HybridLinearKVPool.__init__": ["full_kv_pool_class"],
     "mem_cache.memory_pool.HybridReqToTokenPool.__init__": [
         "size",
@@ -117,6 +125,12 @@ CALLS = {
     ),
     "mem_cache.memory_pool.HybridLinearKVPool.__init__": "self.full_kv_pool = TokenToKVPoolClass(",
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._handle_max_mamba_cache": "mamba_full_memory_ratio",
+    "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_hybrid_swa_kv_pool": (
+        "token_to_kv_pool_class=swa_pool_class"
+    ),
+    "mem_cache.swa_memory_pool.SWAKVPool.__init__": '"allocation_label": "Full"',
+    "model_executor.pool_configurator.HybridSWAPoolConfigurator._recompute_cell_size": "_full_cell_bytes(",
+    "model_executor.pool_configurator.HybridSWAPoolConfigurator._full_cell_bytes": "self._full_per_token",
     # Within the graph, before the scheduler may write to the table of requests again.
     "model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner._run_in_graph_metadata_prep": (
         "init_forward_metadata_in_graph("

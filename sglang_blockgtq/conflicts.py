@@ -244,8 +244,6 @@ def check_runner(runner: Any) -> None:
 
     if runner.use_mla_backend:  # SGLang knows MLA by the architecture's name
         raise refuse_model("MLA attention", "it keeps one latent vector, not keys and values")
-    if runner.is_hybrid_swa:
-        raise refuse_model("a split sliding-window pool", "only one full-attention pool is supported")
     if runner.kv_cache_dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise refuse_model(f"cache dtype {runner.kv_cache_dtype} from the checkpoint", "its scales are for fp8")
     if runner.device.split(":")[0] == "cuda" and torch.version.hip:

@@ -13,7 +13,7 @@ from typing import Any
 
 from .calibrate.allocate import ALLOCATOR_VERSION
 from .calibrate.build import BUILDER_VERSION, build_table
-from .calibrate.model import config_hash, head_dim, kv_heads, layers_with_keys, v_head_dim
+from .calibrate.model import config_hash, head_dim, kv_heads, packed_layers, v_head_dim
 from .calibrate.moments import Moments
 from .calibrate.quality import CPU_TOKENS, QUALITY_VERSION, TOKENS
 from .calibrate.rope import RopeBlocks
@@ -39,7 +39,7 @@ def check_table(table: AllocationTable, path: str, options: KVQuantOptions, conf
     if header.config_hash != config_hash(config):
         raise KVQuantError(f"{flag('table')} {path}: made for another model ({header.model_id or 'unnamed'}); {make}")
     shape = {
-        "layers": len(layers_with_keys(config)),
+        "layers": len(packed_layers(config)),
         "kv_heads": kv_heads(config),
         "head_dim": head_dim(config),
         "v_head_dim": v_head_dim(config),

@@ -41,7 +41,6 @@ def _from_cli_args(orig: Any, cls: type, args: Any, *more: Any, **kwargs: Any) -
     except KVQuantError as e:
         raise SystemExit(f"error: {e}") from None
     args.attention_backend = NAME
-    args.disable_hybrid_swa_memory = True  # layers with a window are packed like the others, in one pool
     if getattr(args, "device", None) is None:
         args.device = preflight.default_device()
     server_args = orig(cls, args, *more, **kwargs)
@@ -56,7 +55,6 @@ def engine_server_args(*args: Any, **kwargs: Any) -> Any:
         return _make_server_args(*args, **kwargs)
     _check(asked, kwargs.get)
     kwargs["attention_backend"] = NAME
-    kwargs["disable_hybrid_swa_memory"] = True
     if kwargs.get("device") is None:
         kwargs["device"] = preflight.default_device()
     server_args = _make_server_args(*args, **kwargs)
@@ -153,8 +151,12 @@ def _after_update(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 # --- capacity and pool ---------------------------------------------------------------------------
 
 
+def _packs(configurator: Any) -> bool:
+    return KVQuantOptions.of(configurator.server_args) is not None and not configurator.is_draft_worker
+
+
 def _compute_cell_size(orig: Any, self: Any, kvc: Any, *args: Any, **kwargs: Any) -> int:
-    if KVQuantOptions.of(kvc.server_args) is None or kvc.is_draft_worker:
+    if not _packs(kvc):
         return orig(self, kvc, *args, **kwargs)
     from .runtime import UNCOUNTED_BYTES_PER_TOKEN, current
 
@@ -162,10 +164,20 @@ def _compute_cell_size(orig: Any, self: Any, kvc: Any, *args: Any, **kwargs: Any
     return current().bytes_per_token + UNCOUNTED_BYTES_PER_TOKEN
 
 
+def _size_split_pool(result: Any, self: Any, kvc: Any, *args: Any, **kwargs: Any) -> None:
+    if not _packs(kvc):
+        return
+    from .runtime import UNCOUNTED_BYTES_PER_TOKEN, current
+
+    # What it takes for all layers with full attention, which SGLang multiplies by their number.
+    self._full_per_token = (current().bytes_per_token + UNCOUNTED_BYTES_PER_TOKEN) / self._full_layers_num
+    self._recompute_cell_size()
+
+
 def _build_mha_kv_pool(
     orig: Any, self: Any, *, max_total_num_tokens: int, mha_pool_class: type, quant_method: Any = None, **kwargs: Any
 ) -> Any:
-    if KVQuantOptions.of(self.server_args) is None or self.is_draft_worker:
+    if not _packs(self):
         return orig(
             self,
             max_total_num_tokens=max_total_num_tokens,
@@ -201,11 +213,31 @@ def _packed_pool(configurator: Any, size: int, enable_memory_saver: bool) -> Any
 def _full_attention_pool_class(orig: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """What a hybrid model's wrapper builds, by keyword, for its layers with keys."""
     stock = orig(self, *args, **kwargs)
-    if KVQuantOptions.of(self.server_args) is None or self.is_draft_worker:
-        return stock
+    return _packed_class(self, stock) if _packs(self) else stock
+
+
+def _build_hybrid_swa_kv_pool(orig: Any, self: Any, *, mha_pool_class: type, **kwargs: Any) -> Any:
+    """The wrapper builds one pool for the layers with full attention and one for those with a window, by keyword."""
+    if not _packs(self):
+        return orig(self, mha_pool_class=mha_pool_class, **kwargs)
+    packed = _packed_class(self, mha_pool_class)
+
+    def of_kind(*, allocation_label: str, **more: Any) -> Any:
+        return (packed if allocation_label == "Full" else mha_pool_class)(allocation_label=allocation_label, **more)
+
+    return orig(self, mha_pool_class=of_kind, **kwargs)
+
+
+def _packed_class(configurator: Any, stock: type) -> Callable[..., Any]:
+    """In the place of ``stock``, for the layers with full attention. KVQuantError unless that is the plain pool."""
+    if stock.__name__ != "MHATokenToKVPool" or configurator.post_capture_kv_active:
+        raise KVQuantError(
+            f"--kv-quant {NAME}: the engine asked for a {stock.__name__} pool for the layers with full attention; "
+            "only the plain one can be packed, leave out options that change the KV pool"
+        )
 
     def packed(*, size: int, layer_num: int, enable_memory_saver: bool, quant_method: Any = None, **_: Any) -> Any:
-        pool = _packed_pool(self, size, enable_memory_saver)
+        pool = _packed_pool(configurator, size, enable_memory_saver)
         if quant_method is not None or layer_num != pool.layer_num:
             raise KVQuantError(
                 f"--kv-quant {NAME}: the engine asked for a {stock.__name__} pool of {layer_num} layers with "
@@ -214,16 +246,11 @@ def _full_attention_pool_class(orig: Any, self: Any, *args: Any, **kwargs: Any) 
             )
         return pool
 
-    if stock.__name__ != "MHATokenToKVPool" or self.post_capture_kv_active:
-        raise KVQuantError(
-            f"--kv-quant {NAME}: the engine asked for a {stock.__name__} pool for the layers with full attention; "
-            "only the plain one can be packed, leave out options that change the KV pool"
-        )
     return packed
 
 
 def _check_pool(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    if KVQuantOptions.of(self.server_args) is None or self.is_draft_worker:
+    if not _packs(self):
         return
     from .pool import packed_pool
 
@@ -294,10 +321,15 @@ _HOOKS = {
     _UPDATER + "update_weights_from_ipc": ("AFTER", _after_update),
     _UPDATER + "load_weights_from_distributed": ("AFTER", _after_update),
     "model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size": ("AROUND", _compute_cell_size),
+    "model_executor.pool_configurator.HybridSWAPoolConfigurator.__init__": ("AFTER", _size_split_pool),
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool": ("AROUND", _build_mha_kv_pool),
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._hybrid_full_attention_pool_class": (
         "AROUND",
         _full_attention_pool_class,
+    ),
+    "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_hybrid_swa_kv_pool": (
+        "AROUND",
+        _build_hybrid_swa_kv_pool,
     ),
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool": ("AFTER", _check_pool),
     "models.utils.enable_fused_set_kv_buffer": ("AROUND", _fused_set_kv_buffer),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .calibrate.model import layers_with_keys
+from .calibrate.model import packed_layers
 from .calibrate.quality import Quality
 from .calibrate.table import AllocationTable, layers_of
 from .choose import choose
@@ -135,13 +135,17 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
     from .capture import attention_layers, local_heads
     from .conflicts import check_granularity, check_layers, check_resolved, check_runner
     from .hybrid import balance_memory, check_hybrid
+    from .split import balance_windows, check_split
     from .states import release
 
     check_resolved()
     check_runner(runner)
     check_granularity(runner.model_config.hf_config, options)
+    row_of = {layer: row for row, layer in enumerate(packed_layers(runner.model_config.hf_config))}
     attention = attention_layers(runner.model)
     check_hybrid(runner, [x.layer_id for x in attention])
+    attention = [x for x in attention if x.layer_id in row_of]
+    check_split(runner, [x.layer_id for x in attention])
     check_layers(attention, runner.model_config.head_dim)
     kv_heads = runner.model_config.get_total_num_kv_heads()
     heads = local_heads(kv_heads)
@@ -152,7 +156,6 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
             f"--kv-quant {NAME}: this rank has {here[0].tp_k_head_num} KV heads, the table gives it {len(held)}; "
             "the model spreads its heads in an unsupported way, use another --tp-size"
         )
-    row_of = {layer: row for row, layer in enumerate(layers_with_keys(runner.model_config.hf_config))}
     ids = {x.layer_id: row_of[x.layer_id] for x in here}
 
     def make(table: AllocationTable) -> dict[int, PackedLayer]:
@@ -186,6 +189,7 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
     check_ranks(table.header.table_hash, runtime.bytes_per_token)
     set_current(runtime)
     balance_memory(runner, table)
+    balance_windows(runner, table)
     if is_rank_zero():
         logger.info(runtime.line())
         memory = ", ".join(f"{kind.replace('_', ' ')} {n / (1 << 20):.0f} MiB" for kind, n in runtime.memory().items())

@@ -10,20 +10,11 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
+from .beside import Beside
 from .calibrate.model import has_states
 
 STATE = 1  # of the one request; state 0 is that of padding
 _kept: tuple[Any, Any] | None = None  # a runner and its backend, from its first sequence to release()
-
-
-class _Beside:
-    """A ModelRunner, but for what is given here; what is set on it stays here, too."""
-
-    def __init__(self, runner: Any, **given: Any):
-        self.__dict__.update(given, _runner=runner)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
 
 
 def state_layers(runner: Any) -> list[int]:
@@ -77,7 +68,7 @@ def _beside_states(runner: Any, attention: AttentionBackend) -> Any:
 
     attention.req_to_token_pool = new_states(runner)
     pools = {"req_to_token_pool": attention.req_to_token_pool, "token_to_kv_pool": attention.token_to_kv_pool}
-    return attn_backend_wrapper(_Beside(runner, **pools), attention)
+    return attn_backend_wrapper(Beside(runner, **pools), attention)
 
 
 def release() -> None:

@@ -6,14 +6,16 @@ from typing import Any
 
 
 def create(runner: Any):
-    """The attention backend for a ModelRunner whose pool is packed."""
+    """The attention backend for a ModelRunner whose pool is packed, or in part."""
     if runner.device.split(":")[0] == "cuda":
-        from .cuda import TritonPackedBackend
+        from .cuda import TritonPackedBackend as Backend
+    else:
+        from .cpu import TorchPackedBackend as Backend
+    if runner.is_hybrid_swa:
+        from .split import SplitBackend
 
-        return TritonPackedBackend(runner)
-    from .cpu import TorchPackedBackend
-
-    return TorchPackedBackend(runner)
+        return SplitBackend(runner, Backend)
+    return Backend(runner)
 
 
 def require_packed_pool(runner: Any):

@@ -11,7 +11,7 @@ from sglang_blockgtq.calibrate.model import (
     ModelError,
     config_hash,
     has_states,
-    layers_with_keys,
+    packed_layers,
     rope_blocks,
 )
 from sglang_blockgtq.calibrate.moments import MomentSums
@@ -57,11 +57,11 @@ def tiny(name: str):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_moments_and_tables_have_rows_for_layers_with_keys(name, caplog):
+def test_moments_and_tables_have_rows_for_packed_layers(name, caplog):
     *_, layers, pairing = MODELS[name]
     model = tiny(name)
     config, rope = model.config, rope_blocks(model.config)
-    assert layers_with_keys(config) == layers and has_states(config)
+    assert packed_layers(config) == layers and has_states(config)
     moments = collect(model, SEQUENCES, rope, progress=False)
     assert (moments.layers, moments.heads, moments.tokens) == (len(layers), 2, 200)
     assert {(rope[i].rotary_dim, rope[i].neox) for i in layers} == {pairing}
@@ -115,10 +115,10 @@ def test_which_layers_have_keys_is_part_of_a_models_identity():
 def test_kinds_of_layers():
     granite = transformers.GraniteMoeHybridConfig(num_hidden_layers=3, layer_types=["mamba", "attention", "mamba"])
     nemotron = transformers.NemotronHConfig(hybrid_override_pattern="M-M*-E*M")
-    assert layers_with_keys(granite) == [1] and layers_with_keys(nemotron) == [3, 6]
+    assert packed_layers(granite) == [1] and packed_layers(nemotron) == [3, 6]
     assert has_states(granite) and has_states(nemotron)
     dense = transformers.LlamaConfig(num_hidden_layers=3)
-    assert layers_with_keys(dense) == [0, 1, 2] and not has_states(dense)
+    assert packed_layers(dense) == [0, 1, 2] and not has_states(dense)
     for config in (granite, nemotron, dense):
         check_model(config)
 
