@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ _DELTA_NETS = {
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
 }
+_INTERVAL = {"full_attention_interval": 4}
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -25,11 +27,16 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 1024,
 }
+_IMAGE_TOKENS = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
+_VISION = {"depth": 1, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64}
 
 
 @dataclass(frozen=True)
 class Family:
     """config: transformers' class. heads: (query, KV, channels). like: models that attend so.
+
+    saved: what checkpoints of it have in config.json in the place of what transformers writes; None: nothing.
+    vision: config of a small vision tower; then ``more`` is the language model's, and prompts are text alone.
 
     states: some layers keep a state for each request, in Triton kernels that the CPU runs in Triton's interpreter.
     gpu_only: why no server of it is started on a CPU. config_only: it is refused by its config, so it has no weights.
@@ -40,13 +47,16 @@ class Family:
     config: str
     heads: tuple[int, int, int]
     more: Mapping[str, Any] = field(default_factory=dict)
+    saved: Mapping[str, Any] = field(default_factory=dict)
+    vision: Mapping[str, Any] | None = None
     states: bool = False
     gpu_only: str = ""
     config_only: bool = False
 
     @property
     def architecture(self) -> str:
-        return self.config.removesuffix("Config").removesuffix("Text") + "ForCausalLM"
+        name = self.config.removesuffix("Config").removesuffix("Text")
+        return name + ("ForCausalLM" if self.vision is None else "ForConditionalGeneration")
 
     def build(self, tokenizer: Path, folder: Path, dtype: str = "float32") -> None:
         """Save it with the tokenizer's files. Weights are large enough for answers to differ."""
@@ -54,23 +64,23 @@ class Family:
         import transformers
 
         query, kv, channels = self.heads
-        config = getattr(transformers, self.config)(
-            **{
-                "vocab_size": len(transformers.AutoTokenizer.from_pretrained(tokenizer)),
-                "hidden_size": 256,
-                "intermediate_size": 256,
-                "num_hidden_layers": 2,
-                "num_attention_heads": query,
-                "num_key_value_heads": kv,
-                "head_dim": channels,
-                "max_position_embeddings": 2048,
-                "bos_token_id": 1,
-                "eos_token_id": 2,
-                "pad_token_id": 0,
-                "architectures": [self.architecture],
-                **self.more,
-            }
-        )
+        text = {
+            "vocab_size": len(transformers.AutoTokenizer.from_pretrained(tokenizer)),
+            "hidden_size": 256,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": query,
+            "num_key_value_heads": kv,
+            "head_dim": channels,
+            "max_position_embeddings": 2048,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            **self.more,
+        }
+        tower = {"text_config": text, "vision_config": self.vision, **_IMAGE_TOKENS}
+        given = {"architectures": [self.architecture], **(text if self.vision is None else tower)}
+        config = getattr(transformers, self.config)(**given)
         folder.mkdir(parents=True, exist_ok=True)
         for file in tokenizer.iterdir():
             if "token" in file.name or file.suffix == ".jinja" or file.name in ("vocab.json", "merges.txt"):
@@ -79,11 +89,19 @@ class Family:
             config.save_pretrained(folder)
             return
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        auto = transformers.AutoModelForCausalLM
+        if self.vision is not None:
+            auto = transformers.AutoModelForImageTextToText
+            transformers.Qwen2VLImageProcessor().save_pretrained(folder)
+            transformers.Qwen3VLVideoProcessor().save_pretrained(folder)
+        model = auto.from_config(config)
         for weight in model.parameters():
             if weight.dim() > 1:
                 weight.data.normal_(0, 0.8 * weight.shape[-1] ** -0.5)
         model.to(getattr(torch, dtype)).save_pretrained(folder)
+        file = folder / "config.json"
+        written = json.loads(file.read_text()) | self.saved
+        file.write_text(json.dumps({name: value for name, value in written.items() if value is not None}, indent=1))
 
 
 _NO_DELTA_NETS = "SGLang's gated delta nets are Triton kernels that Triton's interpreter does not compute"
@@ -97,9 +115,9 @@ FAMILIES = (
         {"rope_parameters": _LLAMA3_ROPE},
     ),
     Family("qwen2", "Qwen2.5-0.5B", "Qwen2Config", (14, 2, 64), {"hidden_size": 896}),
-    Family("qwen2_3b", "Qwen2.5-3B", "Qwen2Config", (16, 2, 128)),
-    Family("qwen2_7b", "Qwen2.5-7B, DeepSeek-R1-Distill-Qwen-7B", "Qwen2Config", (28, 4, 128)),
-    Family("qwen2_14b", "Qwen2.5-14B", "Qwen2Config", (40, 8, 128)),
+    Family("qwen2_3b", "Qwen2.5-3B", "Qwen2Config", (16, 2, 128), {"hidden_size": 2048}),
+    Family("qwen2_7b", "Qwen2.5-7B, DeepSeek-R1-Distill-Qwen-7B", "Qwen2Config", (28, 4, 128), {"hidden_size": 3584}),
+    Family("qwen2_14b", "Qwen2.5-14B", "Qwen2Config", (40, 8, 128), {"hidden_size": 5120}),
     Family("qwen3", "Qwen3-8B", "Qwen3Config", (32, 8, 128)),
     Family("qwen3_moe", "Qwen3-30B-A3B", "Qwen3MoeConfig", (32, 4, 128), _EXPERTS),
     Family(
@@ -193,6 +211,12 @@ FAMILIES = (
             "n_groups": 2,
             "ssm_state_size": 128,
         },
+        saved={
+            "hybrid_override_pattern": "M-M*",
+            "num_hidden_layers": 4,
+            "layers_block_type": None,
+            "mtp_layers_block_type": None,
+        },
         states=True,
     ),
     Family(
@@ -227,6 +251,7 @@ FAMILIES = (
         "Qwen3NextConfig",
         (16, 2, 256),
         {**_DELTA_NETS, **_EXPERTS, "shared_expert_intermediate_size": 128},
+        saved=_INTERVAL,
         states=True,
         gpu_only=_NO_DELTA_NETS,
     ),
@@ -236,8 +261,35 @@ FAMILIES = (
         "Qwen3_5TextConfig",
         (24, 4, 256),
         _DELTA_NETS,
+        saved=_INTERVAL,
         states=True,
         gpu_only=_NO_DELTA_NETS,
+    ),
+    Family(
+        "qwen2_5_vl",
+        "Qwen2.5-VL (text prompts)",
+        "Qwen2_5_VLConfig",
+        (28, 4, 128),
+        {
+            "hidden_size": 3584,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        vision=_VISION | {"out_hidden_size": 3584},
+    ),
+    Family(
+        "qwen3_vl",
+        "Qwen3-VL (text prompts)",
+        "Qwen3VLConfig",
+        (32, 8, 128),
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
+        },
+        vision=_VISION | {"out_hidden_size": 256, "deepstack_visual_indexes": [0]},
     ),
     Family("exaone4", "EXAONE 4", "Exaone4Config", (40, 8, 128)),
     Family("mimo_v2", "MiMo-V2", "MiMoV2FlashConfig", (64, 4, 192), {"v_head_dim": 128, "layer_types": _WINDOWS}),

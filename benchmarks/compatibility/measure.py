@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 
@@ -35,6 +36,10 @@ class OutOfTime(Exception):
     """No server may start any more."""
 
 
+class AnswerError(Exception):
+    """A server answered what is none."""
+
+
 @dataclass
 class Run:
     """What is the same for all families. device: "cuda" or "cpu". name: of the GPU, or "cpu". ids: LENGTH tokens.
@@ -54,6 +59,7 @@ class Run:
     tables: str
     end: float = float("inf")
     logs: Path | None = None
+    stopped: bool = False
     _servers: set[Server] = field(default_factory=set)
 
     @property
@@ -88,12 +94,15 @@ class Run:
             env["TRITON_INTERPRET"] = "1"
         return env
 
+    def log(self, family: Family, page: int | None, folder: Path) -> Path:
+        return (self.logs or folder) / f"{family.name}_{'stock' if page is None else page}.log"
+
     @contextmanager
     def server(self, family: Family, page: int | None, folder: Path) -> Iterator[Server]:
         """Ready to answer. OutOfTime, ServerError."""
         if time.monotonic() > self.end:
             raise OutOfTime
-        log = (self.logs or folder) / f"{family.name}_{'stock' if page is None else page}.log"
+        log = self.log(family, page, folder)
         with Server(str(folder), *self.arguments(family, page), log=log, env=self.environment(family)) as server:
             self._servers.add(server)
             try:
@@ -103,7 +112,7 @@ class Run:
 
     def stop(self) -> None:
         """Every server, and let none start."""
-        self.end = 0
+        self.end, self.stopped = 0, True
         for server in list(self._servers):
             server.stop()
 
@@ -135,16 +144,19 @@ class Answers:
         server.flush()
         reread, _ = server.logprobs(prompt + [token for _, token in made], PREFIX - 1)
         decoded = [lp for lp, _ in made]
+        if wrong := [x for x in (*cold, *warm, *decoded, *reread) if x is None or not isfinite(x)]:
+            raise AnswerError(f"{len(wrong)} log-probabilities are no numbers")
         return cls(cold, warm, decoded[1:], reread[1:], hit, info, graphs(server.output()), server.start_s or 0)
 
 
-def exact(folder: Path, ids: list[int]) -> list[float]:
+def exact(family: Family, folder: Path, ids: list[int]) -> list[float]:
     """Log-probabilities of the tokens after PREFIX, by transformers in float32."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    auto = AutoModelForCausalLM if family.vision is None else AutoModelForImageTextToText
     with _LOADING:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     with torch.inference_mode():
         logprobs = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
     return logprobs[PREFIX:-1].gather(1, torch.tensor(ids[PREFIX + 1 :])[:, None])[:, 0].tolist()
@@ -169,15 +181,15 @@ def why(output: str) -> tuple[str, str]:
 
 def ask(run: Run, family: Family, page: int | None, folder: Path) -> Answers | tuple[str, str]:
     """A server's answers, or its outcome and words."""
-    log = (run.logs or folder) / f"{family.name}_{'stock' if page is None else page}.log"
     try:
         with run.server(family, page, folder) as server:
             return Answers.of(server, run.ids)
+    except AnswerError as e:
+        return "failed", str(e)
     except (ServerError, requests.RequestException) as e:
-        if time.monotonic() > run.end:
+        if run.stopped:
             raise OutOfTime from e
-        outcome, words = why(log.read_text(errors="replace"))
-        return outcome, f"{type(e).__name__}: {shown(str(e))}"[:300] if words == "no reason found" else words
+        return why(run.log(family, page, folder).read_text(errors="replace"))
 
 
 def rows(run: Run, family: Family, have: set[int]) -> Iterator[dict]:
@@ -202,7 +214,7 @@ def rows(run: Run, family: Family, have: set[int]) -> Iterator[dict]:
             if run.stock and stock is None:
                 stock = ask(run, family, None, folder)
             if plain is None and (not run.stock or isinstance(stock, Answers)):
-                plain = exact(folder, run.ids)
+                plain = exact(family, folder, run.ids)
             yield row | {"page_size": page} | compared(packed, stock, plain, run.cuda)
 
 
