@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
@@ -35,7 +35,9 @@ from ..launch import exit_on_sigterm, missing_plugin, shown
 from ..server_steps import provenance
 from . import document
 from .families import FAMILIES, Family
-from .measure import COLUMNS, LENGTH, PACKED, OutOfTime, Run, finished, rows
+from .measure import COLUMNS, LENGTH, PACKED, OutOfTime, Run, finished, measured
+
+GRACE = 60  # seconds for servers that have started when --minutes are over
 
 
 class Record:
@@ -60,18 +62,17 @@ class Record:
             self.say(" ".join(f"{name}={row[name]}" for name in COLUMNS if row.get(name, "") != ""))
 
 
-def measure(run: Run, family: Family, have: set[int], record: Record) -> bool:
-    """Add a family's rows. Whether all went as it should: a model that fails to be served is a row, too."""
+def measure(run: Run, family: Family, page: int, record: Record) -> bool:
+    """Add a row. Whether there is one: of a model that is not served, too."""
     try:
-        for row in rows(run, family, have):
+        if row := measured(run, family, page):
             record.add(row)
+        return True
     except OutOfTime:
-        record.say(f"family={family.name}: no time left")
-        return False
+        record.say(f"family={family.name} page_size={page}: no time left")
     except Exception:
-        record.say(f"family={family.name}: {traceback.format_exc()}")
-        return False
-    return True
+        record.say(f"family={family.name} page_size={page}: {traceback.format_exc()}")
+    return False
 
 
 def page_sizes(text: str) -> list[int]:
@@ -97,7 +98,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=["cuda", "cpu"], help="default: a GPU where there is one")
     add("--only", nargs="+", choices=[f.name for f in FAMILIES], metavar="FAMILY", help="default: all")
     add("--page-sizes", type=page_sizes, default=[1, 64], metavar="N,N", help="tokens; default: 1,64")
-    add("--parallel", type=int, metavar="N", help="servers at a time; default: 8 on a GPU, 1 on a CPU")
+    add("--parallel", type=int, metavar="N", help="servers at a time; default: 10 on a GPU, 1 on a CPU")
     add("--stock", action=argparse.BooleanOptionalAction, help="start stock SGLang, too; default: on a GPU")
     add("--resume", action="store_true", help="keep the rows that the file has, and measure the others")
     add("--minutes", type=float, default=float("inf"), help="start no server after so long")
@@ -116,7 +117,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def prepare(args: argparse.Namespace, tables: str) -> Run:
+def prepare(args: argparse.Namespace, work: Path) -> Run:
     """Ends the program where the device is missing."""
     import torch
     from transformers import AutoTokenizer
@@ -124,18 +125,17 @@ def prepare(args: argparse.Namespace, tables: str) -> Run:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: --device cuda: PyTorch finds no GPU; use --device cpu")
-    args.parallel = args.parallel or (8 if device == "cuda" else 1)
+    args.parallel = args.parallel or (10 if device == "cuda" else 1)
     text = (files("sglang") / "test" / "long_prompt.txt").read_text()
     return Run(
         device=device,
         name=torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        page_sizes=args.page_sizes,
         stock=device == "cuda" if args.stock is None else args.stock,
         fraction=round(0.5 / args.parallel, 4),
         tokenizer=args.tokenizer,
         ids=AutoTokenizer.from_pretrained(args.tokenizer)(text)["input_ids"][:LENGTH],
         user_args=args.server_args,
-        tables=tables,
+        work=work,
         end=time.monotonic() + 60 * args.minutes,
         logs=args.logs,
     )
@@ -154,24 +154,22 @@ def main(argv: list[str] | None = None) -> int:
     kept = list(csv.DictReader(args.out.open())) if args.resume and args.out.exists() else []
     args.out.parent.mkdir(parents=True, exist_ok=True)
     record = Record(args.out, kept)
-    with tempfile.TemporaryDirectory() as tables:
-        run = prepare(args, tables)
-        common = {"cache": run.arguments(FAMILIES[0], run.page_sizes[0]), "stock": run.arguments(FAMILIES[0], None)}
-        made = provenance(command, args.commit) | {"parallel": args.parallel, "server_args": common}
+    with tempfile.TemporaryDirectory() as work:
+        run = prepare(args, Path(work))
+        servers = {"packed": run.arguments(FAMILIES[0], args.page_sizes[0]), "stock": run.arguments(FAMILIES[0], None)}
+        made = provenance(command, args.commit) | {"parallel": args.parallel, "server_args": servers}
         args.out.with_suffix(".json").write_text(shown(json.dumps(made, indent=1)) + "\n")
+        chosen = [family for family in FAMILIES if args.only is None or family.name in args.only]
+        have = {family.name: finished(family, kept, args.page_sizes) for family in chosen}
+        todo = [(family, page) for page in args.page_sizes for family in chosen if page not in have[family.name]]
         with ThreadPoolExecutor(args.parallel) as threads:
             try:
-                chosen = [f for f in FAMILIES if args.only is None or f.name in args.only]
-                todo = [(family, finished(family, kept, run.page_sizes)) for family in chosen]
-                jobs = [
-                    threads.submit(measure, run, family, have, record)
-                    for family, have in todo
-                    if not have.issuperset(run.page_sizes)
-                ]
-                return 0 if all([job.result() for job in jobs]) else 1
+                jobs = [threads.submit(measure, run, *job, record) for job in todo]
+                wait(jobs, None if args.minutes == float("inf") else 60 * args.minutes + GRACE)
             finally:
                 run.stop()
                 threads.shutdown(cancel_futures=True)
+        return 0 if all(not job.cancelled() and job.result() for job in jobs) else 1
 
 
 if __name__ == "__main__":

@@ -292,7 +292,6 @@ FAMILIES = (
         vision=_VISION | {"out_hidden_size": 256, "deepstack_visual_indexes": [0]},
     ),
     Family("exaone4", "EXAONE 4", "Exaone4Config", (40, 8, 128)),
-    Family("mimo_v2", "MiMo-V2", "MiMoV2FlashConfig", (64, 4, 192), {"v_head_dim": 128, "layer_types": _WINDOWS}),
     Family("llama4", "Llama 4", "Llama4TextConfig", (40, 8, 128), {"num_local_experts": 2}, config_only=True),
     Family(
         "gemma3_images",

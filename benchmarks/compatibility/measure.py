@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +28,8 @@ PREFIX, LENGTH, NEW = 200, 260, 16  # tokens: several windows; of an answer
 START = 400  # seconds
 CPU_TOKENS = 2000
 PACKED = ["--kv-quant=blockgtq", "--kv-quant-k-bits=8", "--kv-quant-v-bits=8"]
-ALONE = Path(__file__).parent / "alone"  # a plugin for servers that share a GPU
+ALONE = Path(__file__).parent / "alone"  # a plugin for servers that share a GPU,
+SIZED = "sized as if alone on the GPU"  # which then say this
 _LOADING = threading.Lock()  # transformers is not made for several threads
 
 
@@ -41,30 +42,44 @@ class AnswerError(Exception):
 
 
 @dataclass
+class Known:
+    """Of a family, for the rows of other page sizes. settled: there are none."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    settled: bool = False
+    stock: Answers | tuple[str, str] | None = None
+    plain: list[float] | tuple[str, str] | None = None
+
+
+@dataclass
 class Run:
     """What is the same for all families. device: "cuda" or "cpu". name: of the GPU, or "cpu". ids: LENGTH tokens.
 
-    fraction: of a GPU's memory that each server takes. stock: also start SGLang's own bf16 cache. end: on
-    time.monotonic(), no server starts after it. logs: folder to keep those of servers; None: they go.
+    fraction: of a GPU's memory that each server takes. stock: also start SGLang's own bf16 cache. work: a folder for
+    models, tables and logs that go. end: on time.monotonic(), no server starts after it. logs: folder to keep logs.
     """
 
     device: str
     name: str
-    page_sizes: list[int]
     stock: bool
     fraction: float
     tokenizer: Path
     ids: list[int]
     user_args: list[str]
-    tables: str
+    work: Path
     end: float = float("inf")
     logs: Path | None = None
     stopped: bool = False
+    known: dict[str, Known] = field(default_factory=lambda: defaultdict(Known))
     _servers: set[Server] = field(default_factory=set)
 
     @property
     def cuda(self) -> bool:
         return self.device == "cuda"
+
+    @property
+    def models(self) -> Path:
+        return self.work / "models"
 
     @property
     def dtype(self) -> str:
@@ -82,7 +97,7 @@ class Run:
             if family.states:
                 args += ["--max-running-requests=4", "--max-mamba-cache-size=16"]
         if page is not None:
-            args += [*PACKED, f"--kv-quant-cache-dir={self.tables}", f"--page-size={page}"]
+            args += [*PACKED, f"--kv-quant-cache-dir={self.work}", f"--page-size={page}"]
         return args + self.user_args
 
     def environment(self, family: Family) -> dict[str, str]:
@@ -149,16 +164,19 @@ class Answers:
         return cls(cold, warm, decoded[1:], reread[1:], hit, info, graphs(server.output()), server.start_s or 0)
 
 
-def exact(family: Family, folder: Path, ids: list[int]) -> list[float]:
-    """Log-probabilities of the tokens after PREFIX, by transformers in float32."""
+def exact(family: Family, folder: Path, ids: list[int]) -> list[float] | tuple[str, str]:
+    """Log-probabilities of the tokens after PREFIX, by transformers in float32; or "failed" and why."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     auto = AutoModelForCausalLM if family.vision is None else AutoModelForImageTextToText
-    with _LOADING:
-        model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    with torch.inference_mode():
-        logprobs = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    try:
+        with _LOADING:
+            model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        with torch.inference_mode():
+            logprobs = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    except Exception as e:  # a row tells it beside what the servers answered
+        return "failed", f"{type(e).__name__}: {shown(str(e))}"[:300]
     return logprobs[PREFIX:-1].gather(1, torch.tensor(ids[PREFIX + 1 :])[:, None])[:, 0].tolist()
 
 
@@ -183,6 +201,8 @@ def ask(run: Run, family: Family, page: int | None, folder: Path) -> Answers | t
     """A server's answers, or its outcome and words."""
     try:
         with run.server(family, page, folder) as server:
+            if run.cuda and SIZED not in server.output():
+                raise AnswerError("the cache was not sized as if the server were alone on its GPU")
             return Answers.of(server, run.ids)
     except AnswerError as e:
         return "failed", str(e)
@@ -192,41 +212,46 @@ def ask(run: Run, family: Family, page: int | None, folder: Path) -> Answers | t
         return why(run.log(family, page, folder).read_text(errors="replace"))
 
 
-def rows(run: Run, family: Family, have: set[int]) -> Iterator[dict]:
-    """One for each page size that is not in ``have``; only one of a family that is refused or not run. OutOfTime."""
+def measured(run: Run, family: Family, page: int) -> dict | None:
+    """A row of the CSV; None of a family of which an earlier row of this run says all. OutOfTime."""
+    known = run.known[family.name]
+    with known.lock:
+        return None if known.settled else _measured(run, family, page, known)
+
+
+def _measured(run: Run, family: Family, page: int, known: Known) -> dict:
     row = {"family": family.name, "like": family.like, "heads": "{}/{} of {}".format(*family.heads)}
     row |= {"device": run.name, "dtype": run.dtype}
     if family.gpu_only and not run.cuda:
-        yield row | {"outcome": "not run", "words": family.gpu_only}
-        return
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent) / family.name
+        known.settled = True
+        return row | {"outcome": "not run", "words": family.gpu_only}
+    folder = run.models / family.name
+    if not folder.exists():
         with _LOADING:
             family.build(run.tokenizer, folder, run.dtype)
-        plain = stock = None
-        for page in run.page_sizes:
-            if page in have:
-                continue
-            packed = ask(run, family, page, folder)
-            if isinstance(packed, tuple) and packed[0] == "refused":
-                yield row | {"outcome": packed[0], "words": packed[1]}
-                return
-            if run.stock and stock is None:
-                stock = ask(run, family, None, folder)
-            if plain is None and (not run.stock or isinstance(stock, Answers)):
-                plain = exact(family, folder, run.ids)
-            yield row | {"page_size": page} | compared(packed, stock, plain, run.cuda)
+    packed = ask(run, family, page, folder)
+    if isinstance(packed, tuple) and packed[0] == "refused":
+        known.settled = True
+        return row | {"outcome": packed[0], "words": packed[1]}
+    if run.stock and known.stock is None:
+        known.stock = ask(run, family, None, folder)
+    if known.plain is None and (not run.stock or isinstance(known.stock, Answers)):
+        known.plain = exact(family, folder, run.ids)
+    return row | {"page_size": page} | compared(packed, known.stock, known.plain, run.cuda)
 
 
 def compared(
-    packed: Answers | tuple[str, str], stock: Answers | tuple[str, str] | None, plain: list[float] | None, sized: bool
+    packed: Answers | tuple[str, str],
+    stock: Answers | tuple[str, str] | None,
+    plain: list[float] | tuple[str, str] | None,
+    sized: bool,
 ) -> dict:
     """A row's measurements. stock: SGLang's own cache, None where it is not started; then ``plain``, by transformers,
     is what the packed one's answers are compared with. sized: SGLang chose the number of tokens."""
     row: dict = {}
     if isinstance(stock, Answers):
         row |= {"bf16_read": gap(stock.cold, stock.warm)}
-        row |= {"bf16_cold": gap(stock.cold, plain)} if plain else {}
+        row |= {"bf16_cold": gap(stock.cold, plain)} if isinstance(plain, list) else {}
         row |= {"bf16_tokens": stock.info["max_total_num_tokens"]} if sized else {}
     if isinstance(packed, tuple):
         also = {Answers: "; stock SGLang serves it", tuple: "; stock SGLang fails, too"}.get(type(stock), "")
@@ -236,10 +261,11 @@ def compared(
     row |= {"bytes": quant["bytes_per_token"], "bf16_bytes": quant["bf16_bytes_per_token"]}
     row |= {"tokens": quant["max_total_num_tokens"]} if sized else {}
     row |= {"read": gap(packed.cold, packed.warm), "decode": gap(packed.decoded, packed.reread)}
-    if isinstance(stock, tuple):
-        return row | {"words": f"stock SGLang: {stock[1]}"}
-    want = stock.cold if stock else plain
-    return row | ({"cold": gap(packed.cold, want), "warm": gap(packed.warm, want)} if want else {})
+    missing = {"stock SGLang": stock, "transformers": plain}
+    said = [f"{who}: {what[1]}" for who, what in missing.items() if isinstance(what, tuple)]
+    row |= {"words": "; ".join(said)} if said else {}
+    want = plain if stock is None else stock.cold if isinstance(stock, Answers) else None
+    return row | ({"cold": gap(packed.cold, want), "warm": gap(packed.warm, want)} if isinstance(want, list) else {})
 
 
 def finished(family: Family, kept: list[Mapping[str, str]], page_sizes: list[int]) -> set[int]:

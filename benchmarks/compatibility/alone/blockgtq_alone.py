@@ -6,8 +6,11 @@ move both, so two caches would not be given the same memory.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 _TARGET = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes"
 GIB = 1 << 30
@@ -29,9 +32,11 @@ def size_alone(orig: Callable[..., int], self: Any, pre_model_load_memory: float
 
     measured, module.get_available_gpu_memory = module.get_available_gpu_memory, free
     try:
-        return orig(self, total / GIB, *args, **kwargs)
+        size = orig(self, total / GIB, *args, **kwargs)
     finally:
         module.get_available_gpu_memory = measured
+    logger.info("blockgtq_alone: sized as if alone on the GPU: %.2f GiB of %.2f for the cache", size / GIB, total / GIB)
+    return size
 
 
 def register() -> None:
