@@ -37,6 +37,7 @@ from . import document
 from .families import FAMILIES, Family
 from .measure import COLUMNS, LENGTH, PACKED, OutOfTime, Run, finished, measured
 
+ORDER = [family.name for family in FAMILIES]
 GRACE = 60  # seconds for servers that have started when --minutes are over
 
 
@@ -51,10 +52,9 @@ class Record:
         print(f"{time.monotonic() - self._begin:6.1f} s  {text}", flush=True)
 
     def add(self, row: dict) -> None:
-        order = [family.name for family in FAMILIES]
         with self._lock:
             self.rows.append(row)
-            self.rows.sort(key=lambda r: (order.index(r["family"]), int(r.get("page_size") or 0)))
+            self.rows.sort(key=lambda r: (ORDER.index(r["family"]), int(r.get("page_size") or 0)))
             with self.out.open("w", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
                 writer.writeheader()
@@ -152,6 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     command = "python -m benchmarks.compatibility " + shown(shlex.join(sys.argv[1:] if argv is None else argv))
     kept = list(csv.DictReader(args.out.open())) if args.resume and args.out.exists() else []
+    kept = [row for row in kept if row["family"] in ORDER]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     record = Record(args.out, kept)
     with tempfile.TemporaryDirectory() as work:

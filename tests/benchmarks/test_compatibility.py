@@ -267,6 +267,7 @@ def test_files(asked, model_folder, tmp_path, capsys):
     args = ["--tokenizer", str(model_folder), "--out", str(out), "--server-args=--a", "--commit", "abc"]
     args += ["--device=cpu", "--parallel=2"]
     assert program.main([*args, "--only", second, "--page-sizes=1"]) == 0
+    out.write_text(out.read_text() + "a_former_family\n")
     assert program.main([*args, "--resume", "--only", first, second]) == 0
     assert sorted(asked) == [(first, 1), (first, 64), (second, 1), (second, 64)]
     assert program.main([*args, "--resume", "--only", third]) == 1  # what went wrong is no row
@@ -320,21 +321,22 @@ def test_the_document_is_what_the_program_writes():
 
 
 def test_a_table(tmp_path):
-    served = {"family": "a", "like": "A", "heads": "4/2 of 32", "device": "GPU", "dtype": "bfloat16", "page_size": 64}
+    served = {"family": "a", "like": "A", "heads": "4/2 of 32", "device": "GPU", "dtype": "bfloat16", "page_size": 1}
     served |= {"graphs": "decode", "outcome": "served", "bytes": 4160, "bf16_bytes": 8192, "read": 0.00251}
+    other = served | {"page_size": 64, "read": 0.00301}
     refused = {"family": "b", "like": "B", "heads": "1/1 of 16", "device": "GPU", "dtype": "bfloat16"}
     refused |= {"outcome": "refused", "words": "error: --kv-quant blockgtq: MLA; serve this model without --kv-quant"}
     path = tmp_path / "compatibility_gpu.csv"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, measure.COLUMNS)
         writer.writeheader()
-        writer.writerows([served, refused])
+        writer.writerows([served, other, refused])
     assert document.generated([path]).splitlines() == [
         "On one GPU, K8V8, bfloat16 ([`compatibility_gpu.csv`](../benchmarks/results/compatibility_gpu.csv)):",
         "",
         "| like | heads, query/KV of channels | page | outcome | bytes a token, bf16 | read |",
         "| :--- | :--- | ---: | :--- | ---: | ---: |",
-        "| A | 4/2 of 32 | 64 | served, decode graphs | 4,160, 8,192 | 0.0025 |",
+        "| A | 4/2 of 32 | 1, 64 | served, decode graphs | 4,160, 8,192 | 0.0030 |",
         "| B | 1/1 of 16 |  | refused: MLA |  |  |",
     ]
     with pytest.raises(ValueError, match="one <!-- families"):
