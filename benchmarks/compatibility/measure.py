@@ -90,7 +90,8 @@ class Run:
         args = [f"--device={self.device}", "--random-seed=0"]
         if self.cuda:
             args += ["--dtype=bfloat16", f"--mem-fraction-static={self.fraction}", "--max-running-requests=16"]
-            args += ["--cuda-graph-max-bs-decode=8", "--cuda-graph-max-bs-prefill=512"]
+            # What a prompt is: a part of it behind a cached beginning, or the whole.
+            args += ["--cuda-graph-max-bs-decode=8", "--cuda-graph-bs-prefill", "64", "320"]
         else:
             args += [f"--dtype={'bfloat16' if page is None else 'float32'}", "--mem-fraction-static=0.3"]
             args += [f"--max-total-tokens={CPU_TOKENS}"]
