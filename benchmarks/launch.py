@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from importlib.metadata import entry_points
@@ -63,10 +63,10 @@ class Stream:
 class Server:
     """A server process. It starts here, is waited for with :meth:`wait`, and stops when the with block ends.
 
-    log: file for its output; by default a temporary one, removed when the with block ends.
+    log: file for its output; by default a temporary one, removed when the with block ends. env: more variables.
     """
 
-    def __init__(self, model: str, *args: str, log: Path | None = None):
+    def __init__(self, model: str, *args: str, log: Path | None = None, env: Mapping[str, str] | None = None):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
@@ -90,7 +90,7 @@ class Server:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 # A server started in the clone must not take its folders for packages.
-                env={**os.environ, "PYTHONSAFEPATH": "1"},
+                env={**os.environ, "PYTHONSAFEPATH": "1", **(env or {})},
                 start_new_session=True,
             )
 
