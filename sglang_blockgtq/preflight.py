@@ -29,6 +29,7 @@ def check(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
     config = _read_config(get)
     if config is not None:
         check_config(config)
+        _check_states(config, get)
         check_granularity(config, asked)
         if asked.table is not None:
             from .obtain import load_named_table
@@ -52,6 +53,22 @@ def _read_config(get: Callable[[str], Any]) -> Any:
     except Exception as e:
         logger.debug("%s: config of %s not readable yet: %s", NAME, get("model_path"), e)
         return None
+
+
+def _check_states(config: Any, get: Callable[[str], Any]) -> None:
+    """Layers with states are SGLang's kernels, which a plain CPU has in Triton's interpreter at most."""
+    import torch
+    from sglang.srt.utils import cpu_has_amx_support
+    from triton import knobs
+
+    from .calibrate.model import has_states
+
+    device = get("device") or ("cuda" if torch.accelerator.is_available() else "cpu")
+    if has_states(config) and device.split(":")[0] == "cpu" and not (knobs.runtime.interpret or cpu_has_amx_support()):
+        raise KVQuantError(
+            f"--device cpu: not with --kv-quant {NAME} for model type {config.model_type}: its layers without keys are "
+            "Triton kernels of SGLang's; use a GPU, or set TRITON_INTERPRET=1 to try a small model, slowly"
+        )
 
 
 def _check_text(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:

@@ -181,6 +181,20 @@ def test_unsupported_models(model, changes, hint):
     assert hint in message and "without --kv-quant" in message
 
 
+def test_states_on_a_cpu(model, monkeypatch):
+    from sglang.srt import utils
+    from sglang.srt.server_args import prepare_server_args
+    from triton import knobs
+
+    monkeypatch.setattr(utils, "cpu_has_amx_support", lambda: False)
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    hybrid = model(architectures=["Lfm2ForCausalLM"], model_type="lfm2", layer_types=["conv", "full_attention"])
+    message = refusal(hybrid, "--device", "cpu", device="cpu")
+    assert "--device cpu" in message and "model type lfm2" in message and "TRITON_INTERPRET=1" in message
+    monkeypatch.setattr(knobs.runtime, "interpret", True)
+    prepare_server_args(["--model-path", hybrid, "--device", "cpu", "--kv-quant", "blockgtq"])
+
+
 def test_files(model, tmp_path):
     """What is no file is told by its kind, and nobody waits for a pipe's other end."""
     os.mkfifo(tmp_path / "pipe")

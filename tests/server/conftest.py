@@ -161,7 +161,7 @@ def launch(smollm2, table_cache, tmp_path_factory):
         extra = dict(env or {})
         if record:
             plugin = Path(__file__).parent / record
-            path = os.pathsep.join(filter(None, (str(plugin), os.environ.get("PYTHONPATH"))))
+            path = os.pathsep.join(filter(None, (str(plugin), extra.get("PYTHONPATH", os.environ.get("PYTHONPATH")))))
             extra |= {"BLOCKGTQ_RECORD": str(folder / "record.jsonl"), "PYTHONPATH": path}
         log = folder / "log"
         with log.open("w") as out:

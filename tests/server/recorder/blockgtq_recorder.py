@@ -1,16 +1,17 @@
 """A test-only SGLang plugin that watches the packed pool from inside the scheduler process.
 
-Every write becomes a line {layer, key, row}: hashes of the codec's input for one token and of the
-row it became. Every attention pass checks that the rows it is about to read are the rows last
-written to those slots; a difference becomes a line {"corrupt": ...}. The pass itself is a line {read, new}:
-slots, and new tokens of each request of a prefill.
+Every write becomes a line {layer, text, key, row}: hashes of all tokens up to this one, of the codec's input for it
+and of the row it became. Every attention pass checks that the rows it is about to read are the rows last written to
+those slots; a difference becomes a line {"corrupt": ...}. The pass itself is a line {read, new}: slots, and new
+tokens of each request of a prefill.
 """
 
 import hashlib
 import json
 import os
+from itertools import islice
 
-LAYERS = (0, 1, 15, 29)  # enough to see the difference layers can make
+LAYERS = (0, 1, 3, 29)  # enough to see the difference layers can make
 
 
 def _digest(tensor) -> str:
@@ -26,6 +27,7 @@ def register():
 
     out = open(os.environ["BLOCKGTQ_RECORD"], "a")
     written: dict[tuple[int, int], str] = {}
+    texts: dict[int, str] = {}  # of each slot
 
     def emit(**line):
         out.write(json.dumps(line) + "\n")
@@ -48,7 +50,16 @@ def register():
             both = torch.cat([k[t].reshape(-1), v[t].reshape(-1)]).float()
             row = _digest(rows[t])
             written[layer, slot] = row
-            emit(layer=layer, key=_digest(both), row=row)
+            emit(layer=layer, text=texts.get(slot), key=_digest(both), row=row)
+
+    def follow(forward_batch, new, table):
+        """Name the slots of a batch's new tokens by what was read up to them."""
+        tokens = zip(forward_batch.input_ids.tolist(), forward_batch.out_cache_loc.tolist(), strict=True)
+        ends = zip(forward_batch.req_pool_indices.tolist(), forward_batch.seq_lens.tolist(), new, strict=True)
+        for request, length, count in ends:
+            text = texts[int(table[request, length - count - 1])] if length > count else ""
+            for token, slot in islice(tokens, count):
+                texts[slot] = text = hashlib.sha256(f"{text} {token}".encode()).hexdigest()[:16]
 
     prepare = TorchPackedBackend.init_forward_metadata
 
@@ -63,8 +74,9 @@ def register():
             for slot, row in zip(slots, rows, strict=True):
                 if _digest(row) != written.get((layer, slot)):
                     emit(corrupt=slot, layer=layer)
-        decode = forward_batch.forward_mode.is_decode()
-        emit(read=len(slots), new=None if decode else list(forward_batch.extend_seq_lens_cpu))
+        lengths = None if forward_batch.forward_mode.is_decode() else list(forward_batch.extend_seq_lens_cpu)
+        follow(forward_batch, lengths or [1] * forward_batch.batch_size, self.req_to_token_pool.req_to_token)
+        emit(read=len(slots), new=lengths)
 
     PackedKVPool.__init__, TorchLayer.encode = recorded_pool, recorded_encode
     TorchPackedBackend.init_forward_metadata = checked_prepare
