@@ -50,8 +50,7 @@ CHANGING_ROPE = ("dynamic", "longrope")  # their frequencies depend on the seque
 
 
 def _attention(take: Take, config: PretrainedConfig, logits: dict[int, tuple[float, Terms]] | None = None) -> Callable:
-    """An attention function of transformers' interface that attends causally and shows q, k and v of packed layers to
-    ``take``."""
+    """An attention function of transformers' interface that shows q, k and v to ``take`` and attends causally."""
     heads, dim, v_dim, packed = kv_heads(config), head_dim(config), v_head_dim(config), set(packed_layers(config))
 
     def forward(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
@@ -71,10 +70,10 @@ def _attention(take: Take, config: PretrainedConfig, logits: dict[int, tuple[flo
                     f"{where}: {query.shape[1]} query heads and {found[0]} KV heads of {found[1]} and {found[2]} "
                     f"channels, the config says {heads} KV heads of {dim} and {v_dim}"
                 )
-            if logits is not None:
-                logits[layer] = scaling, terms
-            if read := take(layer, *(x[0].transpose(0, 1) for x in (query, key, value))):
-                key, value = (x.transpose(0, 1)[None] for x in read)
+        if logits is not None:
+            logits[layer] = scaling, terms
+        if read := take(layer, *(x[0].transpose(0, 1) for x in (query, key, value))):
+            key, value = (x.transpose(0, 1)[None] for x in read)
         out = causal_attention(*(x[0].transpose(0, 1) for x in (query, key, value)), scaling, terms)
         return out[None], None
 
@@ -85,7 +84,7 @@ def _attention(take: Take, config: PretrainedConfig, logits: dict[int, tuple[flo
 def _captured(
     model: torch.nn.Module, take: Take, logits: dict[int, tuple[float, Terms]] | None = None
 ) -> Iterator[None]:
-    """Within the context, ``take(layer, q, k, v)`` sees every packed layer's tensors ``[T, heads, channels]``.
+    """Within the context, ``take(layer, q, k, v)`` sees every layer's tensors ``[T, heads, channels]``.
 
     logits: takes the scale and terms of each layer's.
     """
@@ -177,10 +176,14 @@ def collect(
     config = model.config
     check_model(config)
     theta = check_rope(model, rope, model_frequencies(model, rope), sequences[0][-1])
-    sums = MomentSums(text_config(config).num_hidden_layers, kv_heads(config), rope, theta)
+    sums, packed = (
+        MomentSums(text_config(config).num_hidden_layers, kv_heads(config), rope, theta),
+        packed_layers(config),
+    )
 
     def take(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        sums.add(layer, 0, q, k, v)
+        if layer in packed:
+            sums.add(layer, 0, q, k, v)
 
     device = next(model.parameters()).device
     tokens = sum(len(sequence) for sequence in sequences)
@@ -189,7 +192,7 @@ def collect(
             # Without the language head: nobody needs the logits.
             model.base_model(input_ids=torch.tensor([list(sequence)], device=device), use_cache=False)
             bar.update(len(sequence))
-    return sums.mean(tokens, packed_layers(config))
+    return sums.mean(tokens, packed)
 
 
 def measure(model: torch.nn.Module, ids: Sequence[int], table: AllocationTable) -> Quality:

@@ -141,6 +141,8 @@ class HeldOut:
         sums = Sums(self.layers)
 
         def read(layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if layer not in packed:
+                return k, v
             mine, slots = packed[layer], torch.arange(len(k), device=k.device)
             mine.bind(mine.new_rows(len(k), k.device))
             mine.encode(k, v, slots, slots)
@@ -148,7 +150,8 @@ class HeldOut:
             mine.unbind()
             return found
 
-        for layer, (q, k, v) in self.exact.items():
+        for layer in packed:
+            q, k, v = self.exact[layer]
             k_read, _ = read(layer, k, v)
             sums.add_attention(layer, attention_divergence(q, k, k_read, self.queries, *self.logits_of[layer]))
         logits = self.run(lambda layer, q, k, v: read(layer, k, v), self.answers)

@@ -7,7 +7,7 @@ attention and adds up energies is all it takes. Every TP and PP rank walks the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -94,15 +94,15 @@ def frequencies_of(model: torch.nn.Module, head_dim: int) -> dict[int, torch.Ten
 
 
 class CaptureBackend(AttentionBackend):
-    """Dense causal attention over one batch of whole sequences. ``take(layer_id, q, k, v)`` sees ``[T, heads, D]`` of
-    ``packed`` layers, and may return other keys and values to attend to."""
+    """Dense causal attention over one batch of whole sequences. ``take(layer_id, q, k, v)`` sees ``[T, heads, D]``, and
+    may return other keys and values to attend to."""
 
-    def __init__(self, take: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], Any], packed: Collection[int]):
+    def __init__(self, take: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], Any]):
         super().__init__()
         # uint8 keeps fused RoPE-and-store kernels off: there is no pool to store into.
         self.token_to_kv_pool = SimpleNamespace(dtype=torch.uint8)
         self.req_to_token_pool = None
-        self.take, self.packed = take, packed
+        self.take = take
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         pass
@@ -114,8 +114,7 @@ class CaptureBackend(AttentionBackend):
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
         v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
-        if layer.layer_id in self.packed:
-            k, v = self.take(layer.layer_id, q, k, v) or (k, v)
+        k, v = self.take(layer.layer_id, q, k, v) or (k, v)
         out = q.new_empty(q.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         start = 0
         for n in forward_batch.extend_seq_lens_cpu:
@@ -165,7 +164,7 @@ def forward(
     Returns what the model does, on the last pipeline stage: logits of the places ``answers [N]`` among it.
     """
     pp, batch, extra = get_pp_group(), _batch(runner, ids, positions), {}
-    backend = with_states(runner, CaptureBackend(take, packed_layers(runner.model_config.hf_config)))
+    backend = with_states(runner, CaptureBackend(take))
     backend.init_forward_metadata(batch)
     if answers is not None:
         # SGLang gives logits of the last token of each sequence by its lengths on the device, which nothing else reads
@@ -240,16 +239,17 @@ def collect_moments(runner: Any, sequences: list[list[int]]) -> tuple[Moments, l
     rope, heads = model_rope(runner), runner.model_config.get_total_num_kv_heads()
     theta = check_rope(runner, rope, model_frequencies(runner), sequences[0][-1])
     sums, first = MomentSums(len(rope), heads, rope, theta), local_heads(heads).start
+    packed = packed_layers(runner.model_config.hf_config)
 
     def take(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        sums.add(layer, first, q, k, v)
+        if layer in packed:
+            sums.add(layer, first, q, k, v)
 
     show = get_parallel().tp_rank == 0 and get_pp_group().is_first_rank
     for ids in tqdm(sequences, desc="Calibrating KV quantization", unit="seq", disable=not show):
         forward(runner, take, ids, range(len(ids)))
     reduce(sums.flat)  # replicated heads are counted once a replica, in the counts too
     try:
-        packed = packed_layers(runner.model_config.hf_config)
         return sums.mean(sum(map(len, sequences)), packed), [rope[layer] for layer in packed]
     except ValueError as e:
         raise KVQuantError(f"--kv-quant {NAME}: {e}; serve this model without --kv-quant") from None

@@ -221,7 +221,7 @@ def test_stock_pool_is_refused():
     from sglang_blockgtq import backend
 
     with pytest.raises(RuntimeError, match="not serving"):
-        backend.create(SimpleNamespace(device="cpu", token_to_kv_pool=object()))
+        backend.create(SimpleNamespace(device="cpu", token_to_kv_pool=object(), is_hybrid_swa=False))
 
 
 def test_hugging_face_kernels_is_not_shadowed(tmp_path):
