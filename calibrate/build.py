@@ -17,7 +17,7 @@ ROTATION_SEED = 0x6774
 PAGE = 512  # positions: a mean per page and query is next to nothing to compute, and most slow blocks are slow in it
 #: In the name of a cached table. Raise it when moments or what is here give another table for the same widths, so that
 #: tables of earlier builds are made anew (see allocate.ALLOCATOR_VERSION for the widths).
-BUILDER_VERSION = 2
+BUILDER_VERSION = 3
 #: Blocks below this share of their head's mean energy count as so much; heads, of the model's (see _floored).
 FLOOR, HEAD_FLOOR = 1e-6, 1e-3
 V_GAIN_FLOOR = 1e-3  # of the mean over all heads: format.codec.V_SCALE_MAX of it is the mean again
@@ -80,7 +80,7 @@ def build_table(
 
     granularity: "segment", or "block" for ``paper`` and ``product`` (see :mod:`.segments`). rule: in place of the
     allocator's own, for experiments. page: positions of a page of keys' means, where the rule has them and the moments
-    know them. Raises ValueError for an unknown allocator or granularity, a budget outside 1..8
+    know them of any layer. Raises ValueError for an unknown allocator or granularity, a budget outside 1..8
     bits, an unsupported head_dim, or segments that do not fit it.
     """
     rule = rule or rule_of(allocator, granularity)
@@ -91,7 +91,7 @@ def build_table(
     check_budget("v_bits", v_bits, v_head_dim // 2)
 
     energy, mean = moments.k, None
-    if rule.means and moments.mean is not None:
+    if rule.means and moments.mean is not None and not moments.theta.isnan().all():
         mean = page_means(moments, page)
         energy = energy - mean.square().sum(-1)
     q, k = _floored(moments.q), _floored(energy)

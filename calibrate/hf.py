@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+)
 
 from ..kernels.host.attention import causal_attention
 from ..kernels.terms import Terms
@@ -20,6 +29,7 @@ from .frequencies import frequencies, of_blocks
 from .model import (
     ModelError,
     config_hash,
+    has_mrope,
     has_states,
     head_dim,
     kv_heads,
@@ -120,7 +130,7 @@ def _of_pairs(x: torch.Tensor) -> torch.Tensor:
 
 def model_frequencies(model: torch.nn.Module, rope: Sequence[RopeBlocks]) -> list[torch.Tensor | None]:
     """How fast each layer's blocks rotate, by the model's own rotary module; None where it does not tell."""
-    device, rotary = next(model.parameters()).device, getattr(model.base_model, "rotary_emb", None)
+    device, rotary = next(model.parameters()).device, getattr(model.get_decoder(), "rotary_emb", None)
     parameters = rope_parameters(model.config)
     kinds = layer_kinds(model.config) or [None] * len(rope)
     by_kind = any(kind in parameters for kind in kinds)  # each kind of layer has RoPE of its own
@@ -132,7 +142,7 @@ def model_frequencies(model: torch.nn.Module, rope: Sequence[RopeBlocks]) -> lis
     @cache
     def rotated(kind: str | None) -> torch.Tensor | None:
         mine = parameters.get(kind, {}) if by_kind else parameters
-        if rotary is None or mine.get("rope_type") in CHANGING_ROPE:
+        if rotary is None or "mrope_section" in mine or mine.get("rope_type") in CHANGING_ROPE:
             return None
         try:
             return frequencies(partial(turn, kind), _context(model.config))
@@ -155,12 +165,12 @@ def check_rope(
     with _captured(model, probe.take):
         for ids, positions in probe.passes:
             ids, positions = (torch.tensor([x], device=device) for x in (ids, positions))
-            model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+            model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False)
     _check_all_seen(model.config, set(probe.keys))
     swings, drifts = zip(*(probe.found(i, r, theta[i]) for i, r in enumerate(rope)), strict=True)
     if any(r.rotary_dim for r in rope):  # else learned positions, if any, change the keys themselves
         check_swings(swings, rope)
-    return trusted(theta, drifts, rope)
+    return trusted(theta, drifts, rope, has_mrope(model.config))
 
 
 def collect(
@@ -190,7 +200,7 @@ def collect(
     with _captured(model, take), tqdm(total=tokens, desc="calibrating", unit="tok", disable=not progress) as bar:
         for sequence in sequences:
             # Without the language head: nobody needs the logits.
-            model.base_model(input_ids=torch.tensor([list(sequence)], device=device), use_cache=False)
+            model.get_decoder()(input_ids=torch.tensor([list(sequence)], device=device), use_cache=False)
             bar.update(len(sequence))
     return sums.mean(tokens, packed)
 
@@ -222,6 +232,13 @@ def load_config(model_path: str, **options: Any) -> PretrainedConfig:
         raise ModelError(f"--model-path {model_path}: no model config can be read there ({_first_line(e)})") from e
     check_model(config)
     return config
+
+
+def _auto_class(config: PretrainedConfig) -> type:
+    """What loads a model: models with images are not among transformers' causal language models."""
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def calibrate_model(
@@ -261,11 +278,11 @@ def calibrate_model(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype, **options)
+        model = _auto_class(config).from_pretrained(model_path, dtype=dtype, **options)
     except (OSError, ValueError) as e:
         raise ModelError(f"--model-path {model_path}: its weights cannot be loaded ({_first_line(e)})") from e
     model = model.to(device).eval()
-    rope = rope_blocks(config, sys.modules[type(model).__module__])
+    rope = rope_blocks(config, sys.modules[type(model.get_decoder()).__module__])
     if allocator != "uniform" and not any(r.rotary_dim for r in rope):
         logger.warning("no layer of %s has RoPE: there are no blocks to rank, so widths are uniform", model_path)
         allocator, granularity = "uniform", "segment"

@@ -110,6 +110,13 @@ def rope_parameters(config: PretrainedConfig) -> dict:
     return _canonical_rope(rope)
 
 
+def has_mrope(config: PretrainedConfig) -> bool:
+    """Whether a position has several sides (M-RoPE): an image's tokens, and all that follow it, have others than their
+    indices."""
+    rope = rope_parameters(config)
+    return any("mrope_section" in part for part in (rope, *rope.values()) if isinstance(part, dict))
+
+
 def config_hash(config: PretrainedConfig) -> str:
     """sha256 (hex) over what decides attention geometry, RoPE and identity of the language model.
 

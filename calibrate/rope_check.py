@@ -91,15 +91,22 @@ def drift(k: torch.Tensor, blocks: RopeBlocks, theta: torch.Tensor | None, posit
 
 
 def trusted(
-    theta: Sequence[torch.Tensor | None], drifts: Sequence[float], rope: Sequence[RopeBlocks]
+    theta: Sequence[torch.Tensor | None],
+    drifts: Sequence[float],
+    rope: Sequence[RopeBlocks],
+    mrope: bool = False,
 ) -> list[torch.Tensor | None]:
-    """The frequencies of layers whose keys do rotate by them, None for others, with a warning that names those."""
+    """The frequencies of layers whose keys do rotate by them, None for others, with a warning that names those.
+
+    mrope: whether the model has M-RoPE, which is why.
+    """
     good = [t is not None and d <= DRIFT_LIMIT for t, d in zip(theta, drifts, strict=True)]
     if not all(good) and any(r.rotary_dim for r in rope):
         layers = [i for i, ok in enumerate(good) if not ok]
         logger.warning(
-            "keys of layers %s do not rotate by one angle a position: they are coded without page means, which costs "
+            "keys of layers %s do not rotate by one angle a position%s: they are coded without page means, which costs "
             "quality where keys have a bias",
             str(layers[:8])[:-1] + (", ...]" if len(layers) > 8 else "]"),
+            " (M-RoPE)" if mrope else "",
         )
     return [t if ok else None for t, ok in zip(theta, good, strict=True)]

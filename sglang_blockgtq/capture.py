@@ -27,7 +27,7 @@ from sglang.srt.runtime_context import get_parallel
 from tqdm import tqdm
 
 from .calibrate.frequencies import frequencies, of_blocks
-from .calibrate.model import ModelError, has_states, packed_layers, rope_parameters
+from .calibrate.model import ModelError, has_mrope, has_states, packed_layers, rope_parameters
 from .calibrate.moments import Moments, MomentSums
 from .calibrate.rope import RopeBlocks
 from .calibrate.rope_check import Probe, check_swings, trusted
@@ -151,7 +151,7 @@ def _batch(runner: Any, ids: list[int], positions: Sequence[int]) -> ForwardBatc
         capture_hidden_mode=CaptureHiddenMode.NULL,
         spec_algorithm=runner.spec_algorithm,
     )
-    if runner.model_config.is_multimodal:
+    if runner.model_config.model_is_mrope:
         batch.mrope_positions = positions.expand(3, n).contiguous()
     return batch
 
@@ -227,7 +227,7 @@ def check_rope(
             check_swings(swings, rope)
         except ModelError as e:
             raise KVQuantError(f"--kv-quant {NAME}: {e}; serve this model without --kv-quant") from None
-    return trusted(theta, drifts, rope)
+    return trusted(theta, drifts, rope, has_mrope(config.hf_config))
 
 
 def collect_moments(runner: Any, sequences: list[list[int]]) -> tuple[Moments, list[RopeBlocks]]:

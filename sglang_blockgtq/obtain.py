@@ -13,7 +13,7 @@ from typing import Any
 
 from .calibrate.allocate import ALLOCATOR_VERSION
 from .calibrate.build import BUILDER_VERSION, build_table
-from .calibrate.model import config_hash, head_dim, kv_heads, packed_layers, v_head_dim
+from .calibrate.model import config_hash, has_mrope, head_dim, kv_heads, packed_layers, v_head_dim
 from .calibrate.moments import Moments
 from .calibrate.quality import CPU_TOKENS, QUALITY_VERSION, TOKENS
 from .calibrate.rope import RopeBlocks
@@ -47,6 +47,11 @@ def check_table(table: AllocationTable, path: str, options: KVQuantOptions, conf
     for name, value in shape.items():
         if getattr(header, name) != value:
             raise KVQuantError(f"{flag('table')} {path}: {name} {getattr(header, name)}, the model has {value}; {make}")
+    if header.page and has_mrope(config):
+        raise KVQuantError(
+            f"{flag('table')} {path}: has means for pages of {header.page} positions, which this model's M-RoPE does "
+            "not allow; make it again with python -m sglang_blockgtq.calibrate"
+        )
     for name in ("k_bits", "v_bits", "allocator", "granularity"):
         wanted = getattr(options, name)
         if wanted is not None and wanted != getattr(header, name):

@@ -12,6 +12,7 @@ import torch
 
 from .calibrate.model import packed_layers
 from .calibrate.quality import Quality
+from .calibrate.segments import rule_of
 from .calibrate.table import AllocationTable, layers_of
 from .choose import choose
 from .kernels.format.layout import uniform_layout
@@ -82,6 +83,8 @@ class Runtime:
         """The one start-up line."""
         header = self.table.header
         by = f" by {header.granularity}s" if header.allocator in BY_SEGMENTS else ""
+        if rule_of(header.allocator, header.granularity).means and not header.page:
+            by += " without page means"
         return (
             f"{NAME}: K {header.k_bits:g} bits, V {header.v_bits:g} bits ({header.allocator}{by}), "
             f"{self.bytes_per_token} bytes per token, {self.bf16_bytes_per_token} in bf16 "

@@ -207,7 +207,8 @@ def test_what_is_slow_is_said():
 def test_the_line_and_the_summary_name_the_granularity():
     assert "(paper by segments)" in make_runtime("paper").line()
     assert "(paper by blocks)" in make_runtime("paper", granularity="block").line()
-    assert "(template)" in make_runtime().line()
+    assert "(template)" in make_runtime(means=True).line()
+    assert "(template without page means)" in make_runtime().line()
     assert make_runtime("paper").summary()["granularity"] == "segment"
 
 

@@ -10,6 +10,8 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from torch import nn
 from transformers import LlamaConfig
 
+from sglang_blockgtq.calibrate.model import has_mrope
+
 DIM, HEADS, KV_HEADS, HIDDEN = 32, 4, 2, 64
 
 
@@ -89,7 +91,7 @@ def runner(true: list, said: list, context: int = 1024, config: LlamaConfig | No
             head_dim=DIM,
             v_head_dim=DIM,
             context_len=context,
-            is_multimodal=False,
+            model_is_mrope=has_mrope(config),
             is_generation=True,
             get_total_num_kv_heads=lambda: KV_HEADS,
         ),

@@ -7,6 +7,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.calibrate.rope_check import probe_positions
 from sglang_blockgtq.capture import CaptureBackend, collect_moments, forward, frequencies_of, model_frequencies
@@ -167,6 +168,26 @@ def test_frequencies_of_layers_of_several_kinds(loaded, sglang_rope):
 )
 def test_positions_of_several_sides_and_switches_have_no_frequencies(loaded, sglang_rope, scaling):
     assert frequencies_of(with_rotary(loaded, sglang_rope(**scaling)), 32) == {0: None}
+
+
+def test_a_model_with_mrope_gets_a_table_without_means(alone, loaded, sglang_rope, monkeypatch, caplog):
+    """Its calibration sees the same position on each side, as of text."""
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]}
+    config = LlamaConfig(num_hidden_layers=2, head_dim=32, num_key_value_heads=2, rope_parameters=rope)
+    runner = loaded.runner([(32, True)] * 2, [(32, True)] * 2, config=config)
+    runner.model = with_rotary(loaded, *[sglang_rope(**rope)] * 2)
+    plain, sides = runner.model.forward, []
+
+    def on_three_sides(ids, positions, batch):
+        sides.append(batch.mrope_positions)
+        return plain(ids, positions, batch)
+
+    monkeypatch.setattr(runner.model, "forward", on_three_sides)
+    moments, blocks = collect_moments(runner, SEQUENCES)
+    assert "keys of layers [0, 1] do not rotate by one angle a position (M-RoPE)" in caplog.text
+    assert torch.equal(sides[1], torch.arange(70).expand(3, 70))
+    table = build_table(moments, blocks, k_bits=3, v_bits=3)
+    assert table.header.page == 0 and not {"mean", "theta"} & table.tensors.keys()
 
 
 def test_a_table_of_cosines_that_is_not_linear(loaded):

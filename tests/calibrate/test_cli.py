@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 
@@ -121,6 +122,40 @@ def test_a_model_without_rope_gets_uniform_bits_and_a_notice(tiny_model, byte_to
     assert (table.header.allocator, table.header.page) == ("uniform", 0) and table.header.quality["tokens"] == 512
     assert (table.tensors["widths"] == 3).all()
     assert "no layer of" in caplog.text and "has RoPE" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["Qwen2_5_VL", "Qwen3VL"])
+def test_a_model_with_images_is_calibrated_by_its_text(family, byte_tokenizer, tmp_path, caplog):
+    """The table is that of the same language model without images, but without means."""
+    shape = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 32,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 1024,
+             "rms_norm_eps": 1e-6, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64}
+    sides = {**shape, "rope_parameters": {**rope, "mrope_section": [4, 6, 6]}}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(text_config=sides, vision_config=vision)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    text = {"Qwen2_5_VL": "Qwen2", "Qwen3VL": "Qwen3"}[family]
+    alone = getattr(transformers, f"{text}ForCausalLM")(
+        getattr(transformers, f"{text}Config")(**shape, rope_parameters=rope)
+    )
+    alone.model.load_state_dict(model.model.language_model.state_dict())
+    alone.lm_head.load_state_dict(model.lm_head.state_dict())
+    tables = []
+    for name, made in (("images", model), ("text", alone)):
+        made.save_pretrained(tmp_path / name)
+        byte_tokenizer.save_pretrained(tmp_path / name)
+        argv = ["--model-path", tmp_path / name, "--out", tmp_path / f"{name}.table", "--allocator", "product"]
+        assert main([str(x) for x in [*argv, "--device", "cpu"]]) == 0
+        tables.append(AllocationTable.load(tmp_path / f"{name}.table"))
+        assert ("do not rotate by one angle a position (M-RoPE)" in caplog.text) == (made is model)
+        caplog.clear()
+    mine, other = tables
+    assert (mine.header.page, other.header.page) == (0, 512)
+    assert mine.header.rope == other.header.rope == ((32, True),) * 2
+    torch.testing.assert_close(mine.tensors["v_gain"], other.tensors["v_gain"], rtol=1e-4, atol=0)
+    assert 0 < mine.header.quality["kl"] < 1 and mine.header.quality["tokens"] == 512
 
 
 def png_size(path):

@@ -7,6 +7,7 @@ import transformers
 from sglang_blockgtq.calibrate.model import (
     ModelError,
     config_hash,
+    has_mrope,
     is_neox,
     rope_blocks,
     rope_parameters,
@@ -55,6 +56,25 @@ def test_config_hash_does_not_see_what_engines_rewrite():
     dressed.rope_parameters["type"] = dressed.rope_parameters["rope_type"]
     dressed.rope_parameters["rope_theta"] = int(dressed.rope_parameters["rope_theta"])
     assert config_hash(dressed) == config_hash(plain)
+
+
+SIDES = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+
+
+def test_positions_of_several_sides():
+    """Also of a Qwen2.5-VL as it is published, with the language model's fields beside the vision's."""
+    published = {"model_type": "qwen2_5_vl", "hidden_size": 256, "num_attention_heads": 2, "rope_theta": 1e6,
+                 "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vision_config": {}}  # fmt: skip
+    models = (
+        transformers.Qwen2_5_VLConfig.from_dict(published),
+        transformers.Qwen3VLConfig(text_config={"rope_parameters": {**SIDES, "mrope_interleaved": True}}),
+        transformers.Qwen3_5TextConfig(rope_parameters=dict(SIDES)),
+    )
+    assert all(map(has_mrope, models))
+    assert not any(map(has_mrope, (llama(), llama(rope_parameters=SCALED), transformers.Gemma3TextConfig())))
+    assert not has_mrope(transformers.GPT2Config())
+    sections = rope_parameters(models[0])
+    assert sections == rope_parameters(transformers.Qwen2_5_VLConfig(text_config={"rope_parameters": dict(SIDES)}))
 
 
 class OldConfig:

@@ -180,8 +180,8 @@ def named(tmp_path, make_moments):
     """Saves a table for the stand-in's config, with a changed header, and gives the options that name it."""
     config = LlamaConfig(num_hidden_layers=2, head_dim=32, num_key_value_heads=2)
 
-    def named(layers=2, heads=2, dim=32, **header):
-        moments = make_moments(layers, heads, dim // 2)
+    def named(layers=2, heads=2, dim=32, bias=None, config=config, **header):
+        moments = make_moments(layers, heads, dim // 2, bias=bias)
         names = {"config_hash": config_hash(config), "v_head_dim": dim}
         table = build_table(moments, [RopeBlocks(dim, dim)] * layers, k_bits=3, v_bits=3, **names)
         table = AllocationTable(replace(table.header, **header), table.tensors).sealed()
@@ -211,6 +211,16 @@ def test_a_table_of_another_model(named):
     with pytest.raises(KVQuantError, match="made for another model"):
         load_named_table(named(config_hash="x"), named.config)
     assert load_named_table(named(), named.config).header.layers == 2
+
+
+def test_means_where_positions_have_several_sides(named):
+    """A table with them is as good as any other without M-RoPE, and one without them with it."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+    config = LlamaConfig(num_hidden_layers=2, head_dim=32, num_key_value_heads=2, rope_parameters=rope)
+    with pytest.raises(KVQuantError, match="has means for pages of 512 positions.* M-RoPE .*make it again with"):
+        load_named_table(named(bias=0.5, config=config), config)
+    assert load_named_table(named(config=config), config).header.page == 0
+    assert load_named_table(named(bias=0.5), named.config).header.page == 512
 
 
 @pytest.mark.parametrize("name", ["k_bits", "v_bits", "allocator", "granularity"])

@@ -181,15 +181,22 @@ def test_biased_keys_lose_less(make_moments, start):
 
 
 def test_means_of_nothing_change_no_row(make_moments):
-    """As of a model that has no slow blocks, or positions of several sides."""
+    """As of a model that has no slow blocks."""
     moments = make_moments(bias=0.5)
-    moments.theta[:] = torch.nan
+    moments.theta[:] = 1.0
     table, want = build(moments), build(plain(moments))
     positions = torch.arange(400, 600)
     k = torch.randn(200, 2, 64, generator=torch.Generator().manual_seed(0))
     for layer in range(2):
         rows = [reference.encode(t.layer_codec(layer), k, k, positions) for t in (table, want)]
         assert torch.equal(*rows)
+
+
+def test_a_model_without_frequencies_gets_no_means(make_moments):
+    """As one with M-RoPE: the same table as if no means were known."""
+    moments = make_moments(bias=0.5)
+    moments.theta[:] = torch.nan
+    assert build(moments).header == build(plain(moments)).header and build(moments).header.page == 0
 
 
 def test_a_ranks_heads_have_their_own_means(make_moments):
