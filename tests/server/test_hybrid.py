@@ -16,8 +16,10 @@ import pytest
 import requests
 import torch
 
+from sglang_blockgtq.calibrate.quality import Quality
 from sglang_blockgtq.calibrate.table import AllocationTable
 
+from .test_parallel import PARALLEL
 from .test_radix import check_records
 
 pytestmark = pytest.mark.server
@@ -123,15 +125,28 @@ def wait_for_steps(server, begin: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="module")
-def offline(model, tmp_path_factory) -> str:
-    """A table made without a server."""
+def table_without_server(model: str, folder: Path) -> str:
+    """Its cost is said to be known, so that no server measures it in the interpreter."""
     from sglang_blockgtq.calibrate.__main__ import main
 
-    table = str(tmp_path_factory.mktemp("table") / "table.safetensors")
+    table = str(folder / "table.safetensors")
     bits = ["--k-bits=8", "--v-bits=8", "--device=cpu", "--dtype=float32"]
     assert main(["--model-path", model, "--out", table, *bits]) == 0
+    AllocationTable.load(table).with_quality(Quality(0.0, 0.0, 0, 0.0, 1)).save(table)
     return table
+
+
+@pytest.fixture(scope="module")
+def offline(model, tmp_path_factory) -> str:
+    return table_without_server(model, tmp_path_factory.mktemp("table"))
+
+
+def check_table(cache: Path, offline: str) -> None:
+    """Each sequence begins with states of zero, as it does without a server."""
+    (file,) = (cache / "tables").glob("*.safetensors")
+    mine, other = AllocationTable.load(file).tensors, AllocationTable.load(offline).tensors
+    for name in ("widths", "order", "balance", "v_gain", "theta", "mean"):
+        torch.testing.assert_close(mine[name], other[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +174,7 @@ def server(launch, model, cache):
 def test_it_calibrates_itself(server, cache, offline):
     info = server.info()
     assert info["mamba_radix_cache_strategy"] == "no_buffer" and info["disable_overlap_schedule"]
-    # Each sequence begins with states of zero, as it does without a server.
-    (file,) = (cache / "tables").glob("*.safetensors")
-    mine, other = AllocationTable.load(file).tensors, AllocationTable.load(offline).tensors
-    for name in ("widths", "order", "balance", "v_gain", "theta", "mean"):
-        torch.testing.assert_close(mine[name], other[name], rtol=1e-4, atol=1e-6)
+    check_table(cache, offline)
     # Two layers of two heads with 32 channels; the table's rows are theirs.
     info = info["kv_quant"]
     assert (info["pool"], info["table_origin"], info["bf16_bytes_per_token"]) == ("PackedKVPool", "calibrated", 512)
@@ -278,5 +289,15 @@ def test_kernels_and_a_table_made_offline(launch, model, offline, token_ids, tru
     path = os.pathsep.join(filter(None, (str(PLUGIN), os.environ.get("PYTHONPATH"))))
     server = launch(*ARGS, f"--kv-quant-table={offline}", model=model, env={**ENV, "PYTHONPATH": path})
     assert server.info()["kv_quant"]["table_origin"] == "file"
+    check(server, token_ids, truth)
+    server.stop()
+
+
+def test_two_ranks(launch, model, offline, token_ids, truth, tmp_path):
+    """Each has half of every convolution and one head of keys, and both make one table."""
+    flags = *ARGS, "--tp-size=2", f"--kv-quant-cache-dir={tmp_path}"
+    server = launch(*flags, model=model, env={**ENV, **PARALLEL})
+    assert server.info()["kv_quant"]["bf16_bytes_per_token"] == 256
+    check_table(tmp_path, offline)
     check(server, token_ids, truth)
     server.stop()

@@ -12,10 +12,7 @@ import pytest
 import requests
 import torch
 
-from sglang_blockgtq.calibrate.quality import Quality
-from sglang_blockgtq.calibrate.table import AllocationTable
-
-from .test_hybrid import ENV, Truth, apart, wait_for_steps
+from .test_hybrid import ENV, Truth, apart, table_without_server, wait_for_steps
 from .test_radix import check_records
 
 pytestmark = pytest.mark.server
@@ -56,12 +53,7 @@ def truth(granite) -> Truth:
 
 @pytest.fixture(scope="module")
 def server(launch, granite, tmp_path_factory):
-    from sglang_blockgtq.calibrate.__main__ import main
-
-    table = tmp_path_factory.mktemp("table") / "table.safetensors"
-    bits = ["--k-bits=8", "--v-bits=8", "--device=cpu", "--dtype=float32"]
-    assert main(["--model-path", granite, "--out", str(table), *bits]) == 0
-    AllocationTable.load(table).with_quality(Quality(0.0, 0.0, 1, 0.0, 1)).save(table)  # not measured in the server
+    table = table_without_server(granite, tmp_path_factory.mktemp("table"))
     path = os.pathsep.join(filter(None, (str(PLUGIN), os.environ.get("PYTHONPATH"))))
     return launch(
         "--dtype=float32",
