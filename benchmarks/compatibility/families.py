@@ -101,7 +101,8 @@ class Family:
         model.to(getattr(torch, dtype)).save_pretrained(folder)
         file = folder / "config.json"
         written = json.loads(file.read_text()) | self.saved
-        file.write_text(json.dumps({name: value for name, value in written.items() if value is not None}, indent=1))
+        left_out = {name for name, value in self.saved.items() if value is None}
+        file.write_text(json.dumps({name: written[name] for name in written if name not in left_out}, indent=1))
 
 
 _NO_DELTA_NETS = "SGLang's gated delta nets are Triton kernels that Triton's interpreter does not compute"
