@@ -187,7 +187,7 @@ FAMILIES = (
             "hybrid_override_pattern": "M-M*",
             "mamba_num_heads": 8,
             "mamba_head_dim": 64,
-            "n_groups": 2,
+            "n_groups": 8,
             "ssm_state_size": 128,
         },
         saved={
