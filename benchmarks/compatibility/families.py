@@ -105,6 +105,7 @@ class Family:
         file.write_text(json.dumps({name: written[name] for name in written if name not in left_out}, indent=1))
 
 
+_NO_MAMBA = "SGLang loads the convolutions of its Mamba layers only where there is a GPU"
 _NO_DELTA_NETS = "SGLang's gated delta nets are Triton kernels that Triton's interpreter does not compute"
 
 FAMILIES = (
@@ -197,6 +198,7 @@ FAMILIES = (
             "mtp_layers_block_type": None,
         },
         states=True,
+        gpu_only=_NO_MAMBA,
     ),
     Family(
         "qwen3_next",
@@ -292,6 +294,7 @@ FAMILIES = (
             "shared_intermediate_size": 256,
         },
         states=True,
+        gpu_only=_NO_MAMBA,
     ),
     Family(
         "falcon_h1",
@@ -300,6 +303,7 @@ FAMILIES = (
         (12, 2, 128),
         {"mamba_d_ssm": 512, "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_n_groups": 1, "mamba_d_state": 128},
         states=True,
+        gpu_only=_NO_MAMBA,
     ),
     Family("exaone4", "EXAONE 4", "Exaone4Config", (40, 8, 128)),
     Family(
