@@ -159,7 +159,8 @@ def main(argv: list[str] | None = None) -> int:
         run = prepare(args, Path(work))
         servers = {"packed": run.arguments(FAMILIES[0], args.page_sizes[0]), "stock": run.arguments(FAMILIES[0], None)}
         made = provenance(command, args.commit) | {"parallel": args.parallel, "server_args": servers}
-        args.out.with_suffix(".json").write_text(shown(json.dumps(made, indent=1)) + "\n")
+        text = shown(json.dumps(made, indent=1)).replace(run.work.name, "WORK")
+        args.out.with_suffix(".json").write_text(text + "\n")
         chosen = [family for family in FAMILIES if args.only is None or family.name in args.only]
         have = {family.name: finished(family, kept, args.page_sizes) for family in chosen}
         todo = [(family, page) for page in args.page_sizes for family in chosen if page not in have[family.name]]

@@ -101,9 +101,11 @@ class Family:
         model.to(getattr(torch, dtype)).save_pretrained(folder)
         file = folder / "config.json"
         written = json.loads(file.read_text()) | self.saved
-        file.write_text(json.dumps({name: value for name, value in written.items() if value is not None}, indent=1))
+        left_out = {name for name, value in self.saved.items() if value is None}
+        file.write_text(json.dumps({name: written[name] for name in written if name not in left_out}, indent=1))
 
 
+_NO_MAMBA = "SGLang loads the convolutions of its Mamba layers only where there is a GPU"
 _NO_DELTA_NETS = "SGLang's gated delta nets are Triton kernels that Triton's interpreter does not compute"
 
 FAMILIES = (
@@ -224,7 +226,7 @@ FAMILIES = (
             "hybrid_override_pattern": "M-M*",
             "mamba_num_heads": 8,
             "mamba_head_dim": 64,
-            "n_groups": 2,
+            "n_groups": 8,
             "ssm_state_size": 128,
         },
         saved={
@@ -234,6 +236,7 @@ FAMILIES = (
             "mtp_layers_block_type": None,
         },
         states=True,
+        gpu_only=_NO_MAMBA,
     ),
     Family(
         "qwen3_next",
@@ -329,6 +332,7 @@ FAMILIES = (
             "shared_intermediate_size": 256,
         },
         states=True,
+        gpu_only=_NO_MAMBA,
     ),
     Family(
         "falcon_h1",
@@ -337,6 +341,7 @@ FAMILIES = (
         (12, 2, 128),
         {"mamba_d_ssm": 512, "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_n_groups": 1, "mamba_d_state": 128},
         states=True,
+        gpu_only=_NO_MAMBA,
     ),
     Family("exaone4", "EXAONE 4", "Exaone4Config", (40, 8, 128)),
     Family(

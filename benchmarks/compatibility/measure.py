@@ -96,8 +96,7 @@ class Run:
             args += [f"--dtype={'bfloat16' if page is None else 'float32'}", "--mem-fraction-static=0.3"]
             args += [f"--max-total-tokens={CPU_TOKENS}"]
             if family.states:
-                args += ["--max-running-requests=4", "--max-mamba-cache-size=16", "--disable-overlap-schedule"]
-                args += ["--mamba-radix-cache-strategy=no_buffer"]  # the only one that SGLang has on a CPU
+                args += ["--max-running-requests=4", "--max-mamba-cache-size=16"]
         if page is not None:
             args += [*PACKED, f"--kv-quant-cache-dir={self.work}", f"--page-size={page}"]
         return args + self.user_args

@@ -11,7 +11,9 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.compatibility import __main__ as program
 from benchmarks.compatibility import document, measure
@@ -312,6 +314,19 @@ def test_a_gpu_that_is_not_there(model_folder, tmp_path, monkeypatch):
 def test_families_are_told_apart():
     assert len({family.name for family in FAMILIES}) == len(FAMILIES)
     assert len({family.like for family in FAMILIES}) == len(FAMILIES)
+
+
+def test_what_checkpoints_write_otherwise(tmp_path):
+    """A value that is none stays, since another one is the default."""
+    words = tokenizers.models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words)).save_pretrained(tmp_path / "tokenizer")
+    small = {"hidden_size": 16, "intermediate_size": 16, "final_logit_softcapping": None}
+    family = Family("x", "X", "Gemma2Config", (2, 1, 8), small, saved={"pattern": "M-", "query_pre_attn_scalar": None})
+    family.build(tmp_path / "tokenizer", tmp_path / "model", "bfloat16")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["pattern"] == "M-" and "query_pre_attn_scalar" not in config
+    assert config["final_logit_softcapping"] is None and config["dtype"] == "bfloat16" and config["vocab_size"] == 3
+    assert (tmp_path / "model" / "tokenizer.json").exists()
 
 
 def test_the_document_is_what_the_program_writes():
