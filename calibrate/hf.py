@@ -186,10 +186,8 @@ def collect(
     config = model.config
     check_model(config)
     theta = check_rope(model, rope, model_frequencies(model, rope), sequences[0][-1])
-    sums, packed = (
-        MomentSums(text_config(config).num_hidden_layers, kv_heads(config), rope, theta),
-        packed_layers(config),
-    )
+    packed = packed_layers(config)
+    sums = MomentSums(text_config(config).num_hidden_layers, kv_heads(config), rope, theta)
 
     def take(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         if layer in packed:
