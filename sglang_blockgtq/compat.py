@@ -96,6 +96,7 @@ SIGNATURES = {
         for name in ("hybrid_gdn_config", "mamba2_config", "mambaish_config")
     },
     "layers.attention.qsa.config.parse_qsa_profile": ["config"],
+    "configs.model_config.is_hybrid_swa_model": ["model_architectures", "hf_text_config"],
     "managers.scheduler.Scheduler.get_init_info": ["self"],
     "observability.metrics_collector.SchedulerMetricsCollector.emit_constants": ["max_total_num_tokens"],
     "models.utils.enable_fused_set_kv_buffer": ["forward_batch"],

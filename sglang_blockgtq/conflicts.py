@@ -264,7 +264,7 @@ def check_layers(layers: list[Any], head_dim: int) -> None:
             raise refuse_model(f"{where} scales logits by position", "xAI temperature scaling is not supported")
         if layer.k_scale is not None or layer.v_scale is not None:
             raise refuse_model(f"{where} has fp8 KV scales", "packed codes carry their own scales")
-    shapes = {(x.qk_head_dim, x.v_head_dim, x.tp_k_head_num, x.tp_v_head_num) for x in layers}
+    shapes = {(x.tp_q_head_num, x.tp_k_head_num, x.tp_v_head_num, x.qk_head_dim, x.v_head_dim) for x in layers}
     if len(shapes) > 1:
         raise refuse_model(f"layers of different shapes {sorted(shapes)}", "all layers must have the same heads")
     if layers[0].qk_head_dim != head_dim:

@@ -30,6 +30,7 @@ def check(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
     if config is not None:
         check_config(config)
         _check_states(config, get)
+        _check_windows(config, get)
         check_granularity(config, asked)
         if asked.table is not None:
             from .obtain import load_named_table
@@ -69,6 +70,15 @@ def _check_states(config: Any, get: Callable[[str], Any]) -> None:
             f"--device cpu: not with --kv-quant {NAME} for model type {config.model_type}: its layers without keys are "
             "Triton kernels of SGLang's; use a GPU, or set TRITON_INTERPRET=1 to try a small model, slowly"
         )
+
+
+def _check_windows(config: Any, get: Callable[[str], Any]) -> None:
+    from sglang.srt.configs.model_config import is_hybrid_swa_model
+
+    from .split import check_windows
+
+    apart = is_hybrid_swa_model(config.architectures or [], config.get_text_config())
+    check_windows(config, apart and not get("disable_hybrid_swa_memory"))
 
 
 def _check_text(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:

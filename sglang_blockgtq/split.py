@@ -11,10 +11,29 @@ from typing import Any
 from .calibrate.model import WINDOWS_APART, windows_apart
 from .calibrate.table import AllocationTable
 from .conflicts import refuse_model
-from .options import NAME
+from .options import NAME, KVQuantError
 from .ranks import is_rank_zero
 
 logger = logging.getLogger(__name__)
+
+
+def check_windows(config: Any, apart: bool) -> None:
+    """Whether a pool of windows is one that is known here. apart: SGLang would have one. Raises KVQuantError.
+
+    config: of Hugging Face.
+    """
+    name = f"model type {getattr(config, 'model_type', 'unknown')}"
+    if apart and not windows_apart(config):
+        known = ", ".join(sorted(WINDOWS_APART))
+        raise KVQuantError(
+            f"--kv-quant {NAME}: {name}: SGLang keeps its layers with a window in a pool of their own, which is "
+            f"supported for {known}; with --disable-hybrid-swa-memory there is one pool, and all layers are packed"
+        )
+    if windows_apart(config) and not apart:
+        raise KVQuantError(
+            f"--kv-quant {NAME}: {name}: its layers with a window stay in 16 bits in a pool of their own; leave "
+            "--disable-hybrid-swa-memory out"
+        )
 
 
 def check_split(runner: Any, packed: list[int]) -> None:
@@ -23,20 +42,15 @@ def check_split(runner: Any, packed: list[int]) -> None:
     runner: a ModelRunner with weights loaded. Raises KVQuantError.
     """
     config, info = runner.model_config.hf_config, runner.layer_info
-    name = f"model type {getattr(config, 'model_type', 'unknown')}"
-    if runner.is_hybrid_swa and not windows_apart(config):
-        known = ", ".join(sorted(WINDOWS_APART))
-        raise refuse_model(
-            name, f"SGLang keeps its layers with a window in a pool of their own, known of {known} alone"
-        )
-    if windows_apart(config) and not runner.is_hybrid_swa:
-        raise refuse_model(
-            name,
-            "its layers with a window stay in 16 bits in a pool of their own; leave --disable-hybrid-swa-memory out",
-        )
-    if runner.is_hybrid_swa and packed != list(info.full_attention_layer_ids):
-        raise refuse_model(
-            name, f"layers {packed} have full attention, SGLang knows of {info.full_attention_layer_ids}"
+    check_windows(config, runner.is_hybrid_swa)
+    if not runner.is_hybrid_swa:
+        return
+    if packed != (theirs := list(info.full_attention_layer_ids)):
+        name = f"model type {getattr(config, 'model_type', 'unknown')}"
+        raise refuse_model(name, f"layers {packed} have full attention, SGLang knows of {theirs}")
+    if not packed:
+        raise KVQuantError(
+            f"--kv-quant {NAME}: no layer of this pipeline stage has full attention; use a smaller --pp-size"
         )
 
 
