@@ -27,6 +27,7 @@ def check_hybrid(runner: Any, attention: list[int]) -> None:
     """
     from sglang.srt.configs.hybrid_arch import hybrid_gdn_config, mamba2_config, mambaish_config
     from sglang.srt.layers.attention.qsa.config import parse_qsa_profile
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cuda_graph_backend
     from sglang.srt.utils import is_blackwell
 
     model, info = runner.model_config, runner.layer_info
@@ -51,6 +52,14 @@ def check_hybrid(runner: Any, attention: list[int]) -> None:
         )
     if attention != theirs:
         raise refuse_model(name, f"layers {attention} have keys, SGLang knows of {theirs}")
+    breakable = check_cuda_graph_backend(Phase.PREFILL, Backend.BREAKABLE)
+    if breakable and (both := set(attention).intersection(config.mamba2_cache_params.layers)):
+        # Of other models SGLang captures no prefill; of these its graph holds Mamba's kernels as they were captured,
+        # and a replay reads memory that is not its own.
+        raise KVQuantError(
+            f"--kv-quant {NAME}: {name}: layers {sorted(both)} have Mamba beside attention, which SGLang's graphs of a "
+            "prefill do not survive; add --cuda-graph-backend-prefill disabled"
+        )
 
 
 def balance_memory(runner: Any, table: AllocationTable) -> None:
