@@ -1,4 +1,4 @@
-"""A ModelRunner with some of its parts exchanged."""
+"""An object of SGLang's with some of its parts exchanged."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 
 class Beside:
-    """A ModelRunner, but for what is given here; what is set on it stays here, too."""
+    """``thing``, but for what is given here; what is set on it stays here, too."""
 
-    def __init__(self, runner: Any, **given: Any):
-        self.__dict__.update(given, _runner=runner)
+    def __init__(self, thing: Any, **given: Any):
+        self.__dict__.update(given, _thing=thing)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
+        return getattr(self._thing, name)

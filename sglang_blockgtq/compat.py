@@ -23,7 +23,7 @@ SIGNATURES = {
     "server_args.ServerArgs.resolve_once": ["self"],
     "plugins.load_plugins": [],
     "arg_groups.model_hook.handle_model_specific_adjustments": ["server_args"],
-    "arg_groups.model_hook.attention_backends_of": ["cfg"],
+    "arg_groups.model_hook.resolved_view": ["server_args"],
     "model_executor.model_runner.ModelRunner.load_model": ["self"],
     "model_executor.model_runner.ModelRunner.alloc_memory_pool": ["self", "memory_pool_config"],
     **{

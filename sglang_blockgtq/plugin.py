@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import compat, options, preflight
+from .beside import Beside
 from .conflicts import check_config, check_resolved, check_user_args
 from .options import ATTRIBUTE, FLAGS, NAME, KVQuantError, KVQuantOptions
 
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 _ROOT = "sglang.srt."
 _installed = False
 _broken: str | None = None  # why the hooks could not be installed; raised once --kv-quant is used
-_passes_for_triton = False
+_passes_for_fa3 = False
 _make_server_args: Callable[..., Any] | None = None  # what Engine builds its ServerArgs with, but for us
 
 
@@ -82,17 +83,17 @@ def _check(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
 
 
 def _handle_model(orig: Any, *args: Any, **kwargs: Any) -> Any:
-    """Some models take SGLang's backends by name, gpt-oss among them: ours passes for its Triton backend there."""
-    global _passes_for_triton
-    _passes_for_triton = True
+    """Some models take SGLang's backends by name, gpt-oss and EXAONE among them: ours passes for FlashAttention-3."""
+    global _passes_for_fa3
+    _passes_for_fa3 = True
     try:
         return orig(*args, **kwargs)
     finally:
-        _passes_for_triton = False
+        _passes_for_fa3 = False
 
 
-def _attention_backends_of(result: tuple[Any, Any], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-    return tuple("triton" if _passes_for_triton and name == NAME else name for name in result)
+def _resolved_view(result: Any, *args: Any, **kwargs: Any) -> Any:
+    return Beside(result, attention_backend="fa3") if _passes_for_fa3 and result.attention_backend == NAME else result
 
 
 def _resolve_once(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -312,7 +313,7 @@ _OPTION_HOOKS = {
 }
 _HOOKS = {
     "arg_groups.model_hook.handle_model_specific_adjustments": ("AROUND", _handle_model),
-    "arg_groups.model_hook.attention_backends_of": ("AFTER", _attention_backends_of),
+    "arg_groups.model_hook.resolved_view": ("AFTER", _resolved_view),
     "server_args.ServerArgs.resolve_once": ("AFTER", _resolve_once),
     "model_executor.model_runner.ModelRunner.load_model": ("AROUND", _load_model),
     "model_executor.model_runner.ModelRunner.alloc_memory_pool": ("AROUND", _alloc_memory_pool),

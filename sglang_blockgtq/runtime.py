@@ -41,7 +41,8 @@ class Runtime:
     rows: tuple[int, ...]  # of the table, one for each of this rank's layers with keys
     origin: str  # "file", "cache" or "calibrated"
     seconds: float  # getting the table
-    bf16_bytes_per_token: int  # of this rank
+    bf16_bytes_per_token: int  # of this rank's packed layers
+    window_bytes_per_token: int = 0  # of its layers with a window, where they stay in 16 bits
     layers: dict[int, PackedLayer] = field(default_factory=dict)  # by layer id
     buffers: Buffers | None = None  # on a GPU
 
@@ -61,6 +62,7 @@ class Runtime:
             "v_bits": header.v_bits,
             "bytes_per_token": self.bytes_per_token,
             "bf16_bytes_per_token": self.bf16_bytes_per_token,
+            "window_bytes_per_token": self.window_bytes_per_token,
             "ratio": round(self.bf16_bytes_per_token / self.bytes_per_token, 3),
             "bytes_per_token_head": round(self.table.bytes_per_token_head(), 3),
             "chunk_attention": self.options.chunk_attention,
@@ -138,7 +140,7 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
     from .capture import attention_layers, local_heads
     from .conflicts import check_granularity, check_layers, check_resolved, check_runner
     from .hybrid import balance_memory, check_hybrid
-    from .split import balance_windows, check_split
+    from .split import balance_windows, check_split, window_bytes
     from .states import release
 
     check_resolved()
@@ -186,6 +188,7 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
         origin=choice.origin,
         seconds=seconds,
         bf16_bytes_per_token=sum(2 * x.tp_k_head_num * (x.qk_head_dim + x.v_head_dim) for x in here),
+        window_bytes_per_token=window_bytes(runner),
         layers=layers,
         buffers=buffers,
     )

@@ -35,7 +35,7 @@ from ..launch import exit_on_sigterm, missing_plugin, shown
 from ..server_steps import provenance
 from . import document
 from .families import FAMILIES, Family
-from .measure import COLUMNS, LENGTH, PACKED, OutOfTime, Run, finished, measured
+from .measure import COLUMNS, LENGTH, NO_TIME, PACKED, OutOfTime, Run, finished, measured
 
 ORDER = [family.name for family in FAMILIES]
 GRACE = 60  # seconds for servers that have started when --minutes are over
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     command = "python -m benchmarks.compatibility " + shown(shlex.join(sys.argv[1:] if argv is None else argv))
     kept = list(csv.DictReader(args.out.open())) if args.resume and args.out.exists() else []
-    kept = [row for row in kept if row["family"] in ORDER]
+    kept = [row for row in kept if row["family"] in ORDER and NO_TIME not in row["words"]]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     record = Record(args.out, kept)
     with tempfile.TemporaryDirectory() as work:

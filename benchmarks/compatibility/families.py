@@ -343,7 +343,14 @@ FAMILIES = (
         states=True,
         gpu_only=_NO_MAMBA,
     ),
-    Family("exaone4", "EXAONE 4", "Exaone4Config", (40, 8, 128)),
+    Family(
+        "exaone4",
+        "EXAONE 4 (no RoPE in full layers)",
+        "Exaone4Config",
+        (40, 8, 128),
+        {"sliding_window": 64, "layer_types": _WINDOWS, "hidden_size": 5120},
+        saved={"sliding_window_pattern": "LG"},
+    ),
     Family(
         "gemma3_images",
         "Gemma 3 with images",

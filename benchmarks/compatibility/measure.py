@@ -29,6 +29,7 @@ START = 400  # seconds
 CPU_TOKENS = 2000
 PACKED = ["--kv-quant=blockgtq", "--kv-quant-k-bits=8", "--kv-quant-v-bits=8"]
 ALONE = Path(__file__).parent / "alone"  # a plugin for servers that share a GPU,
+NO_TIME = "no time left"
 SIZED = "sized as if alone on the GPU"  # which then say this
 _LOADING = threading.Lock()  # transformers is not made for several threads
 
@@ -235,7 +236,10 @@ def _measured(run: Run, family: Family, page: int, known: Known) -> dict:
         known.settled = True
         return row | {"outcome": packed[0], "words": packed[1]}
     if run.stock and known.stock is None:
-        known.stock = ask(run, family, None, folder)
+        try:
+            known.stock = ask(run, family, None, folder)
+        except OutOfTime:  # what the packed one answered is a row all the same
+            known.stock = "failed", NO_TIME
     if known.plain is None and (not run.stock or isinstance(known.stock, Answers)):
         known.plain = exact(family, folder, run.ids)
     return row | {"page_size": page} | compared(packed, known.stock, known.plain, run.cuda)

@@ -175,6 +175,21 @@ def test_what_is_refused_is_started_once(started, tmp_path):
     assert measure.measured(run, PLAIN, 64) is None and started.pages == [1]
 
 
+def test_a_packed_cache_without_the_stock_one(started, tmp_path, monkeypatch):
+    """Time was over: what is known is a row."""
+    ask = measure.ask
+
+    def no_stock(run, family, page, folder):
+        if page is None:
+            raise measure.OutOfTime
+        return ask(run, family, page, folder)
+
+    monkeypatch.setattr(measure, "ask", no_stock)
+    row = measure.measured(a_run(tmp_path), PLAIN, 1)
+    assert row["outcome"] == "served" and row["words"] == f"stock SGLang: {measure.NO_TIME}"
+    assert row["read"] != "" and "cold" not in row and "bf16_tokens" not in row
+
+
 def test_what_a_cpu_cannot_run_is_not_started(started, tmp_path):
     run = a_run(tmp_path, device="cpu", name="cpu")
     row = measure.measured(run, ON_GPUS, 1)
@@ -269,7 +284,10 @@ def test_files(asked, model_folder, tmp_path, capsys):
     args = ["--tokenizer", str(model_folder), "--out", str(out), "--server-args=--a", "--commit", "abc"]
     args += ["--device=cpu", "--parallel=2"]
     assert program.main([*args, "--only", second, "--page-sizes=1"]) == 0
-    out.write_text(out.read_text() + "a_former_family\n")
+    whole = out.read_text()
+    unfinished = whole.splitlines()[1].split(",")
+    unfinished[0], unfinished[list(measure.COLUMNS).index("words")] = first, f"stock SGLang: {measure.NO_TIME}"
+    out.write_text(whole + ",".join(unfinished) + "\na_former_family" + "," * (len(measure.COLUMNS) - 1) + "\n")
     assert program.main([*args, "--resume", "--only", first, second]) == 0
     assert sorted(asked) == [(first, 1), (first, 64), (second, 1), (second, 64)]
     assert program.main([*args, "--resume", "--only", third]) == 1  # what went wrong is no row
