@@ -46,7 +46,7 @@ def served(monkeypatch) -> Runtime:
     moments = Moments(q, k, torch.full((2, HEADS), float(DIM), dtype=torch.float64), 2048)
     table = build_table(moments, [RopeBlocks(DIM, DIM)] * 2, k_bits=3, v_bits=3, v_head_dim=V_DIM)
     layers = dict(zip(FULL, layers_of(table, slice(None), (0, 1), "cpu", 512).values(), strict=True))
-    found = Runtime(KVQuantOptions(), table, slice(None), (0, 1), "file", 0.0, 0, layers)
+    found = Runtime(KVQuantOptions(), table, slice(None), (0, 1), "file", 0.0, 0, layers=layers)
     monkeypatch.setattr(runtime, "_current", found)
     return found
 

@@ -84,6 +84,7 @@ def test_windows_in_a_pool_of_their_own(launch, mellum, token_ids):
     info = server.info()["kv_quant"]
     # Two of four layers, two heads: keys and values of 32 codes of 8 bits and a scale each.
     assert info["bytes_per_token"] == 2 * 2 * 2 * (32 + 2) and info["bf16_bytes_per_token"] == 2 * 2 * 2 * 32 * 2
+    assert info["window_bytes_per_token"] == 2 * 2 * 2 * 32 * 4
     check_every_way(server, mellum, token_ids, sliding_window=1024)
     # SGLang counts the slots of both pools when nothing runs, and ends where some are lost.
     assert server.process.poll() is None
