@@ -45,7 +45,7 @@ def backend(request, monkeypatch):
     table = build_table(moments, [RopeBlocks(DIM, DIM)], k_bits=3, v_bits=3, page=PAGE)
     layers = layers_of(table, slice(None), (0,), "cpu", 512)
     served = runtime.Runtime(
-        KVQuantOptions(chunk_attention=request.param), table, slice(None), (0,), "file", 0.0, 0, layers
+        KVQuantOptions(chunk_attention=request.param), table, slice(None), (0,), "file", 0.0, 0, layers=layers
     )
     monkeypatch.setattr(runtime, "_current", served)
     sizes = {"enable_memory_saver": False, "start_layer": 0, "end_layer": 1}

@@ -33,7 +33,7 @@ def served(monkeypatch) -> Runtime:
     table = build_table(moments, [RopeBlocks(DIM, DIM // 4)] * 2, k_bits=3, v_bits=3)
     rows = layers_of(table, slice(None), (0, 1), "cpu", 512)
     layers = dict(zip(WITH_KEYS, rows.values(), strict=True))
-    found = Runtime(KVQuantOptions(), table, slice(None), (0, 1), "file", 0.0, 2 * HEADS * 4 * DIM, layers)
+    found = Runtime(KVQuantOptions(), table, slice(None), (0, 1), "file", 0.0, 2 * HEADS * 4 * DIM, layers=layers)
     monkeypatch.setattr(runtime, "_current", found)
     return found
 

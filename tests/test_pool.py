@@ -37,7 +37,7 @@ def make_runtime(allocator="template", heads=slice(None), k_bits=3.0, granularit
     table = build_table(moments, rope, k_bits=k_bits, v_bits=3, allocator=allocator, granularity=granularity)
     bf16 = len(HELD) * len(range(HEADS)[heads]) * 4 * DIM
     layers = layers_of(table, heads, HELD, "cpu", 4096)
-    return Runtime(KVQuantOptions(), table, heads, HELD, "file", 0.0, bf16, layers)
+    return Runtime(KVQuantOptions(), table, heads, HELD, "file", 0.0, bf16, layers=layers)
 
 
 def make_pool(runtime, size=32, page=4) -> PackedKVPool:

@@ -137,6 +137,27 @@ def gemma2(smollm2, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def mellum(smollm2, tmp_path_factory) -> str:
+    """Random: layers with a window of 48, which SGLang keeps apart, and layers without by turns. All experts answer:
+    a choice of some would jump with the least error."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, MellumConfig
+
+    folder = str(tmp_path_factory.mktemp("model") / "mellum")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    torch.manual_seed(0)
+    config = MellumConfig(
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, moe_intermediate_size=64, num_experts=2, num_experts_per_tok=2, mlp_layer_types=["sparse"] * 4,
+        layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=48, max_position_embeddings=1024,
+        initializer_range=0.1, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def table_cache(tmp_path_factory) -> str:
     """One cache folder for all servers of a run: only the first start of a setting calibrates."""
     return str(tmp_path_factory.mktemp("kv-quant-cache"))
