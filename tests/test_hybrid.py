@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, MHATokenToKVPool
-from sglang.srt.runtime_context import get_context, get_parallel, get_schedule
+from sglang.srt.runtime_context import get_context, get_schedule
 
 from sglang_blockgtq import compat, hybrid, plugin, runtime
 from sglang_blockgtq.calibrate.build import build_table
@@ -192,12 +192,13 @@ def test_mamba_beside_attention_and_graphs_of_a_prefill(monkeypatch):
     from sglang.srt.model_executor import cuda_graph_config
 
     falcon = FalconH1Config(num_hidden_layers=2)
+    for config, layers in ((falcon, [0, 1]), (qwen3_next(), [0, 1, 2])):  # those that have states
+        monkeypatch.setattr(type(config), "mamba2_cache_params", SimpleNamespace(layers=layers))
     hybrid.check_hybrid(runner(falcon, end=2), [0, 1])
     monkeypatch.setattr(cuda_graph_config, "check_cuda_graph_backend", lambda *given: given == ("prefill", "breakable"))
-    with get_parallel().override(attn_tp_size=1):
-        with pytest.raises(KVQuantError, match=r"layers \[0, 1\] .*--cuda-graph-backend-prefill disabled"):
-            hybrid.check_hybrid(runner(falcon, end=2), [0, 1])
-        hybrid.check_hybrid(runner(qwen3_next()), [3, 7])
+    with pytest.raises(KVQuantError, match=r"layers \[0, 1\] .*--cuda-graph-backend-prefill disabled"):
+        hybrid.check_hybrid(runner(falcon, end=2), [0, 1])
+    hybrid.check_hybrid(runner(qwen3_next()), [3, 7])
 
 
 def _with_index(config):
