@@ -199,7 +199,9 @@ def test_pools_of_windows(model):
     """Before weights load: a model without its own, and another one with one."""
     kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64, "num_hidden_layers": 2}
     mellum = model(architectures=["MellumForCausalLM"], model_type="mellum", **kinds)
-    assert "leave --disable-hybrid-swa-memory out" in refusal(mellum, "--disable-hybrid-swa-memory")
+    assert "leave --disable-hybrid-swa-memory out" in refusal(
+        mellum, "--disable-hybrid-swa-memory", disable_hybrid_swa_memory=True
+    )
     other = model(architectures=["LagunaForCausalLM"], model_type="laguna", **kinds)
     message = refusal(other)
     assert "model type laguna" in message and "supported for gpt_oss, mellum, mimo_v2_flash" in message
