@@ -202,9 +202,8 @@ def test_pools_of_windows(model):
     assert "leave --disable-hybrid-swa-memory out" in refusal(
         mellum, "--disable-hybrid-swa-memory", disable_hybrid_swa_memory=True
     )
-    other = model(architectures=["LagunaForCausalLM"], model_type="laguna", **kinds)
-    message = refusal(other)
-    assert "model type laguna" in message and "supported for gpt_oss, mellum, mimo_v2_flash" in message
+    message = refusal(model(is_hybrid_swa=True, hybrid_layer_pattern=[1, 0]))
+    assert "model type llama" in message and "supported for gpt_oss, mellum, mimo_v2_flash" in message
 
 
 def test_files(model, tmp_path):
