@@ -122,8 +122,11 @@ def _context(config: PretrainedConfig) -> int:
     return getattr(text_config(config), "max_position_embeddings", None) or MAX_SEQUENCE
 
 
-def _of_pairs(x: torch.Tensor) -> torch.Tensor:
-    """A value for each pair, of values for each channel: each twice, in two halves or next to one another."""
+def _of_pairs(x: torch.Tensor, pairs: int) -> torch.Tensor:
+    """A value for each of ``pairs``, of these or of values for each channel: each twice, in two halves or next to one
+    another."""
+    if x.shape[-1] == pairs:
+        return x
     half = x.shape[-1] // 2
     return x[:, :half] if torch.equal(x[:, :half], x[:, half:]) else x[:, ::2]
 
@@ -134,10 +137,11 @@ def model_frequencies(model: torch.nn.Module, rope: Sequence[RopeBlocks]) -> lis
     parameters = rope_parameters(model.config)
     kinds = layer_kinds(model.config) or [None] * len(rope)
     by_kind = any(kind in parameters for kind in kinds)  # each kind of layer has RoPE of its own
+    pairs = max(blocks.rotary_dim for blocks in rope) // 2
 
     def turn(kind: str | None, positions: torch.Tensor) -> torch.Tensor:
         sides = rotary(torch.zeros(1, device=device), positions[None].to(device), *([kind] if by_kind else []))
-        return torch.stack([_of_pairs(x[0]) for x in sides], 1)
+        return torch.stack([_of_pairs(x[0], pairs) for x in sides], 1)
 
     @cache
     def rotated(kind: str | None) -> torch.Tensor | None:

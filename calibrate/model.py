@@ -151,18 +151,19 @@ def is_neox(module: ModuleType) -> bool:
 
     Raises ModelError if the module has no function of a known name that turns channels by 90 degrees.
     """
-    for name in ("rotate_half", "rotate_every_two"):
+    quarter = torch.zeros(4), torch.ones(4)  # its cosines and sines, which gpt-oss's function takes
+    for name, given in (("rotate_half", ()), ("rotate_every_two", ()), ("_apply_rotary_emb", quarter)):
         turn = getattr(module, name, None)
         if turn is None:
             continue
-        turned = turn(torch.arange(1.0, 9.0).view(1, 1, 1, 8)).flatten().tolist()
+        turned = turn(torch.arange(1.0, 9.0).view(1, 1, 1, 8), *given).flatten().tolist()
         if turned == [-5, -6, -7, -8, 1, 2, 3, 4]:
             return True
         if turned == [-2, 1, -4, 3, -6, 5, -8, 7]:
             return False
     raise ModelError(
-        f"{module.__name__}: cannot tell which channels its RoPE pairs; models with rotate_half or "
-        "rotate_every_two are supported here, others calibrate inside the server"
+        f"{module.__name__}: cannot tell which channels its RoPE pairs; models with rotate_half, "
+        "rotate_every_two or _apply_rotary_emb are supported here, others calibrate inside the server"
     )
 
 

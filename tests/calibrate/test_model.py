@@ -170,6 +170,7 @@ def test_head_dims_accepted(head_dim):
         (transformers.CohereConfig(), 128, False),
         (transformers.GPTJConfig(), 64, False),
         (transformers.Ernie4_5Config(), 128, False),
+        (transformers.GptOssConfig(), 64, True),
         (transformers.BloomConfig(), 0, True),
     ],
     ids=lambda x: getattr(x, "model_type", None),
