@@ -195,13 +195,14 @@ def test_states_on_a_cpu(model, monkeypatch):
     prepare_server_args(["--model-path", hybrid, "--device", "cpu", "--kv-quant", "blockgtq"])
 
 
-def test_pools_of_windows(model):
-    """Before weights load: a model without its own, and another one with one."""
+def test_windows_without_their_pool(model):
     kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64, "num_hidden_layers": 2}
     mellum = model(architectures=["MellumForCausalLM"], model_type="mellum", **kinds)
-    assert "leave --disable-hybrid-swa-memory out" in refusal(
-        mellum, "--disable-hybrid-swa-memory", disable_hybrid_swa_memory=True
-    )
+    message = refusal(mellum, "--disable-hybrid-swa-memory", disable_hybrid_swa_memory=True)
+    assert "model type mellum" in message and "leave --disable-hybrid-swa-memory out" in message
+
+
+def test_another_models_pool_of_windows(model):
     message = refusal(model(is_hybrid_swa=True, hybrid_layer_pattern=[1, 0]))
     assert "model type llama" in message and "supported for gpt_oss, mellum, mimo_v2_flash" in message
 
