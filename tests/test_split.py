@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from sglang.srt.configs.model_config import AttentionArch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
@@ -19,6 +20,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_blockgtq import compat, plugin, runtime, split
 from sglang_blockgtq.backend.cpu_windows import TorchWindowBackend
+from sglang_blockgtq.backend.split import SplitBackend
 from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.rope import RopeBlocks
@@ -283,6 +285,59 @@ def test_what_is_hooked_and_called_is_watched(monkeypatch):
     assert "_build_hybrid_swa_kv_pool no longer calls token_to_kv_pool_class=swa_pool_class" in drift
     assert "SWAKVPool.__init__ no longer calls" in drift
     assert "HybridSWAPoolConfigurator._recompute_cell_size is gone" in drift
+
+
+# --- two backends under one ----------------------------------------------------------------------
+
+
+class Noted(AttentionBackend):
+    """A backend that notes what it is called with."""
+
+    def __init__(self, runner, name: str, **known):
+        super().__init__()
+        self.runner, self.name, self.calls, self.kv_index_translator = runner, name, [], None
+        self.__dict__.update(known)
+
+    def note(self, *args, **kwargs):
+        self.calls.append((args, kwargs))
+        return self.name
+
+    def shared_read_ends(self, fm):
+        return SharedReadEnds.POST_REPLAY if self.name == "windows" else SharedReadEnds.IN_REPLAY
+
+    init_forward_metadata = init_forward_metadata_out_graph = init_forward_metadata_in_graph = note
+    init_cuda_graph_state = on_after_cuda_graph_warmup = forward_decode = forward_extend = note
+
+
+def test_each_layer_goes_to_its_backend(served, monkeypatch):
+    from sglang_blockgtq.backend import split as backends
+
+    known = {"needs_cpu_seq_lens": True, "extend_dummy_seqs_capped_by_req_pool": True}
+    monkeypatch.setattr(backends, "windows_backend", lambda runner: Noted(runner, "windows", **known))
+    whole = runner(mellum(), sliding_window_size=WINDOW - 1, req_to_token_pool="requests", token_to_kv_pool=build())
+    whole.model_config.context_len = 512
+    backend = SplitBackend(whole, lambda seen: Noted(seen, "packed", needs_cpu_seq_lens=False))
+    packed, windows = backend.attn_backend_list
+    # Ours sees the packed pool and no window, SGLang's the whole model.
+    assert packed.runner.token_to_kv_pool is whole.token_to_kv_pool.full_kv_pool
+    assert packed.runner.sliding_window_size is None and packed.runner.req_to_token_pool == "requests"
+    assert windows.runner is whole and whole.sliding_window_size == WINDOW - 1
+    assert backend.token_to_kv_pool is whole.token_to_kv_pool and backend.max_context_len == 512
+    assert backend.shared_read_ends(ForwardMode.DECODE) is SharedReadEnds.POST_REPLAY
+    assert backend.needs_cpu_seq_lens and backend.extend_dummy_seqs_capped_by_req_pool
+
+    backend.init_forward_metadata("batch")
+    backend.init_forward_metadata_out_graph("batch", in_capture=True)
+    backend.init_forward_metadata_in_graph("batch")
+    backend.init_cuda_graph_state(8, 9)
+    backend.on_after_cuda_graph_warmup()
+    assert packed.calls == windows.calls and len(packed.calls) == 5
+    assert packed.calls[1] == (("batch",), {"in_capture": True}) and packed.calls[3] == ((8, 9), {})
+    for forward in (backend.forward_decode, backend.forward_extend):
+        went = [forward("q", "k", "v", SimpleNamespace(layer_id=i), "batch", False, sinks=i) for i in range(4)]
+        assert went == ["windows", "packed"] * 2
+    (*_, batch, save), kwargs = windows.calls[-1]
+    assert (batch, save, kwargs) == ("batch", False, {"sinks": 2})
 
 
 # --- attention over windows on a host ------------------------------------------------------------
