@@ -69,6 +69,8 @@ class PackedKVPool(KVCache):
         """
         if {k_scale, v_scale} - {None, 1.0} or dcp_kv_mask is not None:
             raise NotImplementedError(f"{NAME}: cache scales and context-parallel masks do not apply to packed rows")
+        if layer is None:  # a wrapper with two pools
+            raise NotImplementedError(f"{NAME}: the rows of packed layers are written by the backend, not by a wrapper")
         packed = self.layer(layer.layer_id)
         if packed.has_means:
             raise NotImplementedError(f"{NAME}: keys less their page's mean are written by the backend, with positions")

@@ -224,6 +224,16 @@ def test_stock_pool_is_refused():
         backend.create(SimpleNamespace(device="cpu", token_to_kv_pool=object(), is_hybrid_swa=False))
 
 
+def test_another_name_for_models_that_take_backends_by_name():
+    """And for them alone: what SGLang resolves keeps ours."""
+    view = SimpleNamespace(attention_backend=plugin.NAME, page_size=1)
+    seen = plugin._handle_model(lambda: plugin._resolved_view(view))
+    assert (seen.attention_backend, seen.page_size) == ("fa3", 1)
+    assert plugin._resolved_view(view) is view
+    stock = SimpleNamespace(attention_backend="triton")
+    assert plugin._handle_model(lambda: plugin._resolved_view(stock)) is stock
+
+
 def test_hugging_face_kernels_is_not_shadowed(tmp_path):
     """``import kernels`` is the Hugging Face package, also for a Python started in the clone's root."""
     root = Path(__file__).resolve().parent.parent

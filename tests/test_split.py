@@ -212,6 +212,8 @@ def test_only_layers_with_full_attention_are_packed(served):
         assert pool.get_v_head_dim() == V_DIM
     with pytest.raises(NotImplementedError, match="no dense KV buffer"):
         pool.get_kv_buffer(3)
+    with pytest.raises(NotImplementedError, match="written by the backend"):
+        pool.set_kv_buffer(SimpleNamespace(layer_id=3), KVWriteLoc(torch.tensor([4]), None), None, None)
     assert plugin._check_pool(pool, configurator()) is None
 
 
