@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 from . import compat, options, preflight
-from .beside import Beside
 from .conflicts import check_config, check_resolved, check_user_args
 from .options import ATTRIBUTE, FLAGS, NAME, KVQuantError, KVQuantOptions
 
@@ -93,7 +92,11 @@ def _handle_model(orig: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _resolved_view(result: Any, *args: Any, **kwargs: Any) -> Any:
-    return Beside(result, attention_backend="fa3") if _passes_for_fa3 and result.attention_backend == NAME else result
+    if not _passes_for_fa3 or result.attention_backend != NAME:
+        return result
+    from .beside import Beside
+
+    return Beside(result, attention_backend="fa3")
 
 
 def _resolve_once(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from inspect import unwrap
 from types import SimpleNamespace
 
 import pytest
@@ -87,7 +88,7 @@ def configurator(full=FULL, **other) -> SimpleNamespace:
 def build(mha_pool_class: type = MHATokenToKVPool, **other) -> SWAKVPool:
     with get_context().override_server_args():
         return plugin._build_hybrid_swa_kv_pool(
-            KVCacheConfigurator._build_hybrid_swa_kv_pool,
+            unwrap(KVCacheConfigurator._build_hybrid_swa_kv_pool),  # other tests may have hooked it
             configurator(**other),
             mha_pool_class=mha_pool_class,
             full_max_total_num_tokens=SIZE,
