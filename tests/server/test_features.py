@@ -75,7 +75,7 @@ def server(launch, adapter):
     return launch(
         "--dtype=float32", "--max-total-tokens=900", *EIGHT,
         "--enable-lora", "--lora-backend=torch_native", "--lora-paths", f"north={adapter}",
-        "--enable-priority-scheduling", "--max-running-requests=2",
+        "--enable-priority-scheduling", "--max-running-requests=2", "--enable-streaming-session",
         record="lora_on_cpu",
     )  # fmt: skip
 
@@ -132,6 +132,19 @@ def test_a_session_branches(server, token_ids, base):
         assert turn["meta_info"]["prompt_tokens"] == len(history + new)
         assert turn["meta_info"]["cached_tokens"] >= hits
         assert behind_best(base, history + new, turn["output_ids"]) < TIE
+    requests.post(server.url + "/close_session", json={"session_id": session}, timeout=60).raise_for_status()
+
+
+def test_a_streaming_session_goes_on(server, token_ids, base):
+    body = {"capacity_of_str_len": 1000, "streaming": True}
+    session, history = requests.post(server.url + "/open_session", json=body, timeout=60).json(), []
+    for start, hits in ((400, 0), (600, 47), (650, 75)):
+        new = token_ids[start:][: 20 if history else 40]
+        turn = server.generate(new, 8, session_params={"id": session})
+        history += new
+        assert (turn["meta_info"]["prompt_tokens"], turn["meta_info"]["cached_tokens"]) == (len(history), hits)
+        assert behind_best(base, history, turn["output_ids"]) < TIE
+        history += turn["output_ids"]
     requests.post(server.url + "/close_session", json={"session_id": session}, timeout=60).raise_for_status()
 
 
