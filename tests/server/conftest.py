@@ -36,12 +36,22 @@ class Server:
         return self.get("/server_info").json()
 
     def generate(
-        self, input_ids: list[int], max_new_tokens: int = 1, logprob_start: int | None = None, top_logprobs: int = 0
+        self,
+        input_ids: list[int] | None = None,
+        max_new_tokens: int = 1,
+        logprob_start: int | None = None,
+        top_logprobs: int = 0,
+        grammar: dict[str, str] | None = None,
+        **more: Any,
     ) -> dict:
-        """One greedy request; with logprob_start also the log-probabilities of the prompt from there on."""
+        """One greedy request; with logprob_start also the log-probabilities of the prompt from there on.
+
+        grammar: what the answer must follow, as a sampling parameter. more: fields of the request.
+        """
         body: dict[str, Any] = {
             "input_ids": input_ids,
-            "sampling_params": {"max_new_tokens": max_new_tokens, "temperature": 0},
+            "sampling_params": {"max_new_tokens": max_new_tokens, "temperature": 0, **(grammar or {})},
+            **more,
         }
         if logprob_start is not None:
             body |= {"return_logprob": True, "logprob_start_len": logprob_start, "top_logprobs_num": top_logprobs}
@@ -49,9 +59,9 @@ class Server:
         response.raise_for_status()
         return response.json()
 
-    def logprobs(self, input_ids: list[int], start: int) -> tuple[list[float], int]:
+    def logprobs(self, input_ids: list[int], start: int, **more: Any) -> tuple[list[float], int]:
         """Log-probabilities of the prompt's tokens after ``start``, and how many tokens came from the cache."""
-        meta = self.generate(input_ids, logprob_start=start)["meta_info"]
+        meta = self.generate(input_ids, logprob_start=start, **more)["meta_info"]
         return [lp for lp, *_ in meta["input_token_logprobs"] if lp is not None], meta["cached_tokens"]
 
     def behind_best(self, prompt: list[int], answer: list[int]) -> list[float]:

@@ -1,10 +1,11 @@
-"""``sgl.Engine(kv_quant=...)`` in a program of its own, and prefill chunks mixed with decoding."""
+"""The example with ``sgl.Engine(kv_quant=...)``, and prefill chunks mixed with decoding."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -12,40 +13,18 @@ pytestmark = pytest.mark.server
 
 TIE = 0.3  # nats: codes that rounding turned moved a log-probability by 0.07 here; a wrong cache costs several
 
-PROGRAM = """
-import sys
-import sglang as sgl
-
-if __name__ == "__main__":
-    model, cache = sys.argv[1:]
-    engine = sgl.Engine(
-        model_path=model,
-        kv_quant="blockgtq",
-        kv_quant_k_bits=4,
-        kv_quant_v_bits="3.5",
-        kv_quant_cache_dir=cache,
-        max_total_tokens=1000,
-        mem_fraction_static=0.3,
-        dtype="float32",
-    )
-    info = engine.get_server_info()["kv_quant"]
-    print(info["pool"], info["k_bits"], info["v_bits"], info["bytes_per_token_head"])
-    out = engine.generate("The capital of France is", {"max_new_tokens": 3, "temperature": 0})
-    print(out["text"])
-    engine.shutdown()
-"""
+ENGINE = Path(__file__).parents[2] / "examples" / "engine.py"
 
 
 def test_engine(smollm2, table_cache, tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
     run = subprocess.run(
-        [sys.executable, str(program), smollm2, table_cache], capture_output=True, text=True, timeout=600, cwd=tmp_path
-    )
+        [sys.executable, str(ENGINE), smollm2, "--cache-dir", table_cache],
+        capture_output=True, text=True, timeout=600, cwd=tmp_path,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
     # K: 64 channels x 4 bits, V: 3.5 bits, two float16 scales.
-    assert "PackedKVPool 4.0 3.5 64.0" in run.stdout
-    assert " Paris" in run.stdout.split("PackedKVPool")[1]
+    assert "PackedKVPool: K 4.0 bits, V 3.5 bits, 64 bytes per token and head" in run.stdout
+    assert "The capital of France is Paris" in run.stdout
 
 
 def test_mixed_chunks_answer_like_separate_ones(launch, token_ids):
