@@ -37,7 +37,7 @@ class Server:
 
     def generate(
         self,
-        input_ids: list[int] | None = None,
+        input_ids: list[int],
         max_new_tokens: int = 1,
         logprob_start: int | None = None,
         top_logprobs: int = 0,

@@ -1,7 +1,6 @@
 """Engine features over packed rows of eight bits, against transformers without quantization.
 
-LoRA, sessions, priorities with preemption, grammars, the OpenAI client and new weights share one server; input
-embeddings need one without a radix cache.
+LoRA, sessions, priorities with preemption, grammars, the OpenAI client and new weights, on one server.
 """
 
 from __future__ import annotations
@@ -245,21 +244,3 @@ def test_new_weights(server, smollm2, token_ids, base, merged, tmp_path):
             assert gap(found, model, prompt) < limit
     assert server.log.read_text().count("the allocation table is still that of the weights at start-up") == 2
     server.stop()
-
-
-def test_input_embeddings(launch, token_ids, base):
-    """SGLang takes them without a radix cache and makes them bfloat16 whatever the model's dtype."""
-    server = launch("--dtype=bfloat16", "--max-total-tokens=400", "--disable-radix-cache", *EIGHT)
-    table = base.get_input_embeddings().weight.detach()
-    one, other = token_ids[:60], token_ids[300:360]
-    by_ids = server.generate(one, 8)
-    by_rows = server.generate(None, 8, input_embeds=table[one].tolist())
-    assert by_rows["output_ids"] == by_ids["output_ids"]
-    rows = ((table[one] + table[other]) / 2).bfloat16().float()
-    answer = server.generate(None, 8, input_embeds=rows.tolist())["output_ids"]
-    server.stop()
-    with torch.inference_mode():
-        both = torch.cat([rows, table[answer]])[None]
-        logprobs = base(inputs_embeds=both).logits[0, len(rows) - 1 : -1].log_softmax(-1)
-    chosen = logprobs.gather(1, torch.tensor(answer)[:, None])[:, 0]
-    assert (logprobs.max(-1).values - chosen).max() < TIE
