@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from statistics import fmean
 
 import requests
 
+from .. import server_agreement
 from ..launch import Server, ServerError, shown
 from .families import Family
 
@@ -183,7 +183,7 @@ def exact(family: Family, folder: Path, ids: list[int]) -> list[float] | tuple[s
 
 
 def gap(a: list[float], b: list[float]) -> float:
-    return round(fmean(abs(x - y) for x, y in zip(a, b, strict=True)), 5)
+    return round(server_agreement.gap(a, b), 5)
 
 
 def graphs(output: str) -> str:

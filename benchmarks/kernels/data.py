@@ -18,7 +18,7 @@ from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.kernels.device.tables import Tables
 from sglang_blockgtq.kernels.format.codec import LayerCodec
 from sglang_blockgtq.kernels.format.layout import num_slots
-from sglang_blockgtq.kernels.terms import Terms
+from sglang_blockgtq.kernels.terms import PLAIN, Terms
 
 from .cases import CONTIGUOUS, Method, Shape
 
@@ -78,7 +78,7 @@ class Pool:
         v_spread = (energy.v[0] / shape.dim).sqrt().float()[:, None].to(self.device)
         self.k = self._filled(k_spread)
         self.v = self._filled(v_spread.expand_as(k_spread))
-        self.terms = Terms()
+        self.terms = PLAIN
         if shape.sinks:
             self.terms = Terms(
                 sinks=torch.randn(shape.q_heads, generator=self.generator, device=self.device).bfloat16()
