@@ -131,7 +131,7 @@ def _calibrate(argv: list[str]) -> None:
     h, packed = table.header, table.bytes_per_token_head()
     print(
         f"{args.out}: {h.allocator}, K {h.k_bits:g} V {h.v_bits:g} bits, {packed:g} bytes per token and KV head "
-        f"({packed / (2 * (h.head_dim + h.v_head_dim)):.1%} of bf16), table {h.table_hash[:12]}"
+        f"({packed / h.bf16_bytes_per_token_head:.1%} of bf16), table {h.table_hash[:12]}"
     )
 
 

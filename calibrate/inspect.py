@@ -72,7 +72,7 @@ def summary(table: AllocationTable) -> str:
     """What a table holds, as aligned plain text."""
     h = table.header
     row = table.row_layout(0)
-    dense = 2 * (h.head_dim + h.v_head_dim)
+    dense = h.bf16_bytes_per_token_head
     packed = table.bytes_per_token_head()
     per_token = sum(table.row_layout(i).row_bytes for i in range(h.layers))
     k_norms = sorted({table.row_layout(i).k_norms for i in range(h.layers)})

@@ -57,6 +57,11 @@ class TableHeader:
     format_version: int = FORMAT_VERSION
     table_hash: str = ""  # over all tensors and this header without the hash
 
+    @property
+    def bf16_bytes_per_token_head(self) -> int:
+        """Of a key and a value that are not packed."""
+        return 2 * (self.head_dim + self.v_head_dim)
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
 

@@ -194,8 +194,9 @@ def refuse_model(what: str, reason: str) -> KVQuantError:
     return KVQuantError(f"--kv-quant {NAME}: {what}: {reason}; serve this model without --kv-quant")
 
 
-def _text_config(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+def type_of(config: Any) -> str:
+    """Of a Hugging Face config, for messages."""
+    return f"model type {getattr(config, 'model_type', 'unknown')}"
 
 
 def check_config(config: Any) -> None:
@@ -208,21 +209,15 @@ def check_config(config: Any) -> None:
         raise refuse_model(f"checkpoint with {kv_scheme}", "its scales are made for an fp8 cache")
 
 
-def _head_dim(text: Any) -> int | None:
-    """Channels of a key head by a text model's config, where it tells."""
-    heads = getattr(text, "num_attention_heads", None)
-    return (getattr(text, "head_dim", None) or text.hidden_size // heads) if heads else None
-
-
 def check_granularity(config: Any, options: KVQuantOptions) -> None:
     """Segments must fit the heads of a model that will be calibrated. Raises KVQuantError."""
+    from .calibrate.model import head_dim, text_config
     from .calibrate.segments import check_segments
 
-    head_dim = _head_dim(_text_config(config))
     by_segments = options.allocator in BY_SEGMENTS and options.granularity == "segment"
-    if head_dim and by_segments and options.k_bits is not None:
+    if getattr(text_config(config), "num_attention_heads", None) and by_segments and options.k_bits is not None:
         try:
-            check_segments(head_dim, options.k_bits)
+            check_segments(head_dim(config), options.k_bits)
         except ValueError as e:
             raise KVQuantError(str(e)) from None
 

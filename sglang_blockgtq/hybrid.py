@@ -6,16 +6,13 @@ Which of them are served, and how memory is shared between the two.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
+from .balance import compression, scale_default
 from .calibrate.model import has_states
 from .calibrate.table import AllocationTable
-from .conflicts import refuse_model
+from .conflicts import refuse_model, type_of
 from .options import NAME, KVQuantError
-from .ranks import is_rank_zero
-
-logger = logging.getLogger(__name__)
 
 SUPPORTED = "gated delta nets, Mamba and short convolutions are supported"
 
@@ -30,8 +27,10 @@ def check_hybrid(runner: Any, attention: list[int]) -> None:
     from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cuda_graph_backend
     from sglang.srt.utils import is_blackwell
 
+    from .states import state_layers
+
     model, info = runner.model_config, runner.layer_info
-    config, name = mambaish_config(model), f"model type {getattr(model.hf_config, 'model_type', 'unknown')}"
+    config, name = mambaish_config(model), type_of(model.hf_config)
     if config is None:
         if has_states(model.hf_config):
             raise refuse_model(name, f"SGLang keeps no states for its layers without keys; {SUPPORTED}")
@@ -53,7 +52,7 @@ def check_hybrid(runner: Any, attention: list[int]) -> None:
     if attention != theirs:
         raise refuse_model(name, f"layers {attention} have keys, SGLang knows of {theirs}")
     breakable = check_cuda_graph_backend(Phase.PREFILL, Backend.BREAKABLE)
-    if breakable and (both := set(attention).intersection(config.mamba2_cache_params.layers)):
+    if breakable and (both := set(attention).intersection(state_layers(runner))):
         # Of other models SGLang captures no prefill; of these its graph holds Mamba's kernels as they were captured,
         # and a replay reads memory that is not its own.
         raise KVQuantError(
@@ -69,7 +68,7 @@ def balance_memory(runner: Any, table: AllocationTable) -> None:
     not for more requests or cached prefixes, each of which needs a state. What the user chose stays.
     """
     from sglang.srt.configs.hybrid_arch import mambaish_config
-    from sglang.srt.runtime_context import get_context, get_memory, get_schedule
+    from sglang.srt.runtime_context import get_memory, get_schedule
 
     schedule, given = get_schedule(), runner.server_args
     if not has_states(runner.model_config.hf_config) or mambaish_config(runner.model_config) is None:
@@ -78,16 +77,9 @@ def balance_memory(runner: Any, table: AllocationTable) -> None:
         return
     if get_memory().disable_radix_cache and schedule.max_running_requests is not None:
         return  # then there is one state for each request
-    header = table.header
-    smaller = 2 * (header.head_dim + header.v_head_dim) / table.bytes_per_token_head()
-    default = schedule.mamba_full_memory_ratio
-    ratio = round(default * smaller, 3)
-    get_context().override(f"{NAME}.balance_memory", mamba_full_memory_ratio=ratio)
-    if is_rank_zero():
-        logger.info(
-            "%s: --mamba-full-memory-ratio %g in place of %g: states take as much of memory beside packed keys and "
-            "values as they would beside 16-bit ones; give a smaller one for more tokens and fewer requests",
-            NAME,
-            ratio,
-            default,
-        )
+    scale_default(
+        "mamba_full_memory_ratio",
+        compression(table),
+        "states take as much of memory beside packed keys and values as they would beside 16-bit ones; give a smaller "
+        "one for more tokens and fewer requests",
+    )

@@ -107,8 +107,13 @@ def _resolve_once(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 # --- model runner --------------------------------------------------------------------------------
 
 
+def _packs(runner: Any) -> bool:
+    """Whether a ModelRunner, or what configures its cache, serves with --kv-quant."""
+    return KVQuantOptions.of(runner.server_args) is not None and not runner.is_draft_worker
+
+
 def _load_model(orig: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    if KVQuantOptions.of(self.server_args) is not None and not self.is_draft_worker:
+    if _packs(self):
         _require_hooks()
         check_config(self.model_config.hf_config)
         if self.device.split(":")[0] == "cpu":
@@ -130,19 +135,18 @@ def _enable_cpu_host() -> None:
 
 
 def _alloc_memory_pool(orig: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    asked = KVQuantOptions.of(self.server_args)
-    if asked is not None and not self.is_draft_worker:
+    if _packs(self):
         from . import runtime
 
         # Tables are in memory before free memory is measured, so the pool is sized around them.
-        runtime.start(self, asked)
+        runtime.start(self, KVQuantOptions.of(self.server_args))
     return orig(self, *args, **kwargs)
 
 
 def _after_update(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """self: a WeightUpdater; result: (success, message)."""
     runner = self.get_model_runner()
-    if KVQuantOptions.of(runner.server_args) is None or runner.is_draft_worker:
+    if not _packs(runner):
         return
     if result[0] and self.tp_rank == 0:
         logger.warning(
@@ -155,26 +159,21 @@ def _after_update(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 # --- capacity and pool ---------------------------------------------------------------------------
 
 
-def _packs(configurator: Any) -> bool:
-    return KVQuantOptions.of(configurator.server_args) is not None and not configurator.is_draft_worker
-
-
 def _compute_cell_size(orig: Any, self: Any, kvc: Any, *args: Any, **kwargs: Any) -> int:
     if not _packs(kvc):
         return orig(self, kvc, *args, **kwargs)
-    from .runtime import UNCOUNTED_BYTES_PER_TOKEN, current
+    from .runtime import current
 
-    # The same integer on every tensor-parallel rank: rows take the maximum over all heads of a layer.
-    return current().bytes_per_token + UNCOUNTED_BYTES_PER_TOKEN
+    return current().counted_bytes_per_token
 
 
 def _size_split_pool(result: Any, self: Any, kvc: Any, *args: Any, **kwargs: Any) -> None:
     if not _packs(kvc):
         return
-    from .runtime import UNCOUNTED_BYTES_PER_TOKEN, current
+    from .runtime import current
 
-    # What it takes for all layers with full attention, which SGLang multiplies by their number.
-    self._full_per_token = (current().bytes_per_token + UNCOUNTED_BYTES_PER_TOKEN) / self._full_layers_num
+    # What all layers with full attention take, which SGLang multiplies by their number.
+    self._full_per_token = current().counted_bytes_per_token / self._full_layers_num
     self._recompute_cell_size()
 
 
@@ -189,14 +188,19 @@ def _build_mha_kv_pool(
             quant_method=quant_method,
             **kwargs,
         )
-    if mha_pool_class.__name__ != "MHATokenToKVPool" or quant_method is not None or self.post_capture_kv_active:
-        raise KVQuantError(
-            f"--kv-quant {NAME}: the engine asked for a {mha_pool_class.__name__} pool; "
-            "only the plain one can be packed, leave out options that change the KV pool"
-        )
+    _require_plain(self, mha_pool_class, quant_method=quant_method)
     from sglang.srt.runtime_context import get_exec
 
     return _packed_pool(self, max_total_num_tokens, get_exec().features.enable_memory_saver)
+
+
+def _require_plain(configurator: Any, stock: type, where: str = "", quant_method: Any = None) -> None:
+    """KVQuantError unless SGLang would build its plain pool, of which a packed one takes the place."""
+    if stock.__name__ != "MHATokenToKVPool" or quant_method is not None or configurator.post_capture_kv_active:
+        raise KVQuantError(
+            f"--kv-quant {NAME}: the engine asked for a {stock.__name__} pool{where}; "
+            "only the plain one can be packed, leave out options that change the KV pool"
+        )
 
 
 def _packed_pool(configurator: Any, size: int, enable_memory_saver: bool) -> Any:
@@ -234,11 +238,7 @@ def _build_hybrid_swa_kv_pool(orig: Any, self: Any, *, mha_pool_class: type, **k
 
 def _packed_class(configurator: Any, stock: type) -> Callable[..., Any]:
     """In the place of ``stock``, for the layers with full attention. KVQuantError unless that is the plain pool."""
-    if stock.__name__ != "MHATokenToKVPool" or configurator.post_capture_kv_active:
-        raise KVQuantError(
-            f"--kv-quant {NAME}: the engine asked for a {stock.__name__} pool for the layers with full attention; "
-            "only the plain one can be packed, leave out options that change the KV pool"
-        )
+    _require_plain(configurator, stock, " for the layers with full attention")
 
     def packed(*, size: int, layer_num: int, enable_memory_saver: bool, quant_method: Any = None, **_: Any) -> Any:
         pool = _packed_pool(configurator, size, enable_memory_saver)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,12 @@ class Runtime:
     window_bytes_per_token: int = 0  # of its layers with a window, where they stay in 16 bits
     layers: dict[int, PackedLayer] = field(default_factory=dict)  # by layer id
     buffers: Buffers | None = None  # on a GPU
+
+    @property
+    def counted_bytes_per_token(self) -> int:
+        """What SGLang sizes the cache by. The same integer on every tensor-parallel rank: rows take the maximum over
+        all heads of a layer."""
+        return self.bytes_per_token + UNCOUNTED_BYTES_PER_TOKEN
 
     @cached_property
     def bytes_per_token(self) -> int:
@@ -132,6 +139,11 @@ def set_current(runtime: Runtime | None) -> None:
     _current = runtime
 
 
+def _elements(layers: Iterable[Any]) -> int:
+    """Of a token's keys and values in some RadixAttention modules."""
+    return sum(x.tp_k_head_num * (x.qk_head_dim + x.v_head_dim) for x in layers)
+
+
 def start(runner: Any, options: KVQuantOptions) -> Runtime:
     """Get the table, make the layers and buffers, and make all that this process's. Between weights and pool.
 
@@ -140,16 +152,16 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
     from .capture import attention_layers, local_heads
     from .conflicts import check_granularity, check_layers, check_resolved, check_runner
     from .hybrid import balance_memory, check_hybrid
-    from .split import balance_windows, check_split, window_bytes
+    from .split import balance_windows, check_split
     from .states import release
 
     check_resolved()
     check_runner(runner)
     check_granularity(runner.model_config.hf_config, options)
     row_of = {layer: row for row, layer in enumerate(packed_layers(runner.model_config.hf_config))}
-    attention = attention_layers(runner.model)
-    check_hybrid(runner, [x.layer_id for x in attention])
-    attention = [x for x in attention if x.layer_id in row_of]
+    every = attention_layers(runner.model)
+    check_hybrid(runner, [x.layer_id for x in every])
+    attention = [x for x in every if x.layer_id in row_of]
     check_split(runner, [x.layer_id for x in attention])
     check_layers(attention, runner.model_config.head_dim)
     kv_heads = runner.model_config.get_total_num_kv_heads()
@@ -187,8 +199,8 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
         rows=tuple(ids.values()),
         origin=choice.origin,
         seconds=seconds,
-        bf16_bytes_per_token=sum(2 * x.tp_k_head_num * (x.qk_head_dim + x.v_head_dim) for x in here),
-        window_bytes_per_token=window_bytes(runner),
+        bf16_bytes_per_token=2 * _elements(here),
+        window_bytes_per_token=runner.kv_cache_dtype.itemsize * _elements(x for x in every if x not in attention),
         layers=layers,
         buffers=buffers,
     )

@@ -11,7 +11,7 @@ import transformers
 from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, MHATokenToKVPool
 from sglang.srt.runtime_context import get_context, get_schedule
 
-from sglang_blockgtq import compat, hybrid, plugin, runtime
+from sglang_blockgtq import balance, compat, hybrid, plugin, runtime
 from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.rope import RopeBlocks
@@ -221,7 +221,7 @@ def _with_index(config):
     ],
 )
 def test_states_get_more_memory_unless_the_user_says_how_much(served, monkeypatch, caplog, changed, given, expected):
-    monkeypatch.setattr(hybrid, "is_rank_zero", lambda: True)
+    monkeypatch.setattr(balance, "is_rank_zero", lambda: True)
     with get_context().override_server_args(mamba_full_memory_ratio=0.9, **changed), caplog.at_level(logging.INFO):
         hybrid.balance_memory(runner(qwen3_next(), **given), served.table)
         assert get_schedule().mamba_full_memory_ratio == pytest.approx(expected, abs=1e-3)

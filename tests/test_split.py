@@ -19,7 +19,7 @@ from sglang.srt.model_executor.pool_configurator import HybridSWAPoolConfigurato
 from sglang.srt.runtime_context import get_context, get_schedule
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from sglang_blockgtq import compat, plugin, runtime, split
+from sglang_blockgtq import balance, compat, plugin, runtime, split
 from sglang_blockgtq.backend.cpu_windows import TorchWindowBackend
 from sglang_blockgtq.backend.split import SplitBackend
 from sglang_blockgtq.calibrate.build import build_table
@@ -154,7 +154,7 @@ def test_models_that_are_refused(of, packed, reason):
 def test_windows_get_a_share_of_memory_unless_the_user_says_which(
     served, monkeypatch, caplog, hybrid, chosen, expected
 ):
-    monkeypatch.setattr(split, "is_rank_zero", lambda: True)
+    monkeypatch.setattr(balance, "is_rank_zero", lambda: True)
     fields = {"swa_full_tokens_ratio": 0.8, "_swa_full_tokens_ratio_explicitly_set": chosen}
     with get_context().override_server_args(**fields), caplog.at_level(logging.INFO):
         split.balance_windows(runner(mellum(), hybrid), served.table)

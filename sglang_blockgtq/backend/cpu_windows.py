@@ -26,7 +26,7 @@ class TorchWindowBackend(AttentionBackend):
         super().__init__()
         self.pool, self.req_to_token_pool = runner.token_to_kv_pool, runner.req_to_token_pool
         self.written = None  # slots of the window's pool
-        self.requests: list[tuple[int, int, int]] = []  # row of the table, tokens, new ones among them
+        self.requests: list[tuple[torch.Tensor, int]] = []  # slots of all tokens there, and how many are new
 
     def support_triton(self) -> bool:
         return False
@@ -37,19 +37,21 @@ class TorchWindowBackend(AttentionBackend):
         lengths = forward_batch.seq_lens.tolist()
         decode = forward_batch.forward_mode.is_decode()
         new = [1] * len(lengths) if decode else forward_batch.extend_seq_lens_cpu
-        self.requests = list(zip(forward_batch.req_pool_indices.tolist(), lengths, new, strict=True))
-        self.written = self.pool.translate_loc_from_full_to_swa(forward_batch.out_cache_loc)
+        table, translate = self.req_to_token_pool.req_to_token, self.pool.translate_loc_from_full_to_swa
+        rows = forward_batch.req_pool_indices.tolist()
+        slots = [translate(table[row, :length].long()) for row, length in zip(rows, lengths, strict=True)]
+        self.requests = list(zip(slots, new, strict=True))
+        self.written = translate(forward_batch.out_cache_loc)
 
     def _forward(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):
-        terms, table = terms_of(layer, kwargs), self.req_to_token_pool.req_to_token
+        terms = terms_of(layer, kwargs)
         if save_kv_cache:
             self.pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, self.written), k, v)
         keys, values = self.pool.get_kv_buffer(layer.layer_id)
         q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out, start = torch.zeros(q3.shape[0], layer.tp_q_head_num, layer.v_head_dim), 0  # zeros for padding
-        for row, length, new in self.requests:
-            seen = table[row, max(0, length - new - terms.window + 1) : length]
-            at = self.pool.translate_loc_from_full_to_swa(seen.long())
+        for slots, new in self.requests:
+            at = slots[max(0, len(slots) - new - terms.window + 1) :]
             mine = slice(start, start + new)
             out[mine] = causal_attention(q3[mine].float(), keys[at].float(), values[at].float(), layer.scaling, terms)
             start += new
