@@ -39,8 +39,10 @@ def v_head_dim(config: PretrainedConfig) -> int:
     return getattr(text_config(config), "v_head_dim", None) or head_dim(config)
 
 
-#: Kinds of layers with keys and values of all tokens. Falcon-H1's, the last two, have a state beside them.
-ATTENTION = frozenset({"full_attention", "attention", "sliding_attention", "hybrid", "falcon_h1"})
+#: Kinds of layers with keys and values of all tokens and a state beside them (Falcon-H1).
+STATE_BESIDE_KEYS = frozenset({"hybrid", "falcon_h1"})
+#: Kinds of layers with keys and values of all tokens.
+ATTENTION = frozenset({"full_attention", "attention", "sliding_attention"}) | STATE_BESIDE_KEYS
 #: Kinds of layers that keep no keys and values: a state for each request, or nothing.
 WITHOUT_KEYS = frozenset({"linear_attention", "mamba", "mamba2", "conv", "short_conv", "mlp", "moe"})
 

@@ -52,13 +52,17 @@ def check_hybrid(runner: Any, attention: list[int]) -> None:
     if attention != theirs:
         raise refuse_model(name, f"layers {attention} have keys, SGLang knows of {theirs}")
     breakable = check_cuda_graph_backend(Phase.PREFILL, Backend.BREAKABLE)
-    if breakable and (both := set(attention).intersection(state_layers(runner))):
-        # Of other models SGLang captures no prefill; of these its graph holds Mamba's kernels as they were captured,
-        # and a replay reads memory that is not its own.
-        raise KVQuantError(
-            f"--kv-quant {NAME}: {name}: layers {sorted(both)} have Mamba beside attention, which SGLang's graphs of a "
-            "prefill do not survive; add --cuda-graph-backend-prefill disabled"
-        )
+    if breakable and not set(attention).isdisjoint(state_layers(runner)):
+        raise prefill_graph(name)
+
+
+def prefill_graph(name: str) -> KVQuantError:
+    """Of a model with states beside keys in one layer. Of other hybrid models SGLang captures no prefill; of these its
+    graph holds Mamba's kernels as they were captured, and a replay reads memory that is not its own."""
+    return KVQuantError(
+        f"--kv-quant {NAME}: {name}: it has Mamba beside attention in one layer, which SGLang's graphs of a prefill do "
+        "not survive; add --cuda-graph-backend-prefill disabled"
+    )
 
 
 def balance_memory(runner: Any, table: AllocationTable) -> None:

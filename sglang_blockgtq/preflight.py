@@ -62,14 +62,20 @@ def _check_states(config: Any, get: Callable[[str], Any]) -> None:
     from sglang.srt.utils import cpu_has_amx_support
     from triton import knobs
 
-    from .calibrate.model import has_states
+    from .calibrate.model import STATE_BESIDE_KEYS, has_states, layer_kinds
+    from .conflicts import type_of
+    from .hybrid import prefill_graph
 
-    device = get("device") or ("cuda" if torch.accelerator.is_available() else "cpu")
-    if has_states(config) and device.split(":")[0] == "cpu" and not (knobs.runtime.interpret or cpu_has_amx_support()):
+    on_cpu = (get("device") or ("cuda" if torch.accelerator.is_available() else "cpu")).split(":")[0] == "cpu"
+    if has_states(config) and on_cpu and not (knobs.runtime.interpret or cpu_has_amx_support()):
         raise KVQuantError(
-            f"--device cpu: not with --kv-quant {NAME} for model type {config.model_type}: its layers without keys are "
+            f"--device cpu: not with --kv-quant {NAME} for {type_of(config)}: its layers without keys are "
             "Triton kernels of SGLang's; use a GPU, or set TRITON_INTERPRET=1 to try a small model, slowly"
         )
+    off = get("disable_cuda_graph") or get("cuda_graph_backend_prefill") == "disabled"
+    unknown = get("cuda_graph_config")  # check_hybrid knows what it becomes
+    if not (on_cpu or off or unknown or STATE_BESIDE_KEYS.isdisjoint(layer_kinds(config))):
+        raise prefill_graph(type_of(config))
 
 
 def _check_windows(config: Any, get: Callable[[str], Any]) -> None:

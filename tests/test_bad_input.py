@@ -195,6 +195,12 @@ def test_states_on_a_cpu(model, monkeypatch):
     prepare_server_args(["--model-path", hybrid, "--device", "cpu", "--kv-quant", "blockgtq"])
 
 
+def test_mamba_beside_attention_with_graphs_of_a_prefill(model):
+    falcon = model(architectures=["FalconH1ForCausalLM"], model_type="falcon_h1")
+    message = refusal(falcon, "--device", "cuda", device="cuda")
+    assert "model type falcon_h1" in message and "add --cuda-graph-backend-prefill disabled" in message
+
+
 def test_windows_without_their_pool(model):
     kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64, "num_hidden_layers": 2}
     mellum = model(architectures=["MellumForCausalLM"], model_type="mellum", **kinds)

@@ -39,7 +39,8 @@ class Family:
     vision: config of a small vision tower; then ``more`` is the language model's, and prompts are text alone.
 
     states: some layers keep a state for each request, in Triton kernels that the CPU runs in Triton's interpreter.
-    gpu_only: why no server of it is started on a CPU. config_only: it is refused by its config, so it has no weights.
+    gpu_only: why no server of it is started on a CPU. gpu_args: what its servers need on a GPU. config_only: it is
+    refused by its config, so it has no weights.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Family:
     vision: Mapping[str, Any] | None = None
     states: bool = False
     gpu_only: str = ""
+    gpu_args: tuple[str, ...] = ()
     config_only: bool = False
 
     @property
@@ -150,6 +152,7 @@ FAMILIES = (
         "MiniMaxM2Config",
         (48, 8, 128),
         {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 64, "scoring_func": "sigmoid"},
+        saved={"use_routing_bias": True},
     ),
     Family(
         "gemma3",
@@ -342,6 +345,7 @@ FAMILIES = (
         {"mamba_d_ssm": 512, "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_n_groups": 1, "mamba_d_state": 128},
         states=True,
         gpu_only=_NO_MAMBA,
+        gpu_args=("--cuda-graph-backend-prefill=disabled",),
     ),
     Family(
         "exaone4",

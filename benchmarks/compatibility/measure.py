@@ -92,7 +92,7 @@ class Run:
         if self.cuda:
             args += ["--dtype=bfloat16", f"--mem-fraction-static={self.fraction}", "--max-running-requests=16"]
             # What a prompt is: a part of it behind a cached beginning, or the whole.
-            args += ["--cuda-graph-max-bs-decode=8", "--cuda-graph-bs-prefill", "64", "320"]
+            args += ["--cuda-graph-max-bs-decode=8", "--cuda-graph-bs-prefill", "64", "320", *family.gpu_args]
         else:
             args += [f"--dtype={'bfloat16' if page is None else 'float32'}", "--mem-fraction-static=0.3"]
             args += [f"--max-total-tokens={CPU_TOKENS}"]
