@@ -286,21 +286,45 @@ def decode_attention(
     sm_scale: float,
     q_len: int = 1,
     terms: Terms = PLAIN,
+    tree: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``q_len`` queries ``[B * q_len, Hq, D]`` of each request against its packed rows.
 
-    The queries are the request's last tokens: each sees the rows up to its own. See :func:`prefix_attention`, but out
+    The queries are the request's last tokens: each sees the rows up to its own, or of a tree those of its bits
+    (:func:`read_tree`) behind all before the tree. See :func:`prefix_attention`, but out
     has the sinks of ``terms``.
     """
     seen = []
-    for a, b in pairwise(kv_indptr.tolist()):
-        seen += [rows[a : max(a, b - later)] for later in reversed(range(q_len))]
+    for r, (a, b) in enumerate(pairwise(kv_indptr.tolist())):
+        if tree is None:
+            seen += [rows[a : max(a, b - later)] for later in reversed(range(q_len))]
+            continue
+        for bits in tree[r * q_len : (r + 1) * q_len].tolist():
+            mine = [i for i in range(max(a, b - q_len), b) if bits >> i - (b - q_len) & 1]
+            seen.append(rows[[*range(a, b - q_len), *mine]])
     indptr = torch.tensor([0, *accumulate(map(len, seen))])
     qo_indptr = torch.arange(q.shape[0] + 1)
     # A query's own row is the last of its prefix.
     before = replace(terms, window=terms.window and terms.window + 1)
     out, lse = prefix_attention(codec, q, torch.cat(seen), qo_indptr, indptr, sm_scale, before)
     return terms.with_sinks(out, lse), lse
+
+
+def read_tree(
+    mask: torch.Tensor, lengths: torch.Tensor, q_len: int, full: bool, page: int = 0, nowhere: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bits int32 and positions int64 ``[B * q_len]`` of trees: see :class:`.decode.tree.Tree`."""
+    bits, positions, at = [], [], 0
+    for length in lengths.tolist():
+        width = length + q_len if full else q_len
+        block = mask[at : at + q_len * width].view(q_len, width)[:, width - q_len :].bool()
+        at += q_len * width
+        for i, row in enumerate(block.tolist()):
+            bits.append(sum(1 << j for j, seen in enumerate(row) if seen))
+            position = length + sum(row) - 1
+            positions.append(nowhere if page and position // page != (length + i) // page else position)
+    signed = [x - (1 << 32) if x >> 31 else x for x in bits]
+    return torch.tensor(signed, dtype=torch.int32), torch.tensor(positions)
 
 
 def chunk_attention(

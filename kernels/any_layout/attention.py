@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ..decode.kernel import cap_logits
 from ..decode.splits import find_split, request_block
+from ..decode.tree import bits_set, in_tree, seen_of_tree
 from ..format.codec import V_SCALE_MAX
 from ..terms import Terms
 from .codewords import codewords
@@ -41,6 +42,7 @@ def decode_any_kernel(
     v_codes,
     kv_indptr,
     kv_indices,
+    tree,  # see decode_kernel
     num_requests,
     target,
     partial_out,  # [splits, QUERIES, Hq, V_DIM]
@@ -81,6 +83,9 @@ def decode_any_kernel(
     length = (tl.load(kv_indptr + request + 1) - kv_start).to(tl.int32)
     end = tl.minimum(end, length)
     seen = length - (QUERIES - 1 - query)  # a query sees the tokens up to its own
+    sees = seen_of_tree(tree, request * QUERIES + query, live_row)
+    if tree is not None:
+        seen = length - QUERIES + bits_set(sees, QUERIES)
 
     channel, v_channel = tl.arange(0, PADDED), tl.arange(0, V_PADDED)
     q_at = (request * QUERIES + query).to(tl.int64) * stride_qt + j * stride_qh
@@ -107,7 +112,10 @@ def decode_any_kernel(
             part = tl.where((norm == i)[None, :], x, 0.0).to(x.dtype)
             scale = tl.load(scale_at + i).to(tl.float32)
             logits += tl.dot(part, k, input_precision="ieee") * scale[None, :]
-        visible = (n < end)[None, :] & (n[None, :] < seen[:, None])
+        if tree is None:
+            visible = (n < end)[None, :] & (n[None, :] < seen[:, None])
+        else:
+            visible = (n < end)[None, :] & tl.trans(in_tree(n, length - QUERIES, sees))
         if WINDOW > 0:
             visible = visible & (n[None, :] >= seen[:, None] - WINDOW)
         if CAP > 0:
@@ -149,6 +157,7 @@ def attend(
     kv_indices: torch.Tensor,
     sm_scale: float,
     terms: Terms,
+    tree: torch.Tensor | None,
     q_len: int,
     target: int,
     splits: int,
@@ -162,7 +171,7 @@ def attend(
     wide = max(t.k.padded, t.v.padded) > 128 or block > 64
     decode_any_kernel[(triton.cdiv(group * q_len, block), t.heads, splits)](
         rotated, rows, rows.view(torch.float16), t.operand_levels, t.k_codes.channels, t.v_codes.channels, kv_indptr,
-        kv_indices, requests, target, out, lse, sm_scale * _LOG2E, row.row_bytes, row.norm_offset // 2, row.norms,
+        kv_indices, tree, requests, target, out, lse, sm_scale * _LOG2E, row.row_bytes, row.norm_offset // 2, row.norms,
         row.k_code_bytes, row.v_code_bytes, row.v_offset, rotated.stride(0), rotated.stride(1),
         HEADS=t.heads, GROUP=group, DIM=t.k.dim, PADDED=t.k.padded, V_DIM=t.v.dim, V_PADDED=t.v.padded,
         K_NORMS=t.k_codes.norms, QUERIES=q_len, WINDOW=terms.window, CAP=terms.cap, REQUESTS=request_block(requests),

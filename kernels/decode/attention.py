@@ -23,8 +23,8 @@ from ..terms import PLAIN, Terms
 from .kernel import decode_kernel
 from .merge import merge_splits
 from .splits import num_splits, request_block
+from .tree import MAX_Q_LEN
 
-MAX_Q_LEN = 8
 _LOG2E = 1.4426950408889634
 _NEAR_WORDS = 1 << 31  # 16-bit words of a layer's pool that 32 bits count, the sign left out
 
@@ -130,6 +130,7 @@ def decode_attention(
     sm_scale: float,
     *,
     q_len: int = 1,
+    tree: torch.Tensor | None = None,
     terms: Terms = PLAIN,
     rotated: torch.Tensor | None = None,
     target: int | None = None,
@@ -138,8 +139,9 @@ def decode_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The last ``q_len`` tokens of each request against its packed rows, their own among them.
 
-    q ``[B * q_len, Hq, D]``, queries of a request one after another, each seeing the rows up to its own;
-    q_len 1 to 8 (more than one is what speculative decoding verifies). rows ``[slots, row_bytes]`` uint8
+    q ``[B * q_len, Hq, D]``, queries of a request one after another, each seeing the rows up to its own; q_len 1 to 32
+    (more than one is what speculative decoding verifies). tree int32 ``[B * q_len]``: of the last q_len rows, those
+    that each query sees, as bits (:mod:`.tree`); it sees all before them. rows ``[slots, row_bytes]`` uint8
     (:mod:`..format.layout`). kv_indptr ``[B + 1]`` and kv_indices (slots), int32 or int64.
     terms: a window, a cap, sinks; the LSE knows no sinks.
     rotated: q in stored channels as float32, where encode has made it already.
@@ -156,6 +158,8 @@ def decode_attention(
         raise ValueError(f"q_len {q_len}: 1 to {MAX_Q_LEN} queries per request are supported")
     if q.shape[0] != requests * q_len:
         raise ValueError(f"q {tuple(q.shape)}: {q_len} queries for each of {requests} requests are needed")
+    if tree is not None and (tree.shape != q.shape[:1] or tree.dtype != torch.int32):
+        raise ValueError(f"tree {tree.dtype} {tuple(tree.shape)}: int32 [{q.shape[0]}] is needed, of each query")
     if target is None:
         target = target_splits(tables, num_heads, q_len)
     splits = num_splits(requests, target)
@@ -176,7 +180,7 @@ def decode_attention(
         rotated = rotate_queries(tables.k, q, num_heads // tables.heads)
     attend = _attend if isinstance(tables, ColumnTables) else any_layout.attend
     where = q_len, target, splits, scratch.out, scratch.lse
-    attend(tables, rotated, rows, kv_indptr, kv_indices, sm_scale, terms, *where)
+    attend(tables, rotated, rows, kv_indptr, kv_indices, sm_scale, terms, tree, *where)
     # The tokens that all queries of a request see together.
     span = terms.window + q_len - 1 if terms.window else 0
     merge_splits(tables.v, scratch.out, scratch.lse, kv_indptr, q_len, target, out, lse, span, terms.sinks)
@@ -191,6 +195,7 @@ def _attend(
     kv_indices: torch.Tensor,
     sm_scale: float,
     terms: Terms,
+    tree: torch.Tensor | None,
     q_len: int,
     target: int,
     splits: int,
@@ -212,6 +217,7 @@ def _attend(
         tables.k_kinds if len(ks) > 1 else None,
         tables.k_order if len(ks) > 1 else None,
         tables.means and tables.means.stored,
+        tree,
         out,
         lse,
         requests,

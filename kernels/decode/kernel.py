@@ -27,6 +27,7 @@ from ..format.codec import V_SCALE_MAX
 from ..format.columns import COLUMNS
 from ..format.layout import BLOCK_SLOTS
 from .splits import by_multiprocessor, find_split, request_splits
+from .tree import bits_set, in_tree, seen_of_tree
 
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -199,6 +200,7 @@ def _attend_split(
     slots,
     column_shifts,
     means,
+    tree,
     partial_out,
     partial_lse,
     to_log2,
@@ -248,6 +250,9 @@ def _attend_split(
     j = head * GROUP + m % GROUP
     # A query sees the tokens up to its own; the last of the request is that of the last query.
     seen = length - (QUERIES - 1 - query)
+    sees = seen_of_tree(tree, request * QUERIES + query, live_row)
+    if tree is not None:
+        seen = length - QUERIES + bits_set(sees, QUERIES)  # how many, and they are where a chain's would be
     c = tl.arange(0, _COLUMNS)
     q_at = (request * QUERIES + query).to(tl.int64) * stride_qt + j * stride_qh
     operand = tl.float16 if ASM else tl.float32
@@ -326,7 +331,10 @@ def _attend_split(
         if CAP > 0:
             logits = tl.where(live[:, None], cap_logits(logits, to_log2, CAP), float("-inf"))
         if QUERIES > 1:
-            logits = tl.where(n[:, None] < seen[None, :], logits, float("-inf"))
+            if tree is None:
+                logits = tl.where(n[:, None] < seen[None, :], logits, float("-inf"))
+            else:
+                logits = tl.where(in_tree(n, length - QUERIES, sees), logits, float("-inf"))
             if WINDOW > 0:
                 logits = tl.where(n[:, None] >= seen[None, :] - WINDOW, logits, float("-inf"))
 
@@ -367,6 +375,7 @@ def decode_kernel(
     k_kinds,  # int32 [H], each head's template; None where there is one
     k_order,  # int32 [H], the heads by their templates; None where there is one
     means,  # [pages, H, PADDED], in stored channels (..device.page_mean); None where keys have none
+    tree,  # int32 [B * QUERIES], which of the last QUERIES tokens each query sees (.tree); None: those up to its own
     partial_out,  # float16 or float32 [splits, QUERIES, Hq, V_DIM]
     partial_lse,  # float32 [splits, QUERIES, Hq]
     num_requests,
@@ -457,8 +466,8 @@ def decode_kernel(
             for t in tl.static_range(len(TILES)):
                 if len(TILES) == 1 or short == (t == 0):
                     _attend_split(
-                        q, rows16, rows32, slots, column_shifts, means, partial_out, partial_lse, to_log2, stride_qt,
-                        stride_qh, head, first_row, split, request, begin, end, length,
+                        q, rows16, rows32, slots, column_shifts, means, tree, partial_out, partial_lse, to_log2,
+                        stride_qt, stride_qh, head, first_row, split, request, begin, end, length,
                         ROW_BYTES, K_STRIDE, V_STRIDE, V_OFFSET, NORM_OFFSET, HEADS, GROUP, QUERIES, DIM, V_DIM,
                         PAGE, PADDED, WINDOW, CAP, pick(K_BINS, i), V_BINS, pick(K_REPEAT, i), V_REPEAT,
                         pick(K_SEGMENTS, i), V_SEGMENTS, pick(K_POLY, i), V_POLY, pick(K_SLOPE, i), V_SLOPE,

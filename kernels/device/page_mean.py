@@ -20,7 +20,7 @@ from ..format.page_mean import PageMean
 class MeanTables:
     """Of one layer, for a number of pages. H KV heads, P padded channels.
 
-    stored ``[pages, H, P]`` float32: the means in stored channels.
+    stored ``[pages + 1, H, P]`` float32: the means in stored channels, and zeros of a page that no token has.
     turns ``[pages, 2, P / 2]`` float32: cosine and sine of each block.
     vectors ``[H, 2, P]`` float32: what they are multiplied with for each channel of a key.
     block_of ``[P]`` int32: each channel's block.
@@ -31,6 +31,11 @@ class MeanTables:
     vectors: torch.Tensor
     block_of: torch.Tensor
     page: int
+
+    @property
+    def nowhere(self) -> int:
+        """A position at which a key is encoded without a mean."""
+        return (len(self.stored) - 1) * self.page
 
     @classmethod
     def of(cls, mean: PageMean, positions: int, matrix: torch.Tensor) -> MeanTables:
@@ -47,7 +52,8 @@ class MeanTables:
         block_of[x] = block_of[y] = torch.arange(blocks, dtype=torch.int32)
         stored = torch.einsum("phi,hio->pho", mean.of_pages(pages).double(), matrix[:, : 2 * blocks].double())
         turns = torch.nn.functional.pad(mean.turns(pages), (0, room))
-        return cls(stored.float().contiguous(), turns, vectors, block_of, mean.page)
+        stored = torch.nn.functional.pad(stored.float(), (0, 0, 0, 0, 0, 1))
+        return cls(stored, turns, vectors, block_of, mean.page)
 
 
 @triton.jit

@@ -45,9 +45,9 @@ LLAMA, LARGE_TEMPLATES, LARGE_MEANS, LARGE_ANY = LARGE[0], LARGE[7], LARGE[8], L
 
 
 @cache
-def expected(case: Case, q_len: int = 1, terms: Terms = PLAIN):
+def expected(case: Case, q_len: int = 1, terms: Terms = PLAIN, tree: torch.Tensor | None = None):
     d, q = data(case), decode_queries(case, q_len)
-    return reference.decode_attention(d.codec, q, d.packed, d.kv_indptr, d.sm_scale, q_len, terms)
+    return reference.decode_attention(d.codec, q, d.packed, d.kv_indptr, d.sm_scale, q_len, terms, tree)
 
 
 def decode(case: Case, q_len: int = 1, **options):
@@ -102,6 +102,21 @@ def test_several_queries_of_a_request(case, q_len):
     assert case.lengths[1] == 1 and bool((lse[1, :-1] == -torch.inf).all()) and bool(lse[1, -1].isfinite().all())
     # Tokens 32 and up are a split of their own, of which the first of eight queries sees nothing.
     assert_same(decode(case, q_len, target=8), want, TOLERANCE[DEVICE][case.dtype])
+
+
+@with_q_len((TEMPLATE, 12), (TEMPLATES[1], 3), (HANDMADE, 5), (MEANS, 4), (LLAMA, 32), (LARGE_MEANS, 8), (LARGE_ANY, 4))
+def test_trees(case, q_len):
+    """A query sees of the last tokens its ancestors alone: of two branches that follow one token in turn."""
+    rows = [1]
+    for i in range(1, q_len):
+        rows.append(rows[max(i - 2, 0)] | 1 << i)
+    signed = [x - (1 << 32) if x >> 31 else x for x in rows]
+    tree = torch.tensor(signed * len(case.lengths), dtype=torch.int32, device=DEVICE)
+    for terms in (PLAIN, Terms(20, 2.0)):
+        want = expected(case, q_len, terms, tree)
+        assert_same(decode(case, q_len, tree=tree, terms=terms, target=8), want, 2 * TOLERANCE[DEVICE][case.dtype])
+    with pytest.raises(AssertionError):
+        assert_same(decode(case, q_len, terms=terms), want, TOLERANCE[DEVICE][case.dtype])
 
 
 @with_q_len(
@@ -277,9 +292,12 @@ def test_wrong_shapes_are_refused():
         decode_attention(d.tables, q.mT.contiguous().mT, d.rows, *rest)
     with pytest.raises(ValueError, match=r"2 queries for each of 4 requests"):
         decode_attention(d.tables, q, d.rows, *rest, q_len=2)
-    for q_len in (0, 9):
-        with pytest.raises(ValueError, match=f"q_len {q_len}: 1 to 8"):
+    for q_len in (0, 33):
+        with pytest.raises(ValueError, match=f"q_len {q_len}: 1 to 32"):
             decode_attention(d.tables, q, d.rows, *rest, q_len=q_len)
+    for tree in (torch.zeros(3, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"int32 \[4\] is needed, of each query"):
+            decode_attention(d.tables, q, d.rows, *rest, tree=tree.to(DEVICE))
     with pytest.raises(ValueError, match="no multiple of 16"):
         decode_attention(d.tables, q, d.rows[:-1], *rest)
     with pytest.raises(ValueError, match=rf"\[slots, {d.codec.layout.row_bytes}\] uint8"):

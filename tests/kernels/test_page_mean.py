@@ -122,7 +122,7 @@ def test_flags_minimise_the_weighted_energy(case):
 @over(MEAN_CASES)
 def test_means_in_stored_channels(case):
     d = data(case)
-    stored = d.tables.means.stored[..., : case.head_dim]
+    stored = d.tables.means.stored[:-1, :, : case.head_dim]
     want = torch.einsum("phd,hed->phe", d.codec.mean.first_pages(len(stored)).double(), d.codec.k_in.double())
     assert relative_error(stored, want) < 1e-6 and not bool(d.tables.means.stored[..., case.head_dim :].any())
 
@@ -153,6 +153,16 @@ def test_a_products_two_parts(case):
     k = reference.decode(d.codec, d.packed[part], d.positions[part])[0]
     assert relative_error(got + bias, torch.einsum("mhgd,nhd->hgmn", q, k)) < 1e-5
     assert bool((bias != 0).any()) and not bool(bias.permute(3, 0, 1, 2)[~flags_of(d)[part]].any())
+
+
+def test_keys_without_a_page_have_no_mean():
+    """What a draft's tokens are whose place lies in another page than their position."""
+    d = data(MEANS)
+    nowhere = torch.full((len(d.k),), d.tables.means.nowhere, device=DEVICE)
+    packed, plain = encoded(d, d.k, d.v, nowhere), replace(d.codec, mean=None)
+    want = reference.decode(plain, reference.encode(plain, d.k, d.v))[0]
+    assert bool(flags_of(d).any()) and relative_error(reference.decode(plain, packed)[0], want) < 0.01
+    assert not bool((reference.scales_of(d.codec, packed)[..., 0] < 0).any())
 
 
 def test_a_key_that_is_its_mean(monkeypatch):
@@ -268,7 +278,7 @@ def test_a_layer_encodes_decodes_and_unpacks():
 def test_tables_have_a_mean_for_each_page_that_a_request_may_have(positions, pages):
     codec = data(MEANS).codec
     tables = ColumnTables.of(codec, DEVICE, positions=positions)
-    assert tables.means.stored.shape == (pages, MEANS.heads, MEANS.head_dim)
+    assert tables.means.stored.shape == (pages + 1, MEANS.heads, MEANS.head_dim)
     assert tables.means.turns.shape == (pages, 2, MEANS.head_dim // 2)
     more = ColumnTables.of(codec, DEVICE, positions=positions + 64)
     assert more.nbytes - tables.nbytes == tables.means.stored[0].nbytes + tables.means.turns[0].nbytes
