@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import partial
-from itertools import pairwise
 
 import torch
 
@@ -76,13 +75,15 @@ class PackedLayer(ABC):
         kv_indices: torch.Tensor,
         sm_scale: float,
         *,
+        q_len: int = 1,
+        tree: torch.Tensor | None = None,
         terms: Terms = PLAIN,
         rotated: torch.Tensor | None = None,
         scratch: DecodeScratch | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention ``[B, Hq, Dv]`` of one query ``q [B, Hq, D]`` per request over the rows of its slots, its own the
-        last."""
+        """Attention ``[B * q_len, Hq, Dv]`` of q_len queries ``q [B * q_len, Hq, D]`` per request over the rows of its
+        slots, their own the last; tree int32 ``[B * q_len]``: see :func:`.decode.attention.decode_attention`."""
 
     @abstractmethod
     def dense(
@@ -140,8 +141,7 @@ class TritonLayer(PackedLayer):
         self.encoder(k, v, loc, positions, q, rotated)
         return rotated
 
-    def decode(self, q, kv_indptr, kv_indices, sm_scale, *, terms=PLAIN, rotated=None, scratch=None, out=None):
-        options = {"terms": terms, "rotated": rotated, "scratch": scratch, "out": out}
+    def decode(self, q, kv_indptr, kv_indices, sm_scale, **options):
         return decode_attention(self.tables, q, self.rows, kv_indptr, kv_indices, sm_scale, **options)[0]
 
     def dense(self, slots, positions=None, dtype=torch.float32):
@@ -175,14 +175,29 @@ class TorchLayer(PackedLayer):
         encode = self.encoder if few else partial(reference.encode, self.codec)
         self.scatter(loc, encode(k, v, positions))
 
-    def decode(self, q, kv_indptr, kv_indices, sm_scale, *, terms=PLAIN, rotated=None, scratch=None, out=None):
+    def decode(
+        self,
+        q,
+        kv_indptr,
+        kv_indices,
+        sm_scale,
+        *,
+        q_len=1,
+        tree=None,
+        terms=PLAIN,
+        rotated=None,
+        scratch=None,
+        out=None,
+    ):
         """kv_indices: also a slice, of one request's neighbouring slots."""
         rows = self.gather(kv_indices)
         if self.reader is None:
-            return reference.decode_attention(self.codec, q, rows, kv_indptr, sm_scale, terms=terms)[0].to(q.dtype)
+            options = {"q_len": q_len, "terms": terms, "tree": tree}
+            return reference.decode_attention(self.codec, q, rows, kv_indptr, sm_scale, **options)[0].to(q.dtype)
         out = q.new_empty(*q.shape[:2], self.v_head_dim) if out is None else out
-        for b, (start, stop) in enumerate(pairwise(kv_indptr.tolist())):
-            out[b] = self.reader.attend(q[b], rows[start:stop], sm_scale, terms) if stop > start else 0
+        for i, which in enumerate(reference.seen_rows(kv_indptr, q_len, tree)):
+            seen = rows[which]
+            out[i] = self.reader.attend(q[i], seen, sm_scale, terms) if len(seen) else 0
         return out
 
     def dense(self, slots, positions=None, dtype=torch.float32):

@@ -278,6 +278,19 @@ def prefix_attention(
     return out, lse
 
 
+def seen_rows(kv_indptr: torch.Tensor, q_len: int, tree: torch.Tensor | None) -> list[slice | list[int]]:
+    """Which rows each of the ``B * q_len`` queries sees: see :func:`decode_attention`."""
+    out: list[slice | list[int]] = []
+    for r, (a, b) in enumerate(pairwise(kv_indptr.tolist())):
+        if tree is None:
+            out += [slice(a, max(a, b - later)) for later in reversed(range(q_len))]
+            continue
+        first = b - q_len
+        for bits in tree[r * q_len : (r + 1) * q_len].tolist():
+            out.append([*range(a, first), *(i for i in range(max(a, first), b) if bits >> i - first & 1)])
+    return out
+
+
 def decode_attention(
     codec: LayerCodec,
     q: torch.Tensor,
@@ -291,17 +304,9 @@ def decode_attention(
     """``q_len`` queries ``[B * q_len, Hq, D]`` of each request against its packed rows.
 
     The queries are the request's last tokens: each sees the rows up to its own, or of a tree those of its bits
-    (:func:`read_tree`) behind all before the tree. See :func:`prefix_attention`, but out
-    has the sinks of ``terms``.
+    (:func:`read_tree`) behind all before the tree. See :func:`prefix_attention`, but out has the sinks of ``terms``.
     """
-    seen = []
-    for r, (a, b) in enumerate(pairwise(kv_indptr.tolist())):
-        if tree is None:
-            seen += [rows[a : max(a, b - later)] for later in reversed(range(q_len))]
-            continue
-        for bits in tree[r * q_len : (r + 1) * q_len].tolist():
-            mine = [i for i in range(max(a, b - q_len), b) if bits >> i - (b - q_len) & 1]
-            seen.append(rows[[*range(a, b - q_len), *mine]])
+    seen = [rows[which] for which in seen_rows(kv_indptr, q_len, tree)]
     indptr = torch.tensor([0, *accumulate(map(len, seen))])
     qo_indptr = torch.arange(q.shape[0] + 1)
     # A query's own row is the last of its prefix.

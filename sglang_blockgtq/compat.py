@@ -45,6 +45,7 @@ SIGNATURES = {
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._hybrid_full_attention_pool_class": ["self", "mha_pool_class"],
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool": ["self", "sizes"],
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_hybrid_swa_kv_pool": ["self", "mha_pool_class"],
+    "model_executor.pool_configurator.DefaultPoolConfigurator.__init__": ["self", "kvc"],
     "model_executor.pool_configurator.HybridSWAPoolConfigurator.__init__": ["self", "kvc"],
     "model_executor.pool_configurator.HybridSWAPoolConfigurator._recompute_cell_size": ["self"],
     "mem_cache.swa_memory_pool.SWAKVPool.__init__": [
@@ -90,6 +91,22 @@ SIGNATURES = {
     ],
     "layers.attention.triton_backend.TritonAttnBackend.init_forward_metadata_in_graph": ["forward_batch"],
     "mem_cache.kv_index_translator.KVIndexTranslator.read_source": ["plan", "req_pool_indices", "bs"],
+    "layers.attention.verify_mask.VerifyMask": ["buffer", "mode", "max_bs"],
+    "speculative.dflash_utils.dflash_draft_cell_size_per_token": [
+        "draft_model_config",
+        "draft_num_layers",
+        "draft_kv_cache_dtype",
+        "tp_size",
+    ],
+    "mem_cache.kv_cache_dtype.configure_kv_cache_dtype": [
+        "server_args_kv_cache_dtype",
+        "speculative_draft_kv_cache_dtype",
+        "model",
+        "model_dtype",
+        "is_draft_worker",
+        "is_dflash",
+        "speculative_draft_attention_backend",
+    ],
     "layers.radix_attention.RadixAttention.forward": ["q", "k", "v", "forward_batch", "save_kv_cache"],
     **{
         f"configs.hybrid_arch.{name}": ["model_config"]

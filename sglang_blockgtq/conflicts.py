@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from .options import BY_SEGMENTS, NAME, KVQuantError, KVQuantOptions
+from .speculation import SERVED
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,18 @@ REFUSALS = (
     Refusal("enable_pdmux", _set, "it builds several attention backends over one pool", _LEAVE_OUT),
     Refusal(
         "speculative_algorithm",
-        lambda v: v is not None,
-        "draft and verify passes over packed rows are not tested",
-        "serve without speculation",
+        lambda v: v is not None and v.upper() not in SERVED,
+        "its drafts share the target's cache or differ in length within a batch",
+        f"use one of {', '.join(SERVED)}",
     ),
+    Refusal(
+        "speculative_draft_attention_backend",
+        lambda v: v == NAME,
+        "a draft model has a 16-bit cache of SGLang's own",
+        "leave it out, or name one of SGLang's backends",
+    ),
+    Refusal("speculative_adaptive", _set, "verification has buffers of one draft length", _LEAVE_OUT),
+    Refusal("enable_multi_layer_eagle", _set, "several draft models are not tested beside packed rows", _LEAVE_OUT),
     Refusal("dcp_size", _above_one, "decode context parallelism splits dense K and V", "use --tp-size"),
     Refusal("attn_cp_size", _above_one, "context parallelism splits dense K and V", "use --tp-size"),
     Refusal("prefill_only_disable_kv_cache", _set, "there would be no cache to pack", "drop --kv-quant"),

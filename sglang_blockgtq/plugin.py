@@ -40,9 +40,8 @@ def _from_cli_args(orig: Any, cls: type, args: Any, *more: Any, **kwargs: Any) -
         _check(asked, lambda field: getattr(args, field, None))
     except KVQuantError as e:
         raise SystemExit(f"error: {e}") from None
-    args.attention_backend = NAME
-    if getattr(args, "device", None) is None:
-        args.device = preflight.default_device()
+    for field, value in preflight.chosen(lambda field: getattr(args, field, None)).items():
+        setattr(args, field, value)
     server_args = orig(cls, args, *more, **kwargs)
     setattr(server_args, ATTRIBUTE, asked)
     return server_args
@@ -54,9 +53,7 @@ def engine_server_args(*args: Any, **kwargs: Any) -> Any:
     if asked is None:
         return _make_server_args(*args, **kwargs)
     _check(asked, kwargs.get)
-    kwargs["attention_backend"] = NAME
-    if kwargs.get("device") is None:
-        kwargs["device"] = preflight.default_device()
+    kwargs |= preflight.chosen(kwargs.get)
     server_args = _make_server_args(*args, **kwargs)
     setattr(server_args, ATTRIBUTE, asked)
     return server_args
@@ -165,6 +162,16 @@ def _compute_cell_size(orig: Any, self: Any, kvc: Any, *args: Any, **kwargs: Any
     from .runtime import current
 
     return current().counted_bytes_per_token
+
+
+def _add_draft_cache(result: Any, self: Any, kvc: Any, *args: Any, **kwargs: Any) -> None:
+    """SGLang takes a draft's layers to have rows of the target's size, which are not packed."""
+    if not _packs(kvc) or not kvc.spec_algorithm.is_speculative():
+        return
+    from .runtime import current
+    from .speculation import draft_bytes_per_token
+
+    self._cell_size = current().counted_bytes_per_token + draft_bytes_per_token(kvc)
 
 
 def _size_split_pool(result: Any, self: Any, kvc: Any, *args: Any, **kwargs: Any) -> None:
@@ -325,6 +332,7 @@ _HOOKS = {
     _UPDATER + "update_weights_from_ipc": ("AFTER", _after_update),
     _UPDATER + "load_weights_from_distributed": ("AFTER", _after_update),
     "model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size": ("AROUND", _compute_cell_size),
+    "model_executor.pool_configurator.DefaultPoolConfigurator.__init__": ("AFTER", _add_draft_cache),
     "model_executor.pool_configurator.HybridSWAPoolConfigurator.__init__": ("AFTER", _size_split_pool),
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool": ("AROUND", _build_mha_kv_pool),
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._hybrid_full_attention_pool_class": (

@@ -12,25 +12,33 @@ from .options import NAME, KVQuantError, KVQuantOptions
 logger = logging.getLogger(__name__)
 
 
-def default_device() -> str | None:
-    """None leaves the choice to SGLang; a host without any accelerator gets the CPU, and is told."""
+def chosen(get: Callable[[str], Any]) -> dict[str, Any]:
+    """Options that --kv-quant sets, by field. A host without any accelerator gets the CPU, and is told."""
     import torch
 
-    if torch.accelerator.is_available():
-        return None
-    logger.warning("%s: no accelerator found, serving on the CPU", NAME)
-    return "cpu"
+    from .speculation import draft_backend
+
+    out = {"attention_backend": NAME, "device": get("device")}
+    if out["device"] is None and not torch.accelerator.is_available():
+        logger.warning("%s: no accelerator found, serving on the CPU", NAME)
+        out["device"] = "cpu"
+    if get("speculative_algorithm") is not None and get("speculative_draft_attention_backend") is None:
+        out["speculative_draft_attention_backend"] = draft_backend(out["device"])
+    return out
 
 
 def check(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
     """What the model's config, a named table and the calibration text tell. Raises KVQuantError."""
     from .conflicts import check_config, check_granularity
+    from .speculation import check_speculation
 
     config = _read_config(get)
     if config is not None:
         check_config(config)
         _check_states(config, get)
         _check_windows(config, get)
+        check_speculation(config, get("speculative_algorithm"))
+        _check_drafts(get)
         check_granularity(config, asked)
         if asked.table is not None:
             from .obtain import load_named_table
@@ -58,7 +66,6 @@ def _read_config(get: Callable[[str], Any]) -> Any:
 
 def _check_states(config: Any, get: Callable[[str], Any]) -> None:
     """Layers with states are SGLang's kernels, which a plain CPU has in Triton's interpreter at most."""
-    import torch
     from sglang.srt.utils import cpu_has_amx_support
     from triton import knobs
 
@@ -66,7 +73,7 @@ def _check_states(config: Any, get: Callable[[str], Any]) -> None:
     from .conflicts import type_of
     from .hybrid import prefill_graph
 
-    on_cpu = (get("device") or ("cuda" if torch.accelerator.is_available() else "cpu")).split(":")[0] == "cpu"
+    on_cpu = _on_cpu(get)
     if has_states(config) and on_cpu and not (knobs.runtime.interpret or cpu_has_amx_support()):
         raise KVQuantError(
             f"--device cpu: not with --kv-quant {NAME} for {type_of(config)}: its layers without keys are "
@@ -76,6 +83,25 @@ def _check_states(config: Any, get: Callable[[str], Any]) -> None:
     unknown = get("cuda_graph_config")  # check_hybrid knows what it becomes
     if not (on_cpu or off or unknown or STATE_BESIDE_KEYS.isdisjoint(layer_kinds(config))):
         raise prefill_graph(type_of(config))
+
+
+def _check_drafts(get: Callable[[str], Any]) -> None:
+    """SGLang's kernels for drafts come with a GPU, or with its engine for CPUs; some are Triton's."""
+    from sglang.srt.utils import is_cpu
+    from triton import knobs
+
+    algorithm = get("speculative_algorithm")
+    if algorithm is not None and _on_cpu(get) and not (knobs.runtime.interpret or is_cpu()):
+        raise KVQuantError(
+            f"--speculative-algorithm {algorithm}: not with --kv-quant {NAME} on a CPU without SGLang's engine for CPUs "
+            "(SGLANG_USE_CPU_ENGINE=1); serve without speculation, or use a GPU"
+        )
+
+
+def _on_cpu(get: Callable[[str], Any]) -> bool:
+    import torch
+
+    return (get("device") or ("cuda" if torch.accelerator.is_available() else "cpu")).split(":")[0] == "cpu"
 
 
 def _check_windows(config: Any, get: Callable[[str], Any]) -> None:

@@ -11,16 +11,21 @@ from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.speculative.eagle_utils import TreeMaskMode
 
 from sglang_blockgtq.backend.cuda import TritonPackedBackend
 from sglang_blockgtq.backend.extend import ExtendPlan
+from sglang_blockgtq.kernels.decode.tree import Tree
 from sglang_blockgtq.kernels.terms import PLAIN
+from sglang_blockgtq.speculation import Verification
 
 HEADS, GROUP, DIM, LAYERS = 2, 3, 16, (4, 9, 5)  # by id, in the order in which the model runs them
 
 
 class Layer:
     """In a TritonLayer's place: keeps what is written to it."""
+
+    has_means = False
 
     def __init__(self, layer_id):
         self.id, self.saved = layer_id, []
@@ -29,8 +34,9 @@ class Layer:
         self.saved.append((k, v, loc, positions))
         return None if q is None else q + 1
 
-    def decode(self, q, kv_indptr, kv_indices, sm_scale, *, terms, rotated, scratch, out):
+    def decode(self, q, kv_indptr, kv_indices, sm_scale, *, terms, rotated, scratch, out, **drafts):
         self.read = kv_indptr.tolist(), kv_indices, sm_scale, rotated, scratch, terms
+        self.drafts = drafts
         out.fill_(self.id)
 
     def dense(self, slots, positions, dtype):
@@ -60,7 +66,8 @@ class Recorder:
 def backend():
     backend = TritonPackedBackend.__new__(TritonPackedBackend)
     backend._plans, backend.quantized_chunk, backend.first_layer = None, False, LAYERS[0]
-    backend.buffers = SimpleNamespace(workspace=Recorder(), graph_slots=torch.full((4 * 6,), -1, dtype=torch.int32))
+    slots = torch.full((4 * 6,), -1, dtype=torch.int32)
+    backend.buffers = SimpleNamespace(workspace=Recorder(), graph_slots=slots, verification=None)
     layers = {i: Layer(i) for i in LAYERS}
     backend.pool = SimpleNamespace(layers=layers, layer=layers.__getitem__)
     backend.forward_metadata = metadata([3, 0], [2, 4])
@@ -72,7 +79,6 @@ def metadata(prefix, new):
         return torch.tensor([0, *lengths], dtype=dtype).cumsum(0).to(dtype)
 
     return SimpleNamespace(
-        custom_mask=None,
         swa_out_cache_loc=None,
         qo_indptr=indptr([*new, 0], torch.int64),  # longer than the batch, as a shared buffer may be
         kv_indptr=indptr([*prefix, 0], torch.int32),
@@ -82,6 +88,7 @@ def metadata(prefix, new):
 
 def batch(prefix=(3, 0), new=(2, 4), output=None):
     return SimpleNamespace(
+        forward_mode=ForwardMode.EXTEND,
         extend_prefix_lens_cpu=list(prefix),
         extend_seq_lens_cpu=list(new),
         out_cache_loc=torch.arange(sum(new)) + 20,
@@ -161,12 +168,6 @@ def test_quantized_chunk_is_read_from_its_rows(backend):
 def test_saving_is_the_callers_choice(backend):
     extend(backend, 4, batch(), save_kv_cache=False)
     assert backend.pool.layer(4).saved == [] and len(backend.buffers.workspace.calls) == 1
-
-
-def test_masks_are_refused(backend):
-    backend.forward_metadata.custom_mask = torch.ones(1)
-    with pytest.raises(NotImplementedError, match="speculative"):
-        extend(backend, 4, batch())
 
 
 # The metadata of a decode step. SGLang's own backend is in the place of the base, and would be asked for anything else.
@@ -280,10 +281,8 @@ def test_a_step_without_requests(stepping):
     assert stepping.forward_metadata.kv_indptr.tolist() == [0]
 
 
-@pytest.mark.parametrize(
-    "batch", [step([1], [2], ForwardMode.EXTEND), step([1], [2], spec_info=object())], ids=["prefill", "speculative"]
-)
-def test_other_batches_are_the_bases(stepping, batch):
+def test_a_prefill_is_the_bases(stepping):
+    batch = step([1], [2], ForwardMode.EXTEND)
     stepping.init_forward_metadata(batch)
     stepping.init_forward_metadata_out_graph(batch, in_capture=True)
     stepping.init_forward_metadata_in_graph(batch)
@@ -320,3 +319,90 @@ def test_a_layer_without_keys_of_its_own_is_refused(backend):
 def test_the_scheduler_writes_when_a_graph_has_gathered(stepping):
     """Later would be a whole step late, earlier a race with the launch that reads the table of requests."""
     assert stepping.shared_read_ends(ForwardMode.DECODE) is SharedReadEnds.IN_REPLAY
+
+
+# Verification of drafts: two tokens of each request behind those that SGLang counts, along a tree or a chain.
+
+DRAFTS = 2
+
+
+@pytest.fixture(params=["tree", "chain"])
+def verifying(request, stepping):
+    tree = Tree.of(4, DRAFTS, "cpu") if request.param == "tree" else None
+    stepping.buffers.verification = Verification(DRAFTS, tree, full_mask=False)
+    stepping.buffers.verify_scratch = object()
+    stepping.buffers.graph_slots = torch.full((3 * (6 + DRAFTS),), -1, dtype=torch.int32)
+    stepping.init_cuda_graph_state(3, 3 * DRAFTS)
+    assert stepping.cuda_graph_kv_indices is stepping.buffers.graph_slots
+    return stepping
+
+
+def drafts(*seen_by_the_second):
+    """Two tokens a request; whether the second sees the first."""
+    mask = [[[1, 0], [int(x), 1]] for x in seen_by_the_second]
+    count = DRAFTS * len(mask)
+    return SimpleNamespace(draft_token=torch.zeros(count), custom_mask=torch.tensor(mask, dtype=torch.uint8).flatten())
+
+
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "eager"])
+def test_a_verification_reads_what_is_drafted(verifying, graph):
+    batch = step([4, 1], [2, 3], ForwardMode.TARGET_VERIFY, spec_info=drafts(True, False))
+    if graph:
+        nothing = SimpleNamespace(draft_token=None, custom_mask=None)
+        verifying.init_forward_metadata_out_graph(
+            step([4, 1], [1, 1], ForwardMode.TARGET_VERIFY, spec_info=nothing), in_capture=True
+        )
+        meta = verifying.forward_metadata
+        verifying.init_forward_metadata_out_graph(batch)
+        verifying.init_forward_metadata_in_graph(batch)
+        assert verifying.forward_metadata is meta and meta.kv_indices is verifying.cuda_graph_kv_indices
+    else:
+        verifying.init_forward_metadata(batch)
+        meta = verifying.forward_metadata
+        assert len(meta.kv_indices) == 9
+    assert not verifying.asked and meta.max_extend_len == DRAFTS
+    assert meta.kv_indptr.tolist() == [0, 4, 9]
+    assert meta.kv_indices[:9].tolist() == [24, 25, 26, 27, 6, 7, 8, 9, 10]
+    if tree := verifying.buffers.verification.tree:
+        assert tree.bits[:4].tolist() == [1, 3, 1, 2]
+        assert tree.positions[:4].tolist() == [2, 3, 3, 3]  # both drafts of the second request follow one token
+
+
+def test_verification_fills_a_graph(verifying):
+    """A request that only fills a graph has no tree."""
+    batch = step([4, 1], [2, 1], ForwardMode.TARGET_VERIFY, spec_info=drafts(True))
+    verifying.init_forward_metadata_out_graph(batch, in_capture=True)
+    if tree := verifying.buffers.verification.tree:
+        assert tree.bits[:4].tolist() == [1, 3, 0, 0]
+
+
+def test_drafts_are_verified_over_their_rows(verifying):
+    batch = step([4, 1], [2, 3], ForwardMode.TARGET_VERIFY, spec_info=drafts(True, False))
+    verifying.init_forward_metadata(batch)
+    batch.out_cache_loc, batch.positions = torch.tensor([26, 27, 9, 10]), torch.tensor([2, 3, 3, 3])
+    layer = attention(9, 63, 20.0)
+    q, k = torch.randn(4, HEADS * GROUP * DIM), torch.randn(4, HEADS * DIM)
+    out = TritonPackedBackend.forward_extend(verifying, q, k, 2 * k, layer, batch)
+    packed, buffers = verifying.pool.layer(9), verifying.buffers
+    indptr, indices, _, rotated, scratch, terms = packed.read
+    assert indptr == [0, 4, 9] and indices is verifying.forward_metadata.kv_indices
+    assert scratch is buffers.verify_scratch and (terms.window, terms.cap) == (64, 20.0)
+    assert out.shape == q.shape and torch.equal(rotated.flatten(1), q + 1)
+    ((_, _, loc, positions),) = packed.saved
+    assert loc is batch.out_cache_loc and positions.tolist() == [2, 3, 3, 3]
+    assert packed.drafts["q_len"] == DRAFTS
+    if tree := buffers.verification.tree:
+        assert packed.drafts["tree"].data_ptr() == tree.bits.data_ptr() and len(packed.drafts["tree"]) == 4
+        assert positions.data_ptr() == tree.positions.data_ptr()
+    else:
+        assert "tree" not in packed.drafts and positions is batch.positions
+    assert verifying.buffers.workspace.calls == []
+
+
+def test_workers_write_trees_to_the_backends_mask(verifying):
+    runner = SimpleNamespace(req_to_token_pool=SimpleNamespace(size=3))
+    mask = verifying._new_verify_mask(runner)
+    assert mask.fits(3) and not mask.fits(4) and len(mask.buffer) == 3 * DRAFTS**2
+    assert (mask.mode, mask.is_read) == (TreeMaskMode.QLEN_ONLY, True)
+    verifying.buffers.verification = None
+    assert verifying._new_verify_mask(runner) is None

@@ -19,13 +19,14 @@ BLOCK = 1024  # tokens that a program copies at a time
 _PER_SM = 8  # programs; each has 4 warps
 
 
-@triton.jit(do_not_specialize=["num_requests", "stride"], do_not_specialize_on_alignment=["requests", "lengths"])
+@triton.jit(do_not_specialize=["more", "num_requests", "stride"], do_not_specialize_on_alignment=["requests", "lengths"])
 def gather_slots_kernel(
     req_to_token,  # int32 [rows, stride]
     requests,  # [B], each request's row
     lengths,  # [B], tokens of each
     kv_indptr,  # int32 or int64 [B + 1]
     kv_indices,  # int32 or int64, room for the sum of lengths
+    more,  # tokens of each request behind its length
     num_requests,
     stride,
     REQUESTS: tl.constexpr,
@@ -33,7 +34,7 @@ def gather_slots_kernel(
 ):
     part, request = tl.program_id(0), tl.program_id(1)
     r = tl.arange(0, REQUESTS)
-    length_of = tl.load(lengths + r, mask=r < num_requests, other=0).to(tl.int64)
+    length_of = tl.load(lengths + r, mask=r < num_requests, other=0).to(tl.int64) + more
     row = tl.load(requests + request).to(tl.int64)
     begin = tl.sum(tl.where(r < request, length_of, 0), 0)
     length = tl.sum(tl.where(r == request, length_of, 0), 0).to(tl.int32)
@@ -60,11 +61,12 @@ def gather_slots(
     lengths: torch.Tensor,
     kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
+    more: int = 0,
 ) -> None:
     """Fill ``kv_indptr [B + 1]`` with the running sum of lengths and ``kv_indices`` with the requests' slots.
 
     req_to_token int32 ``[rows, most tokens]``, contiguous within a row. requests ``[B]``: the rows; lengths ``[B]``:
-    how many of a row's slots. kv_indices: room for all of them, which is not checked, as lengths are on the device.
+    how many of a row's slots, of which ``more`` follow that are read too. kv_indices: room for all of them, which is not checked, as lengths are on the device.
     The grid does not depend on a length. Raises ValueError on other shapes.
     """
     batch = requests.shape[0]
@@ -82,6 +84,7 @@ def gather_slots(
         lengths,
         kv_indptr,
         kv_indices,
+        more,
         batch,
         req_to_token.stride(0),
         REQUESTS=request_block(batch),

@@ -73,7 +73,7 @@ def read_tree_kernel(
     live = (row < QUERIES)[:, None] & (column < QUERIES)[None, :]
     seen = tl.load(mask + at[:, None] + column[None, :], mask=live, other=0) != 0
     found = tl.sum(tl.where(seen, 1 << column[None, :], 0), 1)
-    position = length + tl.sum(seen.to(tl.int64), 1) - 1
+    position = tl.maximum(length + tl.sum(seen.to(tl.int64), 1) - 1, 0)
     if PAGE > 0:
         position = tl.where(position // PAGE == (length + row) // PAGE, position, nowhere)
     tl.store(bits + request * QUERIES + row, found, mask=row < QUERIES)
@@ -110,7 +110,7 @@ class Tree:
     def read(
         self, mask: torch.Tensor, lengths: torch.Tensor, q_len: int, full: bool, page: int = 0, nowhere: int = 0
     ) -> None:
-        """Of the requests with ``lengths [B]`` tokens before their trees of q_len tokens. page: of key means, 0 without.
+        """Of requests with ``lengths [B]`` tokens before their trees of q_len. page: of key means, 0 without.
 
         mask: of bytes that are 0 or not, query by query: ``[B, q_len, q_len]``, or where it is ``full`` the requests'
         ``[q_len, length + q_len]`` one after another. It may be longer. One launch, whose grid depends on B alone.

@@ -10,6 +10,7 @@ import torch
 
 from ..kernels.decode.attention import DecodeScratch
 from ..kernels.layer import TritonLayer
+from ..speculation import Verification
 from .extend import Workspace
 from .prefill import Prefill, choose
 
@@ -22,13 +23,16 @@ class Buffers:
     """One for all layers and batch sizes, so that no captured graph keeps its own.
 
     prefill: the dense kernel that reads the workspace. scratch: of decode's splits. graph_slots: int32, the slots of
-    the largest captured batch at full context; None without graphs.
+    the largest captured batch at full context; None without graphs. verification: of drafts, with splits of its own;
+    None without speculation.
     """
 
     prefill: Prefill
     workspace: Workspace
     scratch: DecodeScratch
     graph_slots: torch.Tensor | None
+    verification: Verification | None = None
+    verify_scratch: DecodeScratch | None = None
 
     @classmethod
     def of(cls, layers: Mapping[int, TritonLayer], runner: Any, num_heads: int, window: int = 0) -> Buffers:
@@ -44,18 +48,24 @@ class Buffers:
         prefill = choose(runner.device, runner.dtype, layer.head_dim, layer.v_head_dim)
         graph = get_exec().graph.cuda_graph_config.decode
         captured = max(graph.bs) if graph.bs and graph.backend != "disabled" else 0
+        verification = Verification.of(runner, requests)
+        ahead = verification.q_len if verification else 0
+        scratch = DecodeScratch.of(layer.tables, requests, num_heads, ahead) if verification else None
         return cls(
             prefill=prefill,
             workspace=Workspace(layer, prefill.attend, runner.dtype, runner.device, tokens, least=together),
             scratch=DecodeScratch.of(layer.tables, requests, num_heads),
-            graph_slots=new_graph_slots(min(captured, requests) * context, runner.device) if captured else None,
+            graph_slots=new_graph_slots(min(captured, requests) * (context + ahead), runner.device) if captured else None,
+            verification=verification,
+            verify_scratch=scratch,
         )
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by kind."""
+        scratch = self.scratch.nbytes + (self.verify_scratch.nbytes if self.verify_scratch else 0)
         return {
             "prefill_workspace": self.workspace.nbytes,
-            "decode_scratch": self.scratch.nbytes,
+            "decode_scratch": scratch,
             "graph_slots": 0 if self.graph_slots is None else self.graph_slots.nbytes,
         }
 

@@ -8,6 +8,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from ..kernels.host.attention import causal_attention
+from ..kernels.reference import read_tree
 from ..runtime import current
 from ..terms import terms_of
 from . import require_packed_pool
@@ -28,16 +29,26 @@ class TorchPackedBackend(AttentionBackend):
         self.req_to_token_pool = runner.req_to_token_pool
         self.quantized_chunk = current().options.chunk_attention == "quantized"
         self.kv_indptr = self.kv_indices = self.read = self.positions = None
+        self.verification: dict[str, Any] = {}  # how the queries of a step that verifies drafts are read
 
     def support_triton(self) -> bool:
         return False
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Slots that are read: in decode all tokens with the new one, in extend the prefix alone."""
+        """Slots that are read: in decode all tokens with the new one, or with the drafts that are verified; in extend
+        the prefix alone."""
         if forward_batch.forward_mode.is_idle():
             return
+        self.verification = {}
         if forward_batch.forward_mode.is_decode():
             lengths = forward_batch.seq_lens.tolist()
+        elif forward_batch.forward_mode.is_target_verify():
+            spec, before = forward_batch.spec_info, forward_batch.seq_lens
+            q_len = spec.draft_token_num
+            lengths = (before + q_len).tolist()
+            full = spec.custom_mask.numel() >= q_len * sum(lengths)  # or of the trees alone
+            bits, _ = read_tree(spec.custom_mask, before, q_len, full)
+            self.verification = {"q_len": q_len, "tree": bits}
         else:
             lengths = list(forward_batch.extend_prefix_lens_cpu)
         table = self.req_to_token_pool.req_to_token
@@ -59,9 +70,12 @@ class TorchPackedBackend(AttentionBackend):
         terms = terms_of(layer, kwargs)
         packed = self._encode(k, v, layer, forward_batch, save_kv_cache)
         q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        return packed.decode(q3, self.kv_indptr, self.read, layer.scaling, terms=terms).flatten(1)
+        out = packed.decode(q3, self.kv_indptr, self.read, layer.scaling, terms=terms, **self.verification)
+        return out.flatten(1)
 
     def forward_extend(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):
+        if forward_batch.forward_mode.is_target_verify():
+            return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         terms = terms_of(layer, kwargs)
         packed = self._encode(k, v, layer, forward_batch, save_kv_cache)
         if self.quantized_chunk:

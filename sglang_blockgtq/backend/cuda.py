@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.triton_backend import ForwardMetadata, TritonAttnBackend
+from sglang.srt.layers.attention.verify_mask import VerifyMask
+from sglang.srt.speculative.eagle_utils import TreeMaskMode
 
 from ..kernels.decode.gather import gather_slots
 from ..options import NAME
@@ -26,11 +28,6 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
 
 logger = logging.getLogger(__name__)
-
-
-def _plain_decode(forward_batch: Any) -> bool:
-    """A step of one token for each request, with or without requests."""
-    return forward_batch.forward_mode.is_decode_or_idle() and forward_batch.spec_info is None
 
 
 class TritonPackedBackend(TritonAttnBackend):
@@ -48,16 +45,31 @@ class TritonPackedBackend(TritonAttnBackend):
         self.quantized_chunk = current().options.chunk_attention == "quantized"
         self.buffers = self._buffers(runner)
         self._warm_up(runner)
+        self._verify_mask = self._new_verify_mask(runner)
         self._plans: tuple[Any, dict[int, list[tuple[slice, ExtendPlan]]]] | None = None  # by window
 
     def _buffers(self, runner: Any) -> Buffers:
         """Those that were taken before the cache was sized."""
         return current().buffers
 
+    def _new_verify_mask(self, runner: Any) -> VerifyMask | None:
+        """What a draft's workers write their trees to: without what lies before them, which every query sees."""
+        verification = self.buffers.verification
+        if verification is None:
+            return None
+        requests, q_len = runner.req_to_token_pool.size, verification.q_len
+        buffer = torch.zeros(requests * q_len * q_len, dtype=torch.uint8, device=self.device)
+        return VerifyMask(buffer=buffer, mode=TreeMaskMode.QLEN_ONLY, max_bs=requests)
+
     def _warm_up(self, runner: Any) -> None:
         """Have every kernel compiled before a graph is captured or a request waits for it."""
         started, layers = time.monotonic(), list(self.pool.layers.values())
-        todo = warm_up.jobs(layers[0], self.buffers.scratch, self.num_head, runner.dtype, runner.req_to_token_pool.size)
+        most = runner.req_to_token_pool.size
+        todo = warm_up.jobs(layers[0], self.buffers.scratch, self.num_head, runner.dtype, most)
+        if verification := self.buffers.verification:
+            q_len, tree = verification.q_len, verification.tree
+            scratch = self.buffers.verify_scratch
+            todo += warm_up.verify_jobs(layers[0], scratch, self.num_head, runner.dtype, most, q_len, tree)
         todo.append(lambda: self.buffers.workspace.warm_up(layers))
         warm_up.run(todo, layers[0].rows.device)
         logger.info(
@@ -70,31 +82,46 @@ class TritonPackedBackend(TritonAttnBackend):
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Of the base's buffers none is read: decode has its own scratch, and other graphs are refused."""
-        slots, needed = self.buffers.graph_slots, max_num_tokens * self.max_context_len
+        slots, needed = self.buffers.graph_slots, max_bs * (self.max_context_len + self._ahead)
         if slots is None or len(slots) < needed:
             logger.warning("%s: graphs of %d requests were not foreseen when the cache was sized", NAME, max_bs)
             slots = new_graph_slots(needed, self.device)
         self.cuda_graph_kv_indices = slots
 
+    @property
+    def _ahead(self) -> int:
+        """Tokens of a request behind those that SGLang counts, of a verification."""
+        return self.buffers.verification.q_len if self.buffers.verification else 0
+
+    def _queries(self, forward_batch: Any) -> int:
+        """Of each request in a step that reads packed rows alone: a decode step or a verification. 0: a prefill."""
+        if forward_batch.forward_mode.is_target_verify():
+            return self._ahead
+        return int(forward_batch.forward_mode.is_decode_or_idle())
+
     def init_forward_metadata(self, forward_batch: Any) -> None:
-        if not _plain_decode(forward_batch):
+        if not self._queries(forward_batch):
             super().init_forward_metadata(forward_batch)
             return
-        total = forward_batch.seq_lens_sum
+        total, batch = forward_batch.seq_lens_sum, forward_batch.batch_size
         if total is None:  # it is on the device alone; what is not needed is not written either
-            total = forward_batch.batch_size * self.max_context_len
-        kv_indices = torch.empty(total, dtype=SLOT, device=self.device)
-        self.forward_metadata = self._decode_metadata(forward_batch.batch_size, kv_indices)
+            total = batch * self.max_context_len
+        kv_indices = torch.empty(total + batch * self._ahead, dtype=SLOT, device=self.device)
+        self.forward_metadata = self._step_metadata(forward_batch, kv_indices)
+        self._read_tree(forward_batch)
         self.init_forward_metadata_in_graph(forward_batch)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
-        if not _plain_decode(forward_batch):
+        if not self._queries(forward_batch):
             super().init_forward_metadata_out_graph(forward_batch, in_capture)
-        elif in_capture:  # at a replay there is nothing left to do
-            self.forward_metadata = self._decode_metadata(forward_batch.batch_size, self.cuda_graph_kv_indices)
+            return
+        if in_capture:  # at a replay there is nothing left to do but to read the drafts' trees
+            self.forward_metadata = self._step_metadata(forward_batch, self.cuda_graph_kv_indices)
+        self._read_tree(forward_batch)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
-        if not _plain_decode(forward_batch):
+        queries = self._queries(forward_batch)
+        if not queries:
             super().init_forward_metadata_in_graph(forward_batch)
             return
         batch, meta = forward_batch.batch_size, self.forward_metadata
@@ -104,31 +131,51 @@ class TritonPackedBackend(TritonAttnBackend):
         if table.v2p is not None or table.entry_page_size != 1:
             raise RuntimeError(f"{NAME}: this pool's table of requests holds no slots ({table.entry_page_size=})")
         requests, lengths = table.row_ids[:batch], forward_batch.seq_lens[:batch]
-        gather_slots(table.ids, requests, lengths, meta.kv_indptr, meta.kv_indices)
+        more = queries if forward_batch.forward_mode.is_target_verify() else 0
+        gather_slots(table.ids, requests, lengths, meta.kv_indptr, meta.kv_indices, more)
 
-    def _decode_metadata(self, batch: int, kv_indices: torch.Tensor) -> ForwardMetadata:
+    def _step_metadata(self, forward_batch: Any, kv_indices: torch.Tensor) -> ForwardMetadata:
         names = {field.name for field in fields(ForwardMetadata)}
-        own = {"kv_indptr": self.kv_indptr[: batch + 1], "kv_indices": kv_indices}
+        indptr = self.kv_indptr[: forward_batch.batch_size + 1]
+        own = {"kv_indptr": indptr, "kv_indices": kv_indices, "max_extend_len": self._queries(forward_batch)}
         return ForwardMetadata(**{**dict.fromkeys(names), **own})
 
+    def _read_tree(self, forward_batch: Any) -> None:
+        if forward_batch.forward_mode.is_target_verify():
+            layer = self.pool.layers[self.first_layer]
+            page, nowhere = (layer.tables.means.page, layer.tables.means.nowhere) if layer.has_means else (0, 0)
+            self.buffers.verification.read(forward_batch, page, nowhere)
+
     def forward_decode(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):
-        terms = terms_of(layer, kwargs)
+        terms, scratch = terms_of(layer, kwargs), self.buffers.scratch
+        return self._step(q, k, v, layer, forward_batch, forward_batch.positions, save_kv_cache, scratch, terms=terms)
+
+    def _verify(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache, terms):
+        verification, positions = self.buffers.verification, forward_batch.positions
+        options = {"q_len": verification.q_len, "terms": terms}
+        if verification.tree is not None:
+            tree = verification.tree.first(len(q))
+            positions, options["tree"] = tree.positions, tree.bits
+        scratch = self.buffers.verify_scratch
+        return self._step(q, k, v, layer, forward_batch, positions, save_kv_cache, scratch, **options)
+
+    def _step(self, q, k, v, layer: RadixAttention, forward_batch, positions, save_kv_cache, scratch, **options):
         meta, packed = self.forward_metadata, self.pool.layer(layer.layer_id)
         q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         rotated = None
         if save_kv_cache:
-            rotated = packed.encode(*_by_head(k, v, layer), forward_batch.out_cache_loc, forward_batch.positions, q3)
+            rotated = packed.encode(*_by_head(k, v, layer), forward_batch.out_cache_loc, positions, q3)
         out = q3.new_empty(q3.shape[0], layer.tp_q_head_num, layer.v_head_dim)
-        kv_indptr, scratch = meta.kv_indptr[: q3.shape[0] + 1], self.buffers.scratch
-        options = {"terms": terms, "rotated": rotated, "scratch": scratch, "out": out}
+        kv_indptr = meta.kv_indptr[: q3.shape[0] // meta.max_extend_len + 1]
+        options |= {"rotated": rotated, "scratch": scratch, "out": out}
         packed.decode(q3, kv_indptr, meta.kv_indices, layer.scaling, **options)
         return out.flatten(1)
 
     def forward_extend(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):
         terms = terms_of(layer, kwargs)
+        if forward_batch.forward_mode.is_target_verify():
+            return self._verify(q, k, v, layer, forward_batch, save_kv_cache, terms)
         packed = self.pool.layer(layer.layer_id)
-        if self.forward_metadata.custom_mask is not None:
-            raise NotImplementedError(f"{NAME}: attention masks of speculative decoding are not supported")
         k3, v3 = _by_head(k, v, layer)
         if save_kv_cache:
             packed.encode(k3, v3, forward_batch.out_cache_loc, forward_batch.positions)

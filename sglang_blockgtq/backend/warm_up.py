@@ -11,6 +11,7 @@ import torch
 from ..kernels.decode.attention import DecodeScratch
 from ..kernels.decode.gather import gather_slots
 from ..kernels.decode.splits import request_block
+from ..kernels.decode.tree import Tree
 from ..kernels.encode.encoder import rows_per_token
 from ..kernels.layer import TritonLayer
 from .buffers import SLOT
@@ -43,6 +44,19 @@ def jobs(layer: TritonLayer, scratch: DecodeScratch, num_heads: int, dtype: torc
     ]
 
 
+def verify_jobs(
+    layer: TritonLayer,
+    scratch: DecodeScratch,
+    num_heads: int,
+    dtype: torch.dtype,
+    most: int,
+    q_len: int,
+    tree: Tree | None,
+) -> list[Job]:
+    """The same for steps that verify q_len tokens of each request, of trees where there is one."""
+    return [partial(_decode, layer, scratch, num_heads, dtype, batch, q_len, tree) for batch in batch_sizes(most)]
+
+
 def encoded_at_once(layer: TritonLayer) -> set[int]:
     """A number of tokens for each binary of the encode kernels."""
     if not layer.fast:
@@ -70,13 +84,22 @@ def _gather(batch: int, device: torch.device) -> None:
     gather_slots(table, requests, requests + 1, kv_indptr, slots)
 
 
-def _decode(layer: TritonLayer, scratch: DecodeScratch, num_heads: int, dtype: torch.dtype, batch: int) -> None:
-    device = layer.rows.device
-    q = torch.zeros(batch, num_heads, layer.head_dim, dtype=dtype, device=device)
-    kv_indptr = torch.arange(batch + 1, dtype=torch.int32, device=device)
-    slots = torch.zeros(batch, dtype=SLOT, device=device)
+def _decode(
+    layer: TritonLayer,
+    scratch: DecodeScratch,
+    num_heads: int,
+    dtype: torch.dtype,
+    batch: int,
+    q_len: int = 1,
+    tree: Tree | None = None,
+) -> None:
+    device, tokens = layer.rows.device, batch * q_len
+    q = torch.zeros(tokens, num_heads, layer.head_dim, dtype=dtype, device=device)
+    kv_indptr = torch.arange(batch + 1, dtype=torch.int32, device=device) * q_len
+    slots = torch.zeros(tokens, dtype=SLOT, device=device)
     rotated = torch.zeros(q.shape, dtype=torch.float32, device=device) if layer.fast else None
-    layer.decode(q, kv_indptr, slots, 1.0, rotated=rotated, scratch=scratch)
+    bits = None if tree is None else tree.bits[:tokens]
+    layer.decode(q, kv_indptr, slots, 1.0, q_len=q_len, tree=bits, rotated=rotated, scratch=scratch)
 
 
 def run(todo: Sequence[Job], device: torch.device) -> None:

@@ -38,6 +38,7 @@ def register():
     from sglang_blockgtq.backend.prefill import Prefill, triton_attention
     from sglang_blockgtq.kernels.decode.attention import DecodeScratch
     from sglang_blockgtq.kernels.layer import TritonLayer
+    from sglang_blockgtq.speculation import Verification
 
     def layers_of(table, heads, layer_ids, device, positions):
         return {i: TritonLayer(table.layer_codec(i, heads), device, table.k_templates, positions) for i in layer_ids}
@@ -49,18 +50,23 @@ def register():
             layer, context = self.pool.layer(self.first_layer), runner.model_config.context_len
             # Without a window one prompt goes in pieces; with one it lies there with a chunk.
             window = (runner.sliding_window_size or -1) + 1
+            verification = Verification.of(runner, MOST)
+            ahead = verification.q_len if verification else 0
             return Buffers(
                 prefill=Prefill(triton_attention, "SGLang's Triton kernel"),
                 workspace=Workspace(layer, triton_attention, runner.dtype, "cpu", 40, least=window and window + CHUNK),
                 scratch=DecodeScratch.of(layer.tables, MOST, self.num_head),
-                graph_slots=new_graph_slots(MOST * context, "cpu"),
+                graph_slots=new_graph_slots(MOST * (context + ahead), "cpu"),
+                verification=verification,
+                verify_scratch=DecodeScratch.of(layer.tables, MOST, self.num_head, ahead) if ahead else None,
             )
 
         def _warm_up(self, runner):
             pass
 
         def init_forward_metadata(self, forward_batch):
-            if not forward_batch.forward_mode.is_decode():
+            mode = forward_batch.forward_mode
+            if not mode.is_decode() and not mode.is_target_verify():
                 super().init_forward_metadata(forward_batch)
                 return
             if self.graph is None:
@@ -72,17 +78,17 @@ def register():
             graph.lengths[:size], graph.rows[:size] = forward_batch.seq_lens, forward_batch.req_pool_indices
             view = SimpleNamespace(
                 batch_size=size,
-                forward_mode=forward_batch.forward_mode,
-                spec_info=None,
+                forward_mode=mode,
+                spec_info=forward_batch.spec_info,
                 seq_lens=graph.lengths[:size],
                 req_pool_indices=graph.rows[:size],
                 kv_loc_plan=forward_batch.kv_loc_plan,
             )
-            if size not in graph.captured:
+            if (mode, size) not in graph.captured:
                 self.init_forward_metadata_out_graph(view, in_capture=True)
-                graph.captured[size] = self.forward_metadata
+                graph.captured[mode, size] = self.forward_metadata
             self.init_forward_metadata_out_graph(view)
-            self.forward_metadata = graph.captured[size]  # what the kernels of a captured graph hold
+            self.forward_metadata = graph.captured[mode, size]  # what the kernels of a captured graph hold
             self.init_forward_metadata_in_graph(view)
 
     _swift()
