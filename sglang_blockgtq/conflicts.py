@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 from .options import BY_SEGMENTS, NAME, KVQuantError, KVQuantOptions
-from .speculation import SERVED
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,9 @@ def _prefill_graph(config: Any) -> str:
     return f"prefill.backend={backend}"
 
 
+#: Speculative algorithms that are served. Others verify drafts of several lengths in a batch, or share the target's
+#: cache with their draft.
+SPECULATION = ("NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
 _LEAVE_OUT = "leave the option out"
 _NO_FULL_GRAPH = "prefill attention over packed rows runs between graph segments"
 _OTHER_GRAPH = "use breakable (the default) or disabled"
@@ -87,9 +89,9 @@ REFUSALS = (
     Refusal("enable_pdmux", _set, "it builds several attention backends over one pool", _LEAVE_OUT),
     Refusal(
         "speculative_algorithm",
-        lambda v: v is not None and v.upper() not in SERVED,
+        lambda v: v is not None and v.upper() not in SPECULATION,
         "its drafts share the target's cache or differ in length within a batch",
-        f"use one of {', '.join(SERVED)}",
+        f"use one of {', '.join(SPECULATION)}",
     ),
     Refusal(
         "speculative_draft_attention_backend",

@@ -17,10 +17,6 @@ from .options import NAME, KVQuantError
 
 logger = logging.getLogger(__name__)
 
-#: By the names of --speculative-algorithm. Others verify drafts of several lengths in a batch or share the target's
-#: cache with their draft.
-SERVED = ("NGRAM", "STANDALONE", "EAGLE", "EAGLE3", "NEXTN")
-
 
 def draft_backend(device: str | None) -> str:
     """SGLang's attention backend for a draft model, whose own default would be the target's: ours."""

@@ -113,8 +113,9 @@ CONFLICTS = [
     ("enable_page_major_kv_layout", True, "token-major"),
     ("enable_kv_cache_sharding", True, "dense K and V"),
     ("disaggregation_mode", "prefill", "one server that does both"),
-    ("speculative_algorithm", "EAGLE", "without speculation"),
-    ("speculative_algorithm", "NGRAM", "without speculation"),
+    ("speculative_algorithm", "DFLASH", "NGRAM, STANDALONE, EAGLE, EAGLE3, NEXTN"),
+    ("speculative_draft_attention_backend", "blockgtq", "16-bit cache"),
+    ("enable_multi_layer_eagle", True, "several draft models"),
     ("dcp_size", 2, "--tp-size"),
     ("kv_canary", "raise", "set it to none"),
     ("enable_deterministic_inference", True, "batch-invariant"),
@@ -199,6 +200,25 @@ def test_mamba_beside_attention_with_graphs_of_a_prefill(model):
     falcon = model(architectures=["FalconH1ForCausalLM"], model_type="falcon_h1")
     message = refusal(falcon, "--device", "cuda", device="cuda")
     assert "model type falcon_h1" in message and "add --cuda-graph-backend-prefill disabled" in message
+
+
+NGRAM = ("--speculative-algorithm", "NGRAM", "--device", "cpu")
+NGRAM_ENGINE = {"speculative_algorithm": "NGRAM", "device": "cpu"}
+
+
+def test_drafts_on_a_plain_cpu(model, monkeypatch):
+    from sglang.srt.server_args import prepare_server_args
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    assert "SGLANG_USE_CPU_ENGINE=1" in refusal(model(), *NGRAM, **NGRAM_ENGINE)
+    monkeypatch.setattr(knobs.runtime, "interpret", True)
+    prepare_server_args(["--model-path", model(), "--kv-quant", "blockgtq", *NGRAM])
+
+
+def test_drafts_beside_states(model):
+    hybrid = model(architectures=["Lfm2ForCausalLM"], model_type="lfm2", layer_types=["conv", "full_attention"])
+    assert "layers with states" in refusal(hybrid, *NGRAM, **NGRAM_ENGINE)
 
 
 def test_windows_without_their_pool(model):

@@ -380,8 +380,8 @@ def test_what_a_scheduler_runs_with_is_refused():
     stock = {"device": "cpu", "attention_backend": "blockgtq", "_kvq": asked}
     with get_context().override_server_args(**stock):
         check_resolved()
-        get_context().override("test", speculative_algorithm="EAGLE")
-        with pytest.raises(KVQuantError, match=r"--speculative-algorithm EAGLE \(as SGLang resolves"):
+        get_context().override("test", speculative_algorithm="DFLASH")
+        with pytest.raises(KVQuantError, match=r"--speculative-algorithm DFLASH \(as SGLang resolves"):
             check_resolved()
     with get_context().override_server_args(**{**stock, "device": "npu"}):
         with pytest.raises(KVQuantError, match="--device npu"):

@@ -19,7 +19,9 @@ BLOCK = 1024  # tokens that a program copies at a time
 _PER_SM = 8  # programs; each has 4 warps
 
 
-@triton.jit(do_not_specialize=["more", "num_requests", "stride"], do_not_specialize_on_alignment=["requests", "lengths"])
+@triton.jit(
+    do_not_specialize=["more", "num_requests", "stride"], do_not_specialize_on_alignment=["requests", "lengths"]
+)
 def gather_slots_kernel(
     req_to_token,  # int32 [rows, stride]
     requests,  # [B], each request's row

@@ -55,7 +55,9 @@ class Buffers:
             prefill=prefill,
             workspace=Workspace(layer, prefill.attend, runner.dtype, runner.device, tokens, least=together),
             scratch=DecodeScratch.of(layer.tables, requests, num_heads),
-            graph_slots=new_graph_slots(min(captured, requests) * (context + ahead), runner.device) if captured else None,
+            graph_slots=new_graph_slots(min(captured, requests) * (context + ahead), runner.device)
+            if captured
+            else None,
             verification=verification,
             verify_scratch=scratch,
         )
