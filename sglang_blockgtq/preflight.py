@@ -93,8 +93,8 @@ def _check_drafts(get: Callable[[str], Any]) -> None:
     algorithm = get("speculative_algorithm")
     if algorithm is not None and _on_cpu(get) and not (knobs.runtime.interpret or is_cpu()):
         raise KVQuantError(
-            f"--speculative-algorithm {algorithm}: not with --kv-quant {NAME} on a CPU without SGLang's engine for CPUs "
-            "(SGLANG_USE_CPU_ENGINE=1); serve without speculation, or use a GPU"
+            f"--speculative-algorithm {algorithm}: not with --kv-quant {NAME} on a CPU without SGLang's engine for "
+            "CPUs (SGLANG_USE_CPU_ENGINE=1); serve without speculation, or use a GPU"
         )
 
 

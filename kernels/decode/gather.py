@@ -68,7 +68,8 @@ def gather_slots(
     """Fill ``kv_indptr [B + 1]`` with the running sum of lengths and ``kv_indices`` with the requests' slots.
 
     req_to_token int32 ``[rows, most tokens]``, contiguous within a row. requests ``[B]``: the rows; lengths ``[B]``:
-    how many of a row's slots, of which ``more`` follow that are read too. kv_indices: room for all of them, which is not checked, as lengths are on the device.
+    how many of a row's slots; more: of those that follow. kv_indices: room for all of them, which is not checked, as
+    lengths are on the device.
     The grid does not depend on a length. Raises ValueError on other shapes.
     """
     batch = requests.shape[0]

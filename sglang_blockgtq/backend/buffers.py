@@ -47,7 +47,7 @@ class Buffers:
         together = min(window + chunk if chunk > 0 else context, tokens) if window else 0
         prefill = choose(runner.device, runner.dtype, layer.head_dim, layer.v_head_dim)
         graph = get_exec().graph.cuda_graph_config.decode
-        captured = max(graph.bs) if graph.bs and graph.backend != "disabled" else 0
+        captured = min(max(graph.bs), requests) if graph.bs and graph.backend != "disabled" else 0
         verification = Verification.of(runner, requests)
         ahead = verification.q_len if verification else 0
         scratch = DecodeScratch.of(layer.tables, requests, num_heads, ahead) if verification else None
@@ -55,9 +55,7 @@ class Buffers:
             prefill=prefill,
             workspace=Workspace(layer, prefill.attend, runner.dtype, runner.device, tokens, least=together),
             scratch=DecodeScratch.of(layer.tables, requests, num_heads),
-            graph_slots=new_graph_slots(min(captured, requests) * (context + ahead), runner.device)
-            if captured
-            else None,
+            graph_slots=new_graph_slots(captured * (context + ahead), runner.device) if captured else None,
             verification=verification,
             verify_scratch=scratch,
         )

@@ -50,6 +50,17 @@ def test_any_number_of_programs_copies_all(monkeypatch, programs):
     assert kv_indices.tolist() == [*range(5000, 7500), *range(1025)]
 
 
+def test_slots_behind_the_lengths():
+    """Of drafts that are verified, even of a request that has nothing else."""
+    table = torch.arange(60, dtype=torch.int32, device=DEVICE).view(3, 20)
+    kv_indptr = torch.full((4,), -1, dtype=torch.int32, device=DEVICE)
+    kv_indices = torch.full((11,), -1, dtype=torch.int32, device=DEVICE)
+    lengths, requests = torch.tensor([2, 0, 1], device=DEVICE), torch.tensor([2, 0, 1], device=DEVICE)
+    gather_slots(table, requests, lengths, kv_indptr, kv_indices, more=2)
+    assert kv_indptr.tolist() == [0, 4, 6, 9]
+    assert kv_indices.tolist() == [40, 41, 42, 43, 0, 1, 20, 21, 22, -1, -1]
+
+
 def test_rows_of_a_wider_table():
     """Rows are found by their stride, and an empty batch has an empty stream."""
     table = torch.arange(60, dtype=torch.int32, device=DEVICE).view(3, 20)[:, :5]

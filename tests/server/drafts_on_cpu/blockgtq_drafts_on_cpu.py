@@ -28,9 +28,6 @@ def register():
         importlib.import_module("sglang.kernels.ops.speculative.reconstruct_tree")
     finally:
         utils.is_xpu = real
-    for name in (
-        "kernels.ops.speculative.cache_locs",
-        "kernels.ops.speculative.spec_tree",
-        "srt.speculative.eagle_utils",
-    ):
+    for name in ("kernels.ops.speculative.cache_locs", "kernels.ops.speculative.spec_tree"):
         importlib.import_module(f"sglang.{name}")._is_xpu = True
+    importlib.import_module("sglang.srt.speculative.eagle_utils")._is_xpu = True
