@@ -7,9 +7,21 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from .conflicts import HICACHE_PAGE
 from .options import NAME, KVQuantError, KVQuantOptions
 
 logger = logging.getLogger(__name__)
+
+
+def defaults(get: Callable[[str], Any]) -> dict[str, Any]:
+    """Fields of ServerArgs that --kv-quant sets, for those the user gave: ``get(field)`` is a value or None."""
+    found: dict[str, Any] = {"attention_backend": NAME}
+    if get("device") is None:
+        found["device"] = default_device()
+    if get("enable_hierarchical_cache") and get("page_size") is None:
+        logger.info("%s: --page-size %d by default with --enable-hierarchical-cache", NAME, HICACHE_PAGE)
+        found["page_size"] = HICACHE_PAGE
+    return found
 
 
 def default_device() -> str | None:

@@ -1,0 +1,77 @@
+"""A test-only SGLang plugin: HiCache on a machine without a GPU. What SGLang's transfer kernels do there is done here,
+byte by byte at the addresses that they would be given, and no memory is pinned.
+"""
+
+from ctypes import memmove
+
+
+def _rows(source, target, source_slots, target_slots, size, source_stride=0, target_stride=0):
+    """``size`` bytes of each slot, between base addresses; a stride of 0 is ``size``."""
+    for a, b in zip(source_slots.tolist(), target_slots.tolist(), strict=True):
+        memmove(target + b * (target_stride or size), source + a * (source_stride or size), size)
+
+
+def transfer_kv_per_layer_mla(src, dst, src_indices, dst_indices, item_size):
+    _rows(src.data_ptr(), dst.data_ptr(), src_indices, dst_indices, item_size)
+
+
+def transfer_kv_per_layer_mla_pf_lf(src, dst, src_indices, dst_indices, layer_id, item_size, src_layout_dim):
+    source = src.data_ptr() + layer_id * item_size
+    _rows(source, dst.data_ptr(), src_indices, dst_indices, item_size, source_stride=src_layout_dim)
+
+
+def transfer_kv_all_layer_mla(src_layers, dst_layers, src_indices, dst_indices, item_size, num_layers):
+    assert len(src_layers) == len(dst_layers) == num_layers
+    for source, target in zip(src_layers.tolist(), dst_layers.tolist(), strict=True):
+        _rows(source, target, src_indices, dst_indices, item_size)
+
+
+def transfer_kv_all_layer_mla_lf_pf(
+    src_layers, dst, src_indices, dst_indices, item_size, dst_layout_dim, num_layers
+):  # fmt: skip
+    assert len(src_layers) == num_layers
+    for layer, source in enumerate(src_layers.tolist()):
+        target = dst.data_ptr() + layer * item_size
+        _rows(source, target, src_indices, dst_indices, item_size, target_stride=dst_layout_dim)
+
+
+def transfer_kv_direct(src_layers, dst_layers, src_indices, dst_indices, page_size):
+    for source, target in zip(src_layers, dst_layers, strict=True):
+        _rows(source.data_ptr(), target.data_ptr(), src_indices, dst_indices, source[0].nbytes)
+
+
+def _pages(buffers, indices, page_size, layers, layer):
+    """Addresses of an index's page in one layer, where all layers of a page lie together."""
+    base, size = buffers.data_ptr(), buffers[0, 0].nbytes
+    return [base + (first // page_size * layers + layer) * size for first in indices[::page_size].tolist()]
+
+
+def transfer_kv_per_layer_direct_pf_lf(src_ptrs, dst_ptrs, src_indices, dst_indices, layer_id, page_size):
+    for src, dst in zip(src_ptrs, dst_ptrs, strict=True):
+        sources = _pages(src, src_indices, page_size, src.shape[1], layer_id)
+        for source, slot in zip(sources, dst_indices[::page_size].tolist(), strict=True):
+            memmove(dst[slot].data_ptr(), source, src[0, 0].nbytes)
+
+
+def transfer_kv_all_layer_direct_lf_pf(src_ptrs, dst_ptrs, src_indices, dst_indices, page_size):
+    (dst,) = dst_ptrs
+    for layer, src in enumerate(src_ptrs):
+        targets = _pages(dst, dst_indices, page_size, len(src_ptrs), layer)
+        for target, slot in zip(targets, src_indices[::page_size].tolist(), strict=True):
+            memmove(target, src[slot].data_ptr(), dst[0, 0].nbytes)
+
+
+def lend_kernels():
+    """To the module of the host pool, which imports them where there is a GPU."""
+    from sglang.srt.mem_cache.pool_host import mla
+
+    for name, function in globals().items():
+        if name.startswith("transfer_kv_"):
+            setattr(mla, name, function)
+
+
+def register():
+    from sglang_blockgtq import conflicts
+
+    conflicts.HICACHE_DEVICES = ("cuda", "cpu")
+    lend_kernels()
