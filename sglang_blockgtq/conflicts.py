@@ -211,8 +211,8 @@ def check_page(page_size: int) -> None:
 
     if page_size % BLOCK_SLOTS:
         raise KVQuantError(
-            f"--page-size {page_size}: not with --enable-hierarchical-cache and --kv-quant {NAME}: pages are moved, and "
-            f"packed rows lie interleaved in blocks of {BLOCK_SLOTS} tokens; use --page-size {HICACHE_PAGE}"
+            f"--page-size {page_size}: not with --enable-hierarchical-cache and --kv-quant {NAME}: pages are moved, "
+            f"and packed rows lie interleaved in blocks of {BLOCK_SLOTS} tokens; use --page-size {HICACHE_PAGE}"
         )
 
 

@@ -21,7 +21,12 @@ from sglang_blockgtq.options import KVQuantError
 from .test_pool import DIM, HEADS, HELD, make_pool, make_runtime
 
 PAGE, SIZE = 16, 96  # tokens of a page, and of the pool
-KERNELS = ("layer_first", "kernel"), ("page_first", "kernel"), ("layer_first", "direct"), ("page_first_direct", "direct")
+KERNELS = (
+    ("layer_first", "kernel"),
+    ("page_first", "kernel"),
+    ("layer_first", "direct"),
+    ("page_first_direct", "direct"),
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
