@@ -108,6 +108,7 @@ SIGNATURES = {
         "pool_label",
     ],
     "mem_cache.hicache_auto_size._estimate_hicache_bytes": ["params"],
+    "arg_groups.overrides.supports_mamba_cache_extra_buffer": ["view", "hf_config"],
     "mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController.attach_storage_backend": ["storage_backend"],
     "mem_cache.pool_host.mla.MLATokenToKVPoolHost.__init__": [
         "buffer_info",

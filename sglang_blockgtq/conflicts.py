@@ -196,7 +196,10 @@ HICACHE_PAGE = 64
 
 
 def _check_hicache(device: Any, page_size: int | None, resolved: str) -> None:
-    if device is not None and str(device).split(":")[0] not in HICACHE_DEVICES:
+    import torch
+
+    device = device or ("cuda" if torch.accelerator.is_available() else "cpu")
+    if str(device).split(":")[0] not in HICACHE_DEVICES:
         raise KVQuantError(
             f"--enable-hierarchical-cache{resolved}: not with --kv-quant {NAME} on --device {device}: SGLang moves "
             f"rows to host memory with kernels for {' and '.join(HICACHE_DEVICES)}; leave the option out"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from .conflicts import HICACHE_PAGE
@@ -43,6 +44,7 @@ def check(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
         check_config(config)
         _check_states(config, get)
         _check_windows(config, get)
+        _check_pages(config, get)
         check_granularity(config, asked)
         if asked.table is not None:
             from .obtain import load_named_table
@@ -91,6 +93,26 @@ def _check_windows(config: Any, get: Callable[[str], Any]) -> None:
 
     apart = is_hybrid_swa_model(config.architectures or [], config.get_text_config())
     check_windows(config, apart and not get("disable_hybrid_swa_memory"))
+
+
+def _check_pages(config: Any, get: Callable[[str], Any]) -> None:
+    """Without its extra buffer SGLang keeps states for pages of one token, and HiCache moves blocks of rows."""
+    from sglang.srt.arg_groups.overrides import supports_mamba_cache_extra_buffer
+
+    from .calibrate.model import has_states
+
+    if not get("enable_hierarchical_cache") or not has_states(config):
+        return
+    given = get("mamba_radix_cache_strategy") or "auto"
+    view = SimpleNamespace(linear_attn_backend=get("linear_attn_backend") or "triton")
+    extra = not get("disable_overlap_schedule") and supports_mamba_cache_extra_buffer(view, config)
+    if given == "no_buffer" or given == "auto" and not extra:
+        raise KVQuantError(
+            f"--enable-hierarchical-cache: not with --kv-quant {NAME} for model type {config.model_type} with "
+            f"--mamba-radix-cache-strategy {given}: SGLang then keeps its states for pages of one token, and packed "
+            "rows are moved in whole blocks; use extra_buffer where SGLang has it for the model, else leave the option "
+            "out"
+        )
 
 
 def _check_text(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:

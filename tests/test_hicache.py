@@ -14,7 +14,7 @@ from sglang.srt.mem_cache.pool_host.base import host_memory_budget_scope
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 
 from sglang_blockgtq import hicache
-from sglang_blockgtq.hicache import PackedHostPool
+from sglang_blockgtq.hicache import PackedHostPool, check_storage
 from sglang_blockgtq.kernels.layer import TritonLayer
 from sglang_blockgtq.options import KVQuantError
 
@@ -118,6 +118,13 @@ def test_pages_of_less_than_a_block_are_refused(host):
     with pytest.raises(KVQuantError, match="--page-size 8: .* blocks of 16 tokens; use --page-size 64"):
         host(interleaved_pool(runtime), page=8)
     assert host(make_pool(runtime, SIZE, PAGE), page=8).page_size == 8
+
+
+def test_other_storage_is_refused_when_it_is_attached(host):
+    packed = host(make_pool(make_runtime(), SIZE, PAGE))
+    with pytest.raises(KVQuantError, match="storage backend mooncake: not with .*; use file"):
+        check_storage(packed, "mooncake")
+    assert check_storage(packed, "file") is None
 
 
 def test_rows_of_several_widths_are_refused(host):

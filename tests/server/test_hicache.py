@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from .test_radix import QUANTIZATION, SAME, mean_gap
+from .test_windows import LIMIT as WINDOWS
 
 pytestmark = pytest.mark.server
 
@@ -21,7 +22,7 @@ OTHERS = (1500, 2400)
 
 @pytest.fixture(scope="module")
 def serve(launch):
-    def start(*args: str):
+    def start(*args: str, **more):
         path = os.pathsep.join(filter(None, (str(PLUGIN), os.environ.get("PYTHONPATH"))))
         return launch(
             "--dtype=float32",
@@ -31,6 +32,7 @@ def serve(launch):
             "--enable-cache-report",
             *args,
             env={"PYTHONPATH": path},
+            **more,
         )
 
     return start
@@ -117,3 +119,20 @@ def test_from_files_of_another_server(serve, token_ids, tmp_path):
     assert ask(other, prompt)[1] == {}
     other.stop()
     assert stored(tmp_path) > pages
+
+
+def test_windows_in_a_pool_of_their_own(serve, mellum, token_ids):
+    """Their keys and values, in 16 bits, go to host memory of their own beside the packed ones."""
+    server = serve(
+        "--hicache-ratio=4", "--kv-quant-k-bits=8", "--kv-quant-v-bits=8", "--max-total-tokens=576", model=mellum
+    )
+    prompt = token_ids[: PREFIX + SUFFIX]
+    cold, came = ask(server, prompt)
+    assert came == {}
+    from_cache, came = ask(server, prompt)
+    assert came == {"device": PREFIX}
+    push_out(server, token_ids)
+    from_host, came = ask(server, prompt)
+    assert came.get("host") == PREFIX
+    server.stop()
+    assert mean_gap(from_host, from_cache) < SAME and mean_gap(from_cache, cold) < WINDOWS

@@ -35,6 +35,23 @@ def transfer_kv_all_layer_mla_lf_pf(
         _rows(source, target, src_indices, dst_indices, item_size, target_stride=dst_layout_dim)
 
 
+def transfer_kv_per_layer_pf_lf(src_k, dst_k, src_v, dst_v, *args, **kwargs):
+    transfer_kv_per_layer_mla_pf_lf(src_k, dst_k, *args, **kwargs)
+    transfer_kv_per_layer_mla_pf_lf(src_v, dst_v, *args, **kwargs)
+
+
+def transfer_kv_all_layer_lf_pf(src_k_layers, dst_k, src_v_layers, dst_v, *args, **kwargs):
+    transfer_kv_all_layer_mla_lf_pf(src_k_layers, dst_k, *args, **kwargs)
+    transfer_kv_all_layer_mla_lf_pf(src_v_layers, dst_v, *args, **kwargs)
+
+
+def transfer_kv_mamba_lf_pf(src_ptrs, *args, **kwargs):
+    transfer_kv_all_layer_mla_lf_pf(src_ptrs, *args, **kwargs)
+
+
+transfer_kv_mamba_pf_lf = transfer_kv_per_layer_mla_pf_lf
+
+
 def transfer_kv_direct(src_layers, dst_layers, src_indices, dst_indices, page_size):
     for source, target in zip(src_layers, dst_layers, strict=True):
         _rows(source.data_ptr(), target.data_ptr(), src_indices, dst_indices, source[0].nbytes)
@@ -62,16 +79,20 @@ def transfer_kv_all_layer_direct_lf_pf(src_ptrs, dst_ptrs, src_indices, dst_indi
 
 
 def lend_kernels():
-    """To the module of the host pool, which imports them where there is a GPU."""
-    from sglang.srt.mem_cache.pool_host import mla
+    """To the modules of the host pools, which import them where there is a GPU."""
+    from sglang.srt.mem_cache.pool_host import mamba, mha, mla
 
     for name, function in globals().items():
         if name.startswith("transfer_kv_"):
-            setattr(mla, name, function)
+            for module in (mamba, mha, mla):
+                setattr(module, name, function)
 
 
 def register():
+    from sglang.srt.mem_cache.pool_host import common
+
     from sglang_blockgtq import conflicts
 
     conflicts.HICACHE_DEVICES = ("cuda", "cpu")
+    common._cuda_host_register = lambda *args: None
     lend_kernels()
