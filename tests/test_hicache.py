@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt import runtime_context
 from sglang.srt.mem_cache.device_pool_info import KVBufferLayout, KVBuffers, MHABufferInfo
 from sglang.srt.mem_cache.hicache_storage import HiCacheFile, HiCacheStorageConfig, PoolName, PoolTransfer
 from sglang.srt.mem_cache.pool_host.base import host_memory_budget_scope
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 
-from sglang_blockgtq import hicache
+from sglang_blockgtq import hicache, plugin, runtime
 from sglang_blockgtq.hicache import PackedHostPool, check_storage
 from sglang_blockgtq.kernels.layer import TritonLayer
 from sglang_blockgtq.options import KVQuantError
@@ -29,15 +31,16 @@ KERNELS = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernels():
-    if torch.cuda.is_available():
+@pytest.fixture(autouse=True)
+def kernels(request, monkeypatch):
+    """Copies of bytes, but for tests that are for a GPU."""
+    if request.node.get_closest_marker("gpu"):
         return
     file = Path(__file__).parent / "server" / "hicache_on_cpu" / "blockgtq_hicache_on_cpu.py"
     spec = importlib.util.spec_from_file_location("hicache_on_cpu", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.lend_kernels()
+    module.lend_kernels(partial(monkeypatch.setattr, raising=False))
 
 
 @pytest.fixture
@@ -84,7 +87,9 @@ def round_trip(pool, host_pool, io):
     before = rows(pool, was)
     kept = rows(pool, pages(2, 4))
     to_kernel = device if io == "kernel" else "cpu"
-    host_pool.backup_from_device_all_layer(pool, there.to(to_kernel), was.to(to_kernel), io)
+    # As the controller hands them over: what stages pages on the device itself copies them from the host's side.
+    written = there if host_pool.can_use_write_back_jit else there.to(to_kernel)
+    host_pool.backup_from_device_all_layer(pool, written, was.to(to_kernel), io)
     if device.type == "cuda":
         torch.cuda.synchronize()
     now = pages(5, 1, 3)
@@ -159,6 +164,29 @@ def test_host_memory_holds_as_many_more_tokens_as_rows_are_smaller(host):
     by_ratio = host(pool, ratio=3.0)
     assert by_ratio.size == 3 * SIZE + PAGE  # and a page that pads
     assert by_ratio.kv_buffer.nbytes == by_ratio.size * packed.size_per_token
+
+
+def test_what_sglang_sizes_host_memory_by():
+    """Where neither a ratio nor a size is given it fits what it knows of, by the bytes on the device."""
+    pool = make_pool(make_runtime(), SIZE, PAGE)
+    params = SimpleNamespace(token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool))
+    assert plugin._estimate_hicache_bytes(None, params) == (SIZE + PAGE) * len(HELD) * HEADS * 52
+
+
+def test_the_engine_builds_this_host_pool(monkeypatch):
+    """Named after the table in use, and of the size that the engine asks for, if it does."""
+    made = []
+    monkeypatch.setattr(hicache, "PackedHostPool", lambda *args, **kwargs: made.append((args, kwargs)))
+    served = make_runtime()
+    monkeypatch.setattr(runtime, "_current", served)
+    monkeypatch.setattr(runtime_context, "get_memory", lambda: SimpleNamespace(hicache_size=7))
+    pool, named = (
+        make_pool(served, SIZE, PAGE),
+        {"table_hash": served.table.header.table_hash, "chunk_attention": "raw"},
+    )
+    plugin._build_kv_host_pool(None, kv_pool=pool, page_size=PAGE, use_mla=False)
+    plugin._build_kv_host_pool(None, kv_pool=pool, page_size=PAGE, host_size=0.5, pool_label="full")
+    assert made == [((pool, PAGE, 7), {**named, "label": "kv"}), ((pool, PAGE, 0.5), {**named, "label": "full"})]
 
 
 def storage(folder, host_pool):

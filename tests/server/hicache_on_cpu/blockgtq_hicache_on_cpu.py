@@ -1,5 +1,5 @@
 """A test-only SGLang plugin: HiCache on a machine without a GPU. What SGLang's transfer kernels do there is done here,
-byte by byte at the addresses that they would be given, and no memory is pinned.
+byte by byte at the addresses that they would be given, and no memory is pinned. With a GPU it changes nothing.
 """
 
 from ctypes import memmove
@@ -78,21 +78,27 @@ def transfer_kv_all_layer_direct_lf_pf(src_ptrs, dst_ptrs, src_indices, dst_indi
             memmove(target, src[slot].data_ptr(), dst[0, 0].nbytes)
 
 
-def lend_kernels():
-    """To the modules of the host pools, which import them where there is a GPU."""
+def lend_kernels(put=setattr):
+    """To the modules of the host pools, which import them where there is a GPU. put: as ``setattr``."""
     from sglang.srt.mem_cache.pool_host import mamba, mha, mla
 
-    for name, function in globals().items():
-        if name.startswith("transfer_kv_"):
-            for module in (mamba, mha, mla):
-                setattr(module, name, function)
+    for module in (mamba, mha, mla):
+        put(module, "_is_cuda", False)
+        for name, function in globals().items():
+            if name.startswith("transfer_kv_"):
+                put(module, name, function)
 
 
 def register():
-    from sglang.srt.mem_cache.pool_host import common
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    from sglang.srt.mem_cache.pool_host import base, common
 
     from sglang_blockgtq import conflicts
 
     conflicts.HICACHE_DEVICES = ("cuda", "cpu")
     common._cuda_host_register = lambda *args: None
+    base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 0  # SGLang leaves 10 GiB to others
     lend_kernels()
