@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -42,10 +42,14 @@ def missing_plugin(args: Iterable[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Stream:
-    """One streamed answer. arrivals: (seconds after the request was sent, tokens generated so far) of each event."""
+    """One streamed answer. arrivals: (seconds after the request was sent, tokens generated so far) of each event.
+
+    came: tokens of the prompt by where they were cached ("device", "host"), with --enable-cache-report.
+    """
 
     arrivals: tuple[tuple[float, int], ...]
     cached_tokens: int
+    came: dict[str, int] = field(default_factory=dict)
 
     @property
     def first(self) -> float:
@@ -205,7 +209,8 @@ class Server:
             connection.close()
         if not arrivals or arrivals[-1][1] != new:
             raise self.error(f"streamed {arrivals[-1][1] if arrivals else 0} of {new} tokens")
-        return Stream(tuple(arrivals), meta["cached_tokens"])
+        came = {place: n for place, n in (meta.get("cached_tokens_details") or {}).items() if isinstance(n, int) and n}
+        return Stream(tuple(arrivals), meta["cached_tokens"], came)
 
 
 def _request(ids: list[int], new: int) -> dict:

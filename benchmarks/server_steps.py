@@ -29,6 +29,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -102,20 +103,20 @@ class Row:
 class Record:
     """The CSV and the JSON beside it, rewritten after every change, so that a run cut short keeps what it measured."""
 
-    def __init__(self, out: Path, meta: dict):
-        self.out, self.meta, self.rows = out, meta, []
+    def __init__(self, out: Path, meta: dict, columns: Sequence[str] = COLUMNS):
+        self.out, self.meta, self.columns, self.rows = out, meta, columns, []
         out.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
         fields = row.fields()
-        print(" ".join(str(fields[name]) for name in COLUMNS if fields[name] != ""), flush=True)
+        print(" ".join(str(fields[name]) for name in self.columns if fields[name] != ""), flush=True)
         self.write()
 
     def write(self) -> None:
         scratch = self.out.with_name(f".{self.out.name}.{os.getpid()}")
         with scratch.open("w", newline="") as f:
-            writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(f, self.columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(row.fields() for row in self.rows)
         scratch.replace(self.out)

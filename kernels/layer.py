@@ -29,6 +29,7 @@ class PackedLayer(ABC):
     """
 
     rows: torch.Tensor
+    interleaved = False  # rows of neighbouring slots; else they lie one after another
 
     def __init__(self, codec: LayerCodec):
         self.layout = codec.layout
@@ -114,7 +115,7 @@ class TritonLayer(PackedLayer):
         positions: most that a request may have.
         """
         super().__init__(codec)
-        self.fast = codec.layout.in_columns
+        self.fast = self.interleaved = codec.layout.in_columns
         of_columns = partial(ColumnTables.of, templates=templates, positions=positions)
         self.tables = of_columns(codec, device) if self.fast else AnyTables.of(codec, device)
         self.unpacker = Unpacker(self.tables)

@@ -118,6 +118,33 @@ SIGNATURES = {
     "observability.metrics_collector.SchedulerMetricsCollector.emit_constants": ["max_total_num_tokens"],
     "models.utils.enable_fused_set_kv_buffer": ["forward_batch"],
     "utils.common.support_triton": ["backend"],
+    "mem_cache.hybrid_cache.hybrid_pool_assembler.build_kv_host_pool": [
+        "kv_pool",
+        "page_size",
+        "host_size",
+        "pool_label",
+    ],
+    "mem_cache.hicache_auto_size._estimate_hicache_bytes": ["params"],
+    "arg_groups.overrides.supports_mamba_cache_extra_buffer": ["view", "hf_config"],
+    "mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController.attach_storage_backend": ["storage_backend"],
+    "mem_cache.pool_host.mla.MLATokenToKVPoolHost.__init__": [
+        "buffer_info",
+        "host_to_device_ratio",
+        "host_size",
+        "page_size",
+        "layout",
+        "pin_memory",
+        "allocator_type",
+        "device_capacity_tokens",
+        "start_layer",
+        "end_layer",
+        "target_layer_num",
+        "pool_label",
+    ],
+    "mem_cache.pool_host.common.get_allocator_type": [],
+    "managers.cache_controller.LayerDoneCounter.wait_until": ["threshold"],
+    "mem_cache.memory_pool.HybridLinearKVPool._wait_for_layer": ["layer_id"],
+    "mem_cache.swa_memory_pool.SWAKVPool._wait_for_layer": ["layer_id"],
 }
 
 METADATA_FIELDS = {
@@ -133,6 +160,20 @@ METADATA_FIELDS = {
 }
 
 ABSTRACT_POOL_METHODS = {"__init__", "get_key_buffer", "get_value_buffer", "get_kv_buffer", "set_kv_buffer"}
+
+#: what a host pool is told about rows on the device
+LATENT_FIELDS = {
+    "buffers",
+    "data_ptrs",
+    "layer_indices",
+    "device_layer_num",
+    "page_size",
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+    "kv_cache_dim",
+    "dtype",
+    "device",
+}
 
 #: function whose source must still contain the call through which a hook is reached
 CALLS = {
@@ -160,6 +201,16 @@ CALLS = {
     "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.update_weights_from_distributed": (
         "load_weights_from_distributed("
     ),
+    # All strategies of HiCache build the host pool of keys and values in one place.
+    "mem_cache.hybrid_cache.hybrid_pool_assembler.build_kv_only_group": "build_kv_host_pool(",
+    "mem_cache.hybrid_cache.hybrid_pool_assembler.build_hybrid_swa_group": "build_kv_host_pool(",
+    "mem_cache.hybrid_cache.hybrid_pool_assembler.build_host_pool_group": "build_kv_host_pool(",
+    "mem_cache.hicache_auto_size.auto_size_hicache": "_estimate_hicache_bytes(",
+    # Storage knows pages of another format by the host pool's tag, and ranks apart by the device pool's class.
+    "managers.cache_controller.storage_model_name": "storage_format_tag",
+    "managers.cache_controller.HiCacheController._generate_storage_config": "storage_model_name(",
+    "mem_cache.hicache_storage.HiCacheFile.__init__": "storage_config.model_name",
+    "managers.tp_worker.TpModelWorker.forward_batch_generation": "set_hicache_consumer(",
 }
 
 
@@ -216,6 +267,9 @@ def find_drift() -> list[str]:
         abstract = set(resolve("mem_cache.memory_pool.KVCache").__abstractmethods__)
         if extra := abstract - ABSTRACT_POOL_METHODS:
             drift.append(f"KVCache has new abstract method(s) {', '.join(sorted(extra))}")
+        latent = set(resolve("mem_cache.device_pool_info.MLABufferInfo").__struct_fields__)
+        if missing := LATENT_FIELDS - latent:
+            drift.append(f"MLABufferInfo lost the field(s) {', '.join(sorted(missing))}")
         context = resolve("model_executor.forward_context.ForwardContext")
         if "attn_backend" not in getattr(context, "__dataclass_fields__", ()):
             drift.append("ForwardContext lost the field attn_backend")

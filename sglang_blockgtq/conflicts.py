@@ -55,6 +55,13 @@ _LEAVE_OUT = "leave the option out"
 _NO_FULL_GRAPH = "prefill attention over packed rows runs between graph segments"
 _OTHER_GRAPH = "use breakable (the default) or disabled"
 
+STORAGE = Refusal(
+    "hicache_storage_backend",
+    lambda v: v not in (None, "file"),
+    "no other storage was tried with packed pages, and some want keys and values apart",
+    "use file, or leave the option out",
+)
+
 REFUSALS = (
     Refusal(
         "kv_cache_dtype",
@@ -70,8 +77,19 @@ REFUSALS = (
     ),
     Refusal("prefill_attention_backend", lambda v: v not in (None, NAME), "it cannot read packed rows", _LEAVE_OUT),
     Refusal("decode_attention_backend", lambda v: v not in (None, NAME), "it cannot read packed rows", _LEAVE_OUT),
-    Refusal("enable_hierarchical_cache", _set, "HiCache host pools cannot hold packed rows yet", _LEAVE_OUT),
-    Refusal("hicache_storage_backend", _set, "HiCache storage cannot hold packed rows yet", _LEAVE_OUT),
+    STORAGE,
+    Refusal(
+        "hicache_mem_layout",
+        lambda v: v in ("page_head", "page_first_kv_split"),
+        "a packed row is not cut by heads, nor into keys and values",
+        "use page_first (the default), layer_first or page_first_direct",
+    ),
+    Refusal(
+        "hicache_io_backend",
+        lambda v: v not in (None, "kernel", "direct"),
+        "its kernels are for another accelerator",
+        "use kernel (the default) or direct",
+    ),
     Refusal("enable_lmcache", _set, "LMCache copies dense K and V", _LEAVE_OUT),
     Refusal("enable_flexkv", _set, "FlexKV copies dense K and V", _LEAVE_OUT),
     Refusal("radix_cache_backend", lambda v: v == "flexkv", "FlexKV copies dense K and V", _LEAVE_OUT),
@@ -177,6 +195,38 @@ def _check(get: Callable[[str], Any], has_table: bool, resolved: str = "") -> No
     if device is not None and str(device).split(":")[0] not in ("cuda", "cpu"):
         raise KVQuantError(
             f"--device {device}{resolved}: not with --kv-quant {NAME}: kernels exist for cuda and cpu; use one"
+        )
+    if get("enable_hierarchical_cache"):
+        _check_hicache(device, get("page_size"), resolved)
+
+
+#: Devices that SGLang's kernels move rows to and from host memory of.
+HICACHE_DEVICES = ("cuda",)
+#: Tokens of a page where HiCache is on and none are given; SGLang's default is 1.
+HICACHE_PAGE = 64
+
+
+def _check_hicache(device: Any, page_size: int | None, resolved: str) -> None:
+    import torch
+
+    device = device or ("cuda" if torch.accelerator.is_available() else "cpu")
+    if str(device).split(":")[0] not in HICACHE_DEVICES:
+        raise KVQuantError(
+            f"--enable-hierarchical-cache{resolved}: not with --kv-quant {NAME} on --device {device}: SGLang moves "
+            f"rows to host memory with kernels for {' and '.join(HICACHE_DEVICES)}; leave the option out"
+        )
+    if page_size is not None:
+        check_page(page_size)
+
+
+def check_page(page_size: int) -> None:
+    """Of what HiCache moves: whole blocks of interleaved rows. Raises KVQuantError."""
+    from .kernels.format.layout import BLOCK_SLOTS
+
+    if page_size % BLOCK_SLOTS:
+        raise KVQuantError(
+            f"--page-size {page_size}: not with --enable-hierarchical-cache and --kv-quant {NAME}: pages are moved, "
+            f"and packed rows lie interleaved in blocks of {BLOCK_SLOTS} tokens; use --page-size {HICACHE_PAGE}"
         )
 
 

@@ -40,7 +40,7 @@ def _from_cli_args(orig: Any, cls: type, args: Any, *more: Any, **kwargs: Any) -
         _check(asked, lambda field: getattr(args, field, None))
     except KVQuantError as e:
         raise SystemExit(f"error: {e}") from None
-    for field, value in preflight.chosen(lambda field: getattr(args, field, None)).items():
+    for field, value in preflight.defaults(lambda field: getattr(args, field, None)).items():
         setattr(args, field, value)
     server_args = orig(cls, args, *more, **kwargs)
     setattr(server_args, ATTRIBUTE, asked)
@@ -53,7 +53,7 @@ def engine_server_args(*args: Any, **kwargs: Any) -> Any:
     if asked is None:
         return _make_server_args(*args, **kwargs)
     _check(asked, kwargs.get)
-    kwargs |= preflight.chosen(kwargs.get)
+    kwargs |= preflight.defaults(kwargs.get)
     server_args = _make_server_args(*args, **kwargs)
     setattr(server_args, ATTRIBUTE, asked)
     return server_args
@@ -265,11 +265,14 @@ def _check_pool(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         return
     from .pool import packed_pool
 
-    if packed_pool(result) is None:
+    packed = packed_pool(result)
+    if packed is None:
         raise KVQuantError(
             f"--kv-quant {NAME}: the engine built a {type(result).__name__} for this model, which cannot be packed; "
             "serve it without --kv-quant"
         )
+    if packed is not result:
+        packed.wrapper = result
 
 
 def _fused_set_kv_buffer(orig: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> bool:
@@ -281,6 +284,47 @@ def _fused_set_kv_buffer(orig: Any, forward_batch: Any, *args: Any, **kwargs: An
     if has_forward_context() and packed_pool(get_token_to_kv_pool()) is not None:
         return False
     return orig(forward_batch, *args, **kwargs)
+
+
+# --- host memory and storage ---------------------------------------------------------------------
+
+
+def _build_kv_host_pool(orig: Any, *, kv_pool: Any, page_size: int, **kwargs: Any) -> Any:
+    from .pool import PackedKVPool
+
+    if not isinstance(kv_pool, PackedKVPool):  # the windows of a split pool
+        return orig(kv_pool=kv_pool, page_size=page_size, **kwargs)
+    from sglang.srt.runtime_context import get_memory
+
+    from .hicache import PackedHostPool
+    from .runtime import current
+
+    size, served = kwargs.get("host_size"), current()
+    return PackedHostPool(
+        kv_pool,
+        page_size,
+        get_memory().hicache_size if size is None else size,
+        table_hash=served.table.header.table_hash,
+        chunk_attention=served.options.chunk_attention,
+        label=kwargs.get("pool_label", "kv"),
+    )
+
+
+def _estimate_hicache_bytes(orig: Any, params: Any, *args: Any, **kwargs: Any) -> int:
+    """SGLang knows the pools whose bytes it may ask for by their classes."""
+    from .pool import PackedKVPool
+
+    pool = params.token_to_kv_pool_allocator.get_kvcache()
+    if isinstance(pool, PackedKVPool):
+        return sum(pool.get_kv_size_bytes())
+    return orig(params, *args, **kwargs)
+
+
+def _attach_storage_backend(orig: Any, self: Any, storage_backend: str, *args: Any, **kwargs: Any) -> Any:
+    from .hicache import check_storage
+
+    check_storage(self.storage_host_pool, storage_backend)
+    return orig(self, storage_backend, *args, **kwargs)
 
 
 # --- observability -------------------------------------------------------------------------------
@@ -345,6 +389,12 @@ _HOOKS = {
     ),
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool": ("AFTER", _check_pool),
     "models.utils.enable_fused_set_kv_buffer": ("AROUND", _fused_set_kv_buffer),
+    "mem_cache.hybrid_cache.hybrid_pool_assembler.build_kv_host_pool": ("AROUND", _build_kv_host_pool),
+    "mem_cache.hicache_auto_size._estimate_hicache_bytes": ("AROUND", _estimate_hicache_bytes),
+    "mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController.attach_storage_backend": (
+        "AROUND",
+        _attach_storage_backend,
+    ),
     "managers.scheduler.Scheduler.get_init_info": ("AFTER", _init_info),
     "observability.metrics_collector.SchedulerMetricsCollector.emit_constants": ("AFTER", _emit_constants),
     "utils.common.support_triton": ("AROUND", _support_triton),

@@ -41,14 +41,20 @@ class PackedKVPool(KVCache):
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
             for layer in self.layers.values():
                 layer.bind(layer.new_rows(size + page_size, device))
+        self.wrapper: Any = None  # of SGLang's, that holds this pool
         self._probing = False
         self._finalize_allocation_log(size)
 
     def layer(self, layer_id: int) -> PackedLayer:
-        """KVQuantError for a layer that this pool does not hold."""
+        """To write or read: the device waits until HiCache has loaded the layer's rows, as in SGLang's own getters.
+        KVQuantError for a layer that this pool does not hold."""
         if layer_id not in self.layers:
             held = sorted(self.layers)
             raise KVQuantError(f"--kv-quant {NAME}: layer {layer_id} is not in the packed pool, {held} are")
+        if self.wrapper is not None:
+            self.wrapper._wait_for_layer(layer_id)
+        elif self.layer_transfer_counter is not None:
+            self.layer_transfer_counter.wait_until(layer_id - self.start_layer)
         return self.layers[layer_id]
 
     def set_kv_buffer(

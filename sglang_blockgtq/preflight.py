@@ -5,26 +5,34 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+from .conflicts import HICACHE_PAGE
 from .options import NAME, KVQuantError, KVQuantOptions
 
 logger = logging.getLogger(__name__)
 
 
-def chosen(get: Callable[[str], Any]) -> dict[str, Any]:
-    """Options that --kv-quant sets, by field. A host without any accelerator gets the CPU, and is told."""
+def defaults(get: Callable[[str], Any]) -> dict[str, Any]:
+    """Fields of ServerArgs that --kv-quant sets, for those the user gave: ``get(field)`` is a value or None.
+
+    A host without any accelerator gets the CPU, and is told.
+    """
     import torch
 
-    from .speculation import draft_backend
-
-    out = {"attention_backend": NAME, "device": get("device")}
-    if out["device"] is None and not torch.accelerator.is_available():
+    found: dict[str, Any] = {"attention_backend": NAME}
+    if get("device") is None and not torch.accelerator.is_available():
         logger.warning("%s: no accelerator found, serving on the CPU", NAME)
-        out["device"] = "cpu"
+        found["device"] = "cpu"
+    if get("enable_hierarchical_cache") and get("page_size") is None:
+        logger.info("%s: --page-size %d by default with --enable-hierarchical-cache", NAME, HICACHE_PAGE)
+        found["page_size"] = HICACHE_PAGE
     if get("speculative_algorithm") is not None and get("speculative_draft_attention_backend") is None:
-        out["speculative_draft_attention_backend"] = draft_backend(out["device"])
-    return out
+        from .speculation import draft_backend
+
+        found["speculative_draft_attention_backend"] = draft_backend(found.get("device") or get("device"))
+    return found
 
 
 def check(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
@@ -37,6 +45,7 @@ def check(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
         check_config(config)
         _check_states(config, get)
         _check_windows(config, get)
+        _check_pages(config, get)
         check_speculation(config, get("speculative_algorithm"))
         _check_drafts(get)
         check_granularity(config, asked)
@@ -96,6 +105,11 @@ def _check_drafts(get: Callable[[str], Any]) -> None:
             f"--speculative-algorithm {algorithm}: not with --kv-quant {NAME} on a CPU without SGLang's engine for "
             "CPUs (SGLANG_USE_CPU_ENGINE=1); serve without speculation, or use a GPU"
         )
+    if algorithm not in (None, "NGRAM") and get("enable_hierarchical_cache"):
+        raise KVQuantError(
+            f"--speculative-algorithm {algorithm}: not with --kv-quant {NAME} and --enable-hierarchical-cache: host "
+            "memory for a draft's cache beside packed rows is not tested; leave one of the two out"
+        )
 
 
 def _on_cpu(get: Callable[[str], Any]) -> bool:
@@ -111,6 +125,26 @@ def _check_windows(config: Any, get: Callable[[str], Any]) -> None:
 
     apart = is_hybrid_swa_model(config.architectures or [], config.get_text_config())
     check_windows(config, apart and not get("disable_hybrid_swa_memory"))
+
+
+def _check_pages(config: Any, get: Callable[[str], Any]) -> None:
+    """Without its extra buffer SGLang keeps states for pages of one token, and HiCache moves blocks of rows."""
+    from sglang.srt.arg_groups.overrides import supports_mamba_cache_extra_buffer
+
+    from .calibrate.model import has_states
+
+    if not get("enable_hierarchical_cache") or not has_states(config):
+        return
+    given = get("mamba_radix_cache_strategy") or "auto"
+    view = SimpleNamespace(linear_attn_backend=get("linear_attn_backend") or "triton")
+    extra = not get("disable_overlap_schedule") and supports_mamba_cache_extra_buffer(view, config)
+    if given == "no_buffer" or given == "auto" and not extra:
+        raise KVQuantError(
+            f"--enable-hierarchical-cache: not with --kv-quant {NAME} for model type {config.model_type} with "
+            f"--mamba-radix-cache-strategy {given}: SGLang then keeps its states for pages of one token, and packed "
+            "rows are moved in whole blocks; use extra_buffer where SGLang has it for the model, else leave the option "
+            "out"
+        )
 
 
 def _check_text(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:

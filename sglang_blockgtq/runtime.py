@@ -149,6 +149,8 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
 
     Whatever is allocated here lowers the free memory that SGLang sizes the cache by.
     """
+    from sglang.srt.runtime_context import get_memory
+
     from .capture import attention_layers, local_heads
     from .conflicts import check_granularity, check_layers, check_resolved, check_runner
     from .hybrid import balance_memory, check_hybrid
@@ -186,6 +188,10 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
         release()
     seconds = time.perf_counter() - begin
     table, layers, buffers = choice.table, choice.layers, None
+    if get_memory().enable_hierarchical_cache:
+        from .hicache import one_width
+
+        one_width(layers.values())
     if runner.device.split(":")[0] == "cuda":
         from .backend.buffers import Buffers
 

@@ -106,7 +106,9 @@ CONFLICTS = [
     ("attention_backend", "triton", "leave it out"),
     ("prefill_attention_backend", "triton", "leave the option out"),
     ("decode_attention_backend", "triton", "leave the option out"),
-    ("enable_hierarchical_cache", True, "HiCache"),
+    ("hicache_storage_backend", "mooncake", "use file"),
+    ("hicache_mem_layout", "page_head", "use page_first"),
+    ("hicache_io_backend", "kernel_ascend", "use kernel"),
     ("enable_lmcache", True, "LMCache"),
     ("radix_cache_backend", "flexkv", "FlexKV"),
     ("enable_unified_memory", True, "unified memory"),
@@ -216,9 +218,38 @@ def test_drafts_on_a_plain_cpu(model, monkeypatch):
     prepare_server_args(["--model-path", model(), "--kv-quant", "blockgtq", *NGRAM])
 
 
+def test_drafts_with_host_memory(model, monkeypatch):
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.runtime, "interpret", True)
+    flags = "--speculative-algorithm", "EAGLE", "--enable-hierarchical-cache", "--device", "cuda"
+    engine = {"speculative_algorithm": "EAGLE", "enable_hierarchical_cache": True, "device": "cuda"}
+    assert "--enable-hierarchical-cache: host memory for a draft's cache" in refusal(model(), *flags, **engine)
+
+
 def test_drafts_beside_states(model):
     hybrid = model(architectures=["Lfm2ForCausalLM"], model_type="lfm2", layer_types=["conv", "full_attention"])
     assert "layers with states" in refusal(hybrid, *NGRAM, **NGRAM_ENGINE)
+
+
+def test_hicache_beside_states_of_one_token_pages(model, monkeypatch):
+    """Whole pages are moved. LFM2 has no extra buffer of states; Qwen3-Next has, unless another strategy is given."""
+    from types import SimpleNamespace
+
+    from sglang_blockgtq.options import KVQuantError
+    from sglang_blockgtq.preflight import _check_pages
+
+    def config(architecture: str) -> SimpleNamespace:
+        named = {"architectures": [architecture], "model_type": "its type", "layer_types": ["conv"]}
+        return SimpleNamespace(**named, get_text_config=lambda: SimpleNamespace(**named))
+
+    lfm2, next_ = config("Lfm2ForCausalLM"), config("Qwen3NextForCausalLM")
+    on = {"enable_hierarchical_cache": True}
+    assert _check_pages(next_, on.get) is None and _check_pages(lfm2, {}.get) is None
+    for served, given in ((lfm2, {}), (next_, {"mamba_radix_cache_strategy": "no_buffer"})):
+        strategy = given.get("mamba_radix_cache_strategy", "auto")
+        with pytest.raises(KVQuantError, match=f"its type with --mamba-radix-cache-strategy {strategy}: .* one token"):
+            _check_pages(served, (on | given).get)
 
 
 def test_windows_without_their_pool(model):
@@ -477,7 +508,7 @@ class TestTables:
 def test_exit_code_of_the_real_commands(model):
     """The whole way through the real entry points, at once."""
     serve = [str(Path(sys.executable).with_name("sglang")), "serve"]
-    flags = ["--model-path", model(), "--kv-quant", "blockgtq", "--enable-hierarchical-cache"]
+    flags = ["--model-path", model(), "--kv-quant", "blockgtq", "--enable-lmcache"]
     runs = [
         subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=model())
         for command in ([sys.executable, "-m", "sglang.launch_server"], serve)
@@ -485,7 +516,7 @@ def test_exit_code_of_the_real_commands(model):
     for run in runs:
         said = run.communicate(timeout=300)[1]
         assert run.returncode != 0
-        assert said.strip().splitlines()[-1].startswith("error: --enable-hierarchical-cache: not with --kv-quant")
+        assert said.strip().splitlines()[-1].startswith("error: --enable-lmcache: not with --kv-quant")
 
 
 def test_model_without_rope_gets_uniform_bits_and_a_notice(caplog):

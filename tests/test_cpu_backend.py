@@ -125,3 +125,19 @@ def test_every_step_reads_keys_where_they_lie(backend, terms):
             want = expected(backend, text, start, stop, exact_from, terms)
             torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
         starts = stops
+
+
+def test_rows_are_read_once_they_are_loaded(backend):
+    """HiCache loads a layer while the one before it runs; here it is done only when it is waited for."""
+    texts, more = tokens(backend, 2), tuple(a + b for a, b in zip(CACHED, NEW, strict=True))
+    run(backend, texts, (0, 0), CACHED)
+    rows = backend.pool.layer(0).rows
+    for starts, stops in ((CACHED, more), (more, tuple(n + 1 for n in more))):
+        want, loaded = run(backend, texts, starts, stops), rows.clone()
+        rows.zero_()
+        backend.pool.register_layer_transfer_counter(
+            SimpleNamespace(wait_until=lambda _, loaded=loaded: rows.copy_(loaded))
+        )
+        found = run(backend, texts, starts, stops)
+        backend.pool.register_layer_transfer_counter(None)
+        assert all(map(torch.equal, found, want))

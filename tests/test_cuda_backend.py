@@ -69,7 +69,7 @@ def backend():
     slots = torch.full((4 * 6,), -1, dtype=torch.int32)
     backend.buffers = SimpleNamespace(workspace=Recorder(), graph_slots=slots, verification=None)
     layers = {i: Layer(i) for i in LAYERS}
-    backend.pool = SimpleNamespace(layers=layers, layer=layers.__getitem__)
+    backend.pool = SimpleNamespace(layer=layers.__getitem__)  # which waits for loads; nothing else does
     backend.forward_metadata = metadata([3, 0], [2, 4])
     return backend
 

@@ -80,6 +80,10 @@ def test_the_wrapper_holds_a_packed_pool(served):
     with pytest.raises(NotImplementedError, match="no dense value buffer"):
         pool.get_value_buffer(7)
     assert plugin._check_pool(pool, configurator()) is None
+    waited = []
+    pool.register_layer_transfer_counter(SimpleNamespace(wait_until=waited.append))
+    packed.layer(7)
+    assert waited == [7 - pool.start_layer]
 
 
 def test_rows_are_found_by_the_models_layer_ids(served):

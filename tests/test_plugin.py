@@ -15,7 +15,7 @@ import pytest
 import torch
 from sglang.srt.plugins import load_plugins
 
-from sglang_blockgtq import compat, plugin
+from sglang_blockgtq import compat, conflicts, plugin
 from sglang_blockgtq.conflicts import NEEDS_TABLE, REFUSALS, check_resolved
 from sglang_blockgtq.options import DEFAULT_RANGE, PRESETS, TARGET_KL, KVQuantError, KVQuantOptions
 
@@ -224,6 +224,26 @@ def test_stock_pool_is_refused():
         backend.create(SimpleNamespace(device="cpu", token_to_kv_pool=object(), is_hybrid_swa=False))
 
 
+HICACHE = (*ASKED, "--enable-hierarchical-cache")
+
+
+def test_hicache_needs_a_gpu():
+    with pytest.raises(
+        SystemExit, match="--enable-hierarchical-cache: not with .* on --device cpu: .*kernels for cuda"
+    ):
+        server_args(*HICACHE)
+
+
+def test_pages_of_hicache(monkeypatch):
+    """Whole blocks of rows: 64 tokens where nothing is said, SGLang's own default without HiCache."""
+    monkeypatch.setattr(conflicts, "HICACHE_DEVICES", ("cpu",))
+    assert server_args(*HICACHE).page_size == 64
+    assert server_args(*HICACHE, "--page-size=16").page_size == 16
+    assert server_args(*ASKED).page_size == server_args("--enable-hierarchical-cache").page_size is None
+    with pytest.raises(SystemExit, match="--page-size 24: not with .* blocks of 16 tokens; use --page-size 64"):
+        server_args(*HICACHE, "--page-size=24")
+
+
 def test_another_name_for_models_that_take_backends_by_name():
     """And for them alone: what SGLang resolves keeps ours."""
     view = SimpleNamespace(attention_backend=plugin.NAME, page_size=1)
@@ -263,6 +283,11 @@ def test_hooks_pass_through_without_the_option():
     assert plugin._build_mha_kv_pool(original, stock, **build, **new) == "stock"
     assert plugin._fused_set_kv_buffer(original, "batch", **new) == "stock"
     assert plugin._support_triton(original, "triton", **new) == "stock"
+    params = SimpleNamespace(token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: "pool"))
+    controller = SimpleNamespace(storage_host_pool="host pool")
+    assert plugin._build_kv_host_pool(original, kv_pool="pool", page_size=1, **new) == "stock"
+    assert plugin._estimate_hicache_bytes(original, params, **new) == "stock"
+    assert plugin._attach_storage_backend(original, controller, "mooncake", **new) == "stock"
     assert plugin._from_cli_args(original, "class", SimpleNamespace(), **new) == "stock"
     assert calls == [
         ((stock,), new),
@@ -271,6 +296,9 @@ def test_hooks_pass_through_without_the_option():
         ((stock,), {**build, **new}),
         (("batch",), new),
         (("triton",), new),
+        ((), {"kv_pool": "pool", "page_size": 1, **new}),
+        ((params,), new),
+        ((controller, "mooncake"), new),
         (("class", SimpleNamespace()), new),
     ]
     info: dict = {}

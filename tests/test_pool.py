@@ -40,9 +40,9 @@ def make_runtime(allocator="template", heads=slice(None), k_bits=3.0, granularit
     return Runtime(KVQuantOptions(), table, heads, HELD, "file", 0.0, bf16, layers=layers)
 
 
-def make_pool(runtime, size=32, page=4) -> PackedKVPool:
+def make_pool(runtime, size=32, page=4, device="cpu") -> PackedKVPool:
     return PackedKVPool(
-        size, page, layers=runtime.layers, device="cpu", enable_memory_saver=False, start_layer=0, end_layer=LAYERS
+        size, page, layers=runtime.layers, device=device, enable_memory_saver=False, start_layer=0, end_layer=LAYERS
     )
 
 

@@ -62,9 +62,9 @@ def test_a_drafts_cache_is_counted_as_what_it_is(monkeypatch):
 
 def test_a_draft_gets_a_backend_of_sglangs(monkeypatch):
     def chosen(**given):
-        return preflight.chosen({"device": "cuda", **given}.get)
+        return preflight.defaults({"device": "cuda", **given}.get)
 
-    assert chosen() == {"attention_backend": "blockgtq", "device": "cuda"}
+    assert chosen() == {"attention_backend": "blockgtq"}
     for capability, name in (((9, 0), "fa3"), ((8, 0), "triton")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)

@@ -216,6 +216,10 @@ def test_only_layers_with_full_attention_are_packed(served):
     with pytest.raises(NotImplementedError, match="written by the backend"):
         pool.set_kv_buffer(SimpleNamespace(layer_id=3), KVWriteLoc(torch.tensor([4]), None), None, None)
     assert plugin._check_pool(pool, configurator()) is None
+    waited = []
+    pool.register_layer_transfer_counter(SimpleNamespace(wait_until=waited.append))
+    packed.layer(3)
+    assert waited == [3]
 
 
 def fill(pool: SWAKVPool, slots: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A real server on a GPU: its memory is what it says, and it answers after sleep as before."""
+"""A real server on a GPU: its memory is what it says, and it answers after sleep, and from host memory, as before."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
+
+from .test_hicache import ask, push_out
+from .test_radix import SAME, mean_gap
 
 pytestmark = [pytest.mark.server, pytest.mark.gpu]
 
@@ -52,3 +55,22 @@ def test_padded_graphs_after_sleep(server, token_ids):
     for prompt, answer in zip(prompts, after, strict=True):
         assert max(server.behind_best(prompt, answer)) < TIE
     assert [len(answer) for answer in after] == [len(answer) for answer in before] == [16] * 3
+
+
+@pytest.mark.parametrize("flags", [(), ("--hicache-io-backend=direct",)], ids=["kernel", "direct"])
+def test_from_host_memory(launch, token_ids, flags):
+    """With graphs, by SGLang's transfer kernels, in pages of the default size."""
+    server = launch(
+        "--enable-hierarchical-cache", "--enable-cache-report", "--hicache-size=1", "--max-total-tokens=576", *flags
+    )
+    prompt = token_ids[:224]
+    ask(server, prompt)
+    from_cache, came = ask(server, prompt)
+    assert came == {"device": 192}
+    push_out(server, token_ids)
+    from_host, came = ask(server, prompt)
+    assert came == {"host": 192}
+    answers = [server.generate(prompt, max_new_tokens=32)["output_ids"]]
+    push_out(server, token_ids)
+    answers.append(server.generate(prompt, max_new_tokens=32)["output_ids"])
+    assert mean_gap(from_host, from_cache) < SAME and answers[0] == answers[1]

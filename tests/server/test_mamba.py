@@ -12,8 +12,10 @@ import pytest
 import requests
 import torch
 
+from .test_hicache import PLUGIN as HICACHE
+from .test_hicache import ask, push_out
 from .test_hybrid import ENV, Truth, apart, table_without_server, wait_for_steps
-from .test_radix import check_records
+from .test_radix import SAME, check_records, mean_gap
 
 pytestmark = pytest.mark.server
 
@@ -124,3 +126,32 @@ def test_aborted_requests(server, token_ids, truth):
     assert apart(server.logprobs(ids, 0)[0], truth.logprobs(ids)) < EXACT
     server.stop()
     check_records(server)
+
+
+def test_states_come_back_from_host_memory_with_their_rows(launch, granite, truth, token_ids, tmp_path):
+    path = os.pathsep.join(filter(None, (str(PLUGIN), str(HICACHE), os.environ.get("PYTHONPATH"))))
+    server = launch(
+        "--dtype=float32",
+        f"--kv-quant-table={table_without_server(granite, tmp_path)}",
+        "--max-total-tokens=576",
+        "--max-running-requests=3",
+        "--max-mamba-cache-size=24",
+        f"--page-size={PAGE}",
+        f"--mamba-track-interval={GRID}",
+        "--enable-hierarchical-cache",
+        "--enable-cache-report",
+        "--hicache-ratio=4",
+        model=granite,
+        env={**ENV, "PYTHONPATH": path},
+    )
+    prefix = 3 * GRID
+    prompt = token_ids[: prefix + 32]
+    ask(server, prompt)
+    from_cache, came = ask(server, prompt)
+    assert came == {"device": prefix}
+    push_out(server, token_ids)
+    from_host, came = ask(server, prompt)
+    assert came == {"host": prefix}
+    server.stop()
+    assert mean_gap(from_host, from_cache) < SAME
+    assert apart(from_host, truth.logprobs(prompt)[-len(from_host) :]) < LIMIT
