@@ -215,6 +215,7 @@ def _packed_pool(configurator: Any, size: int, enable_memory_saver: bool) -> Any
         enable_memory_saver=enable_memory_saver,
         start_layer=configurator.layer_info.start_layer,
         end_layer=configurator.layer_info.end_layer,
+        check_rows=current().options.check_rows,
     )
 
 
@@ -274,6 +275,15 @@ def _fused_set_kv_buffer(orig: Any, forward_batch: Any, *args: Any, **kwargs: An
     if has_forward_context() and packed_pool(get_token_to_kv_pool()) is not None:
         return False
     return orig(forward_batch, *args, **kwargs)
+
+
+def _flush_cache(self: Any, *args: Any, **kwargs: Any) -> None:
+    """self: a Scheduler. Before its prefix cache is emptied."""
+    from .pool import packed_pool
+
+    pool = packed_pool(self.tp_worker.model_runner.token_to_kv_pool)
+    if pool is not None and pool.check is not None:
+        pool.check.compare_cached(self.tree_cache)
 
 
 # --- observability -------------------------------------------------------------------------------
@@ -337,6 +347,7 @@ _HOOKS = {
     ),
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool": ("AFTER", _check_pool),
     "models.utils.enable_fused_set_kv_buffer": ("AROUND", _fused_set_kv_buffer),
+    "managers.scheduler.Scheduler.flush_cache": ("BEFORE", _flush_cache),
     "managers.scheduler.Scheduler.get_init_info": ("AFTER", _init_info),
     "observability.metrics_collector.SchedulerMetricsCollector.emit_constants": ("AFTER", _emit_constants),
     "utils.common.support_triton": ("AROUND", _support_triton),

@@ -36,7 +36,8 @@ class TorchPackedBackend(AttentionBackend):
         """Slots that are read: in decode all tokens with the new one, in extend the prefix alone."""
         if forward_batch.forward_mode.is_idle():
             return
-        if forward_batch.forward_mode.is_decode():
+        decode = forward_batch.forward_mode.is_decode()
+        if decode:
             lengths = forward_batch.seq_lens.tolist()
         else:
             lengths = list(forward_batch.extend_prefix_lens_cpu)
@@ -46,6 +47,9 @@ class TorchPackedBackend(AttentionBackend):
         self.kv_indptr = torch.tensor([0, *lengths]).cumsum(0)
         self.positions = torch.cat([torch.arange(n) for n in lengths])  # of the slots
         self.read = _neighbours(self.kv_indices)
+        if self.pool.check:
+            self.pool.check.sample(self.kv_indptr, self.kv_indices, decode=decode)
+            self.pool.check.poll()
 
     def _encode(self, k, v, layer: RadixAttention, forward_batch, save_kv_cache: bool) -> PackedLayer:
         packed = self.pool.layer(layer.layer_id)
@@ -53,6 +57,8 @@ class TorchPackedBackend(AttentionBackend):
             k = k.view(-1, packed.heads, packed.head_dim)
             v = v.view(-1, packed.heads, packed.v_head_dim)
             packed.encode(k, v, forward_batch.out_cache_loc, forward_batch.positions)
+            if self.pool.check:
+                self.pool.check.wrote(layer.layer_id, forward_batch)
         return packed
 
     def forward_decode(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):

@@ -77,8 +77,11 @@ class TritonPackedBackend(TritonAttnBackend):
         self.cuda_graph_kv_indices = slots
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
+        if self.pool.check:
+            self.pool.check.poll()
         if not _plain_decode(forward_batch):
             super().init_forward_metadata(forward_batch)
+            self._check_prefixes(forward_batch)
             return
         total = forward_batch.seq_lens_sum
         if total is None:  # it is on the device alone; what is not needed is not written either
@@ -88,6 +91,8 @@ class TritonPackedBackend(TritonAttnBackend):
         self.init_forward_metadata_in_graph(forward_batch)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        if self.pool.check and not in_capture:
+            self.pool.check.poll()
         if not _plain_decode(forward_batch):
             super().init_forward_metadata_out_graph(forward_batch, in_capture)
         elif in_capture:  # at a replay there is nothing left to do
@@ -105,6 +110,13 @@ class TritonPackedBackend(TritonAttnBackend):
             raise RuntimeError(f"{NAME}: this pool's table of requests holds no slots ({table.entry_page_size=})")
         requests, lengths = table.row_ids[:batch], forward_batch.seq_lens[:batch]
         gather_slots(table.ids, requests, lengths, meta.kv_indptr, meta.kv_indices)
+        if self.pool.check:
+            self.pool.check.sample(meta.kv_indptr, meta.kv_indices, decode=True)
+
+    def _check_prefixes(self, forward_batch: Any) -> None:
+        meta, batch = self.forward_metadata, forward_batch.batch_size
+        if self.pool.check and meta.kv_indptr is not None:
+            self.pool.check.sample(meta.kv_indptr[: batch + 1], meta.kv_indices, decode=False)
 
     def _decode_metadata(self, batch: int, kv_indices: torch.Tensor) -> ForwardMetadata:
         names = {field.name for field in fields(ForwardMetadata)}
@@ -118,6 +130,7 @@ class TritonPackedBackend(TritonAttnBackend):
         rotated = None
         if save_kv_cache:
             rotated = packed.encode(*_by_head(k, v, layer), forward_batch.out_cache_loc, forward_batch.positions, q3)
+            self._wrote(layer, forward_batch)
         out = q3.new_empty(q3.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         kv_indptr, scratch = meta.kv_indptr[: q3.shape[0] + 1], self.buffers.scratch
         options = {"terms": terms, "rotated": rotated, "scratch": scratch, "out": out}
@@ -132,6 +145,7 @@ class TritonPackedBackend(TritonAttnBackend):
         k3, v3 = _by_head(k, v, layer)
         if save_kv_cache:
             packed.encode(k3, v3, forward_batch.out_cache_loc, forward_batch.positions)
+            self._wrote(layer, forward_batch)
         if self.quantized_chunk:
             k3, v3 = packed.dense(forward_batch.out_cache_loc, forward_batch.positions, q.dtype)
         q3 = _heads(q, layer.tp_q_head_num, layer.qk_head_dim)
@@ -143,6 +157,10 @@ class TritonPackedBackend(TritonAttnBackend):
         for new, plan in self._extend_plans(layer, forward_batch, terms.window):
             self.buffers.workspace(packed, plan, q3[new], k3[new], v3[new], layer.scaling, out[new], terms)
         return target
+
+    def _wrote(self, layer: RadixAttention, forward_batch: Any) -> None:
+        if self.pool.check:
+            self.pool.check.wrote(layer.layer_id, forward_batch)
 
     def _extend_plans(self, layer: RadixAttention, forward_batch: Any, window: int) -> list[tuple[slice, ExtendPlan]]:
         """The batch's plans for layers of a window. The first layer always makes new ones: a metadata object may be
