@@ -68,7 +68,7 @@ class Checksums:
             write_checksums_kernel[grid](*self._tables, slots, positions, *numbers, **self._constants)
 
     def sample(self, kv_indptr: torch.Tensor, kv_indices: torch.Tensor, count: int, *, decode: bool) -> None:
-        """Compare ``count`` rows of those at ``kv_indices``, other ones each time.
+        """Compare ``count`` rows of those at ``kv_indices``, other ones each time, or all if they are no more.
 
         kv_indptr ``[B + 1]``: each request's part, which begins at position 0. decode: a request's last row is not
         written yet. A difference goes to ``found``.
@@ -84,7 +84,7 @@ class Checksums:
         bounds = kv_indptr.tolist()
         if not bounds[-1]:
             return
-        at = torch.randint(bounds[-1], (count,))
+        at = torch.randint(bounds[-1], (count,)) if bounds[-1] > count else torch.arange(bounds[-1])
         request = torch.searchsorted(kv_indptr, at, right=True) - 1
         positions, last = at - kv_indptr[request], kv_indptr[request + 1] - 1
         slots = kv_indices[at][(at < last) | (not decode)]
@@ -172,9 +172,10 @@ def compare_rows_kernel(
     DECODE: tl.constexpr, REQUESTS: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     total = tl.load(kv_indptr + num_requests).to(tl.int64)
-    if total > 0:
-        layer = tl.program_id(1)
-        at = tl.randint(tl.load(steps), tl.program_id(0)).to(tl.uint32).to(tl.int64) % total
+    i, layer = tl.program_id(0), tl.program_id(1)
+    every = total <= tl.num_programs(0)
+    if i < total:
+        at = tl.where(every, i, tl.randint(tl.load(steps), i).to(tl.uint32).to(tl.int64) % total)
         r = tl.arange(0, REQUESTS)
         ends = tl.load(kv_indptr + r + 1, mask=r < num_requests, other=total).to(tl.int64)
         begin = tl.max(tl.where(ends <= at, ends, 0), 0)

@@ -176,7 +176,7 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         "check_rows",
         "N",
         "Compare N of the rows that each step reads with their checksums, and end the server where one differs "
-        "(default 0: none).",
+        "(default 0: none, and no checksums).",
     )
     _refuse_abbreviations(parser)
 

@@ -1,7 +1,7 @@
 """--kv-quant-check-rows: rows that attention reads are compared with checksums from when they were written.
 
 What SGLang's --kv-canary does over dense keys and values: it cannot read rows that lie interleaved. A difference ends
-the server. Found on the device within a step's graph, it is raised a step later.
+the server, on a GPU a step later: there it is found within the step's graph.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class RowCheck:
     def __init__(self, layers: Mapping[int, PackedLayer], count: int):
         self.ids, self.count = list(layers), count
         self.sums = Checksums(list(layers.values()))
-        self._seen = torch.zeros(1, dtype=torch.int64, pin_memory=self.sums.found.is_cuda)
+        found = self.sums.found
+        self._seen = torch.zeros(1, dtype=torch.int64, pin_memory=True) if found.is_cuda else found
 
     def wrote(self, layer_id: int, forward_batch: Any) -> None:
         """After each layer's tokens of a step; checksums are taken after the last."""
@@ -49,10 +50,11 @@ class RowCheck:
         self.sums.sample(kv_indptr, kv_indices, self.count, decode=decode)
 
     def poll(self) -> None:
-        """Raise DamagedRow for what was found up to the step before, without waiting for the device."""
+        """Raise DamagedRow for what was found, on a GPU up to the step before: it is not waited for."""
         if found := Checksums.unpacked(int(self._seen)):
             raise self._damaged(found)
-        self._seen.copy_(self.sums.found, non_blocking=True)
+        if self._seen is not self.sums.found:
+            self._seen.copy_(self.sums.found, non_blocking=True)
 
     def compare_cached(self, tree_cache: Any) -> None:
         """Every row that a radix tree holds. Raises DamagedRow."""

@@ -62,7 +62,7 @@ def backend():
     backend._plans, backend.quantized_chunk, backend.first_layer = None, False, LAYERS[0]
     backend.buffers = SimpleNamespace(workspace=Recorder(), graph_slots=torch.full((4 * 6,), -1, dtype=torch.int32))
     layers = {i: Layer(i) for i in LAYERS}
-    backend.pool = SimpleNamespace(layers=layers, layer=layers.__getitem__)
+    backend.pool = SimpleNamespace(layers=layers, layer=layers.__getitem__, check=None)
     backend.forward_metadata = metadata([3, 0], [2, 4])
     return backend
 
