@@ -75,7 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--sessions", type=int, default=24, help="that go on side by side (default 24)")
     add("--parallel", type=int, default=12, help="requests at a time (default 12)")
     add("--turns", type=int, default=30, help="of a session (default 30)")
-    add("--context", type=int, default=640, help="tokens of a session at most (default 640)")
+    add("--context", type=int, default=768, help="tokens of a session at most (default 768)")
     add("--check-rows", type=int, default=64, help="that each step compares with their checksums (default 64)")
     add("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--server-args", type=shlex.split, default=[], metavar="ARGS", help='more of them: --server-args="--a --b"')
@@ -160,7 +160,8 @@ class Run:
 
     def _time_left(self) -> float:
         """Seconds of load, if all is to be read again in time."""
-        return self.end - time.monotonic() - SPARE * self.load.waiting() / self.replay.rate - 5
+        reading = SPARE * self.load.waiting() / self.replay.rate
+        return self.end - time.monotonic() - reading - 0.02 * (self.end - self.begin)
 
     def _play(self, seconds: float) -> None:
         stop = time.monotonic() + seconds

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 PROMPTS = 4  # system prompts that sessions share
 ROOM = 1.3  # the cache, in working sets
-ESSAYS = 0.2  # of answers
+ESSAYS = 0.15  # of answers
 
 
 class PlanError(ValueError):
@@ -51,6 +51,6 @@ class Plan:
             system=system,
             user=(step // 8, step // 2),
             answer=(4, step // 2),
-            essay=(2 * step, 4 * step),
+            essay=(step, 3 * step),
             pool=int(ROOM * (PROMPTS * system + parallel * (context - system) // 2)),
         )

@@ -83,7 +83,7 @@ class Session:
         which = self._random.randrange(PROMPTS)
         self.ids = list(self.text[which * self.plan.system :][: self.plan.system])
         if self.midway:
-            self.ids += self._cut((0, (self.plan.context - self.plan.system) * 3 // 4))
+            self.ids += self._cut((0, (self.plan.context - self.plan.system) * 9 // 10))
 
     def _cut(self, bounds: tuple[int, int]) -> list[int]:
         count = self._random.randint(*bounds)
