@@ -158,7 +158,7 @@ def _row_sum(addresses, sizes, first, step, layer, slot, position, BYTES: tl.con
     return total.to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["slots", "positions"])
 def write_checksums_kernel(addresses, sizes, first, step, slots, positions, sums, num_slots, BYTES: tl.constexpr):
     token, layer = tl.program_id(0), tl.program_id(1)
     slot, position = tl.load(slots + token), tl.load(positions + token)
@@ -166,7 +166,7 @@ def write_checksums_kernel(addresses, sizes, first, step, slots, positions, sums
     tl.store(sums + layer.to(tl.int64) * num_slots + slot, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "num_requests"], do_not_specialize_on_alignment=["kv_indptr", "kv_indices"])
 def compare_rows_kernel(
     addresses, sizes, first, step, kv_indptr, kv_indices, sums, found, steps, num_slots, num_requests,
     DECODE: tl.constexpr, REQUESTS: tl.constexpr, BYTES: tl.constexpr,

@@ -93,7 +93,12 @@ REFUSALS = (
     Refusal("dcp_size", _above_one, "decode context parallelism splits dense K and V", "use --tp-size"),
     Refusal("attn_cp_size", _above_one, "context parallelism splits dense K and V", "use --tp-size"),
     Refusal("prefill_only_disable_kv_cache", _set, "there would be no cache to pack", "drop --kv-quant"),
-    Refusal("kv_canary", lambda v: v not in (None, "none"), "the canary reads dense K and V", "set it to none"),
+    Refusal(
+        "kv_canary",
+        lambda v: v not in (None, "none"),
+        "the canary reads dense K and V",
+        "leave it at none; --kv-quant-check-rows compares packed rows",
+    ),
     Refusal(
         "enable_deterministic_inference", _set, "the packed kernels are not batch-invariant", "drop one of the two"
     ),

@@ -91,17 +91,23 @@ class PackedKVPool(KVCache):
             self.check.sums.move(tgt_loc, src_loc)
 
     def get_cpu_copy(self, indices: torch.Tensor, *_: Any, **__: Any) -> list[torch.Tensor]:
-        """The rows of ``indices`` in every layer, on the CPU; complete when this returns, as the stock pool's are."""
+        """The rows of ``indices`` in every layer, and then their checksums if there are any, on the CPU; complete when
+        this returns, as the stock pool's are."""
         current_platform.synchronize()
         rows = [layer.gather(indices).to("cpu", non_blocking=True) for layer in self.layers.values()]
+        if self.check:
+            rows.append(self.check.sums.sums[:, indices.long()].to("cpu", non_blocking=True))
         current_platform.synchronize()
         return rows
 
     def load_cpu_copy(self, kv_cache_cpu: list[torch.Tensor], indices: torch.Tensor, *_: Any, **__: Any) -> None:
         """Put rows from :meth:`get_cpu_copy` back at ``indices``."""
         current_platform.synchronize()
-        for layer, saved in zip(self.layers.values(), kv_cache_cpu, strict=True):
+        rows, sums = kv_cache_cpu[: len(self.layers)], kv_cache_cpu[len(self.layers) :]
+        for layer, saved in zip(self.layers.values(), rows, strict=True):
             layer.scatter(indices, saved.to(layer.rows.device, non_blocking=True))
+        if self.check:
+            self.check.sums.sums[:, indices.long()] = sums[0].to(self.device, non_blocking=True)
         current_platform.synchronize()
 
     def get_kv_size_bytes(self) -> tuple[int, int]:

@@ -49,6 +49,13 @@ class RowCheck:
         of each is yet to be written."""
         self.sums.sample(kv_indptr, kv_indices, self.count, decode=decode)
 
+    def warm_up(self, requests: int) -> None:
+        """Compile what steps of up to so many requests need. Slot 0 is written, which no request has."""
+        indptr, none = (torch.zeros(n, dtype=torch.int64, device=self.sums.sums.device) for n in (requests + 1, 1))
+        self.sums.write(none, none)
+        for slot, decode in ((torch.int32, True), (torch.int64, False)):
+            self.sums.sample(indptr.int(), none.to(slot), self.count, decode=decode)
+
     def poll(self) -> None:
         """Raise DamagedRow for what was found, on a GPU up to the step before: it is not waited for."""
         if found := Checksums.unpacked(int(self._seen)):

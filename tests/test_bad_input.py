@@ -84,6 +84,9 @@ def test_ranges_of_bits(model):
         message = refusal(model(), f"--kv-quant-bits-range={value}", kv_quant_bits_range=value)
         assert message.startswith(f"error: --kv-quant-bits-range {value}: ")
         assert message.endswith("LOW-HIGH is needed, from 2 to 8, e.g. 2-4")
+    for value in ("x", "-1", "2.5", "100000"):
+        message = refusal(model(), f"--kv-quant-check-rows={value}", kv_quant_check_rows=value)
+        assert f"--kv-quant-check-rows {value}: a whole number up to 65536 is needed" in message
     message = refusal(model(), "--kv-quant-bits-range", "4.5-5", kv_quant_bits_range="4.5-5")
     assert "--kv-quant-bits-range 4.5-5: holds none of K 2 V 2, K 2.5 V 2, " in message
     for other, given in (("k_bits", "4"), ("v_bits", "4"), ("preset", "balanced")):
@@ -116,7 +119,7 @@ CONFLICTS = [
     ("speculative_algorithm", "EAGLE", "without speculation"),
     ("speculative_algorithm", "NGRAM", "without speculation"),
     ("dcp_size", 2, "--tp-size"),
-    ("kv_canary", "raise", "set it to none"),
+    ("kv_canary", "raise", "--kv-quant-check-rows compares packed rows"),
     ("enable_deterministic_inference", True, "batch-invariant"),
     ("enable_torch_compile", True, "leave the option out"),
     ("enable_nvidia_megakernel", True, "dense K and V"),

@@ -4,10 +4,12 @@
 
 Sessions of --turns turns over system prompts that they share, the first ones met on their way; --parallel are asked at
 a time: plain answers of random lengths, essays, several answers to one request, grammars, requests that are aborted and
-clients that give up.
-The cache holds 1.3 times the working set (:mod:`.plan`), so prefixes are evicted and requests are retracted; in pauses
-it is flushed. Each text is read again as one cold prompt, and the log-probabilities of its answers compared with those
-of when they were generated, but for answers by a grammar, which changes them: those must follow it.
+clients that give up. The cache holds 1.3 times the working set (:mod:`.plan`), so prefixes are evicted; in the second
+half of each round the longest sessions write essays, for which it is too small, so that requests are retracted. In
+pauses it is flushed.
+
+Each text is read again as one cold prompt, and the log-probabilities of its answers compared with those of when they
+were generated, but for answers by a grammar, which changes them: those must follow it.
 
 The exit code is 1 if an answer is farther away than --bound (nats a token in the mean over an answer of 8 tokens or
 more, and of one token, see :class:`.replay.Bound`), a request fails, the server ends, complains of a leak or has other
@@ -136,7 +138,8 @@ class Run:
             self._calm()
             length = (self.end - time.monotonic()) / ROUNDS
             while not self.errors and self._time_left() > 0:
-                self._play(min(length * 0.7, self._time_left()))
+                for rush in (False, True):
+                    self._play(min(length * 0.35, self._time_left()), rush)
                 self._read()
             self.load.close()
             self._read()
@@ -163,10 +166,10 @@ class Run:
         reading = SPARE * self.load.waiting() / self.replay.rate
         return self.end - time.monotonic() - reading - 0.02 * (self.end - self.begin)
 
-    def _play(self, seconds: float) -> None:
+    def _play(self, seconds: float, rush: bool) -> None:
         stop = time.monotonic() + seconds
         while not self.errors and time.monotonic() < stop and self._time_left() > 0:
-            self.load.play(min(stop, time.monotonic() + 5))
+            self.load.play(min(stop, time.monotonic() + max(5, seconds / 4)), rush)
 
     def _read(self) -> None:
         if self.errors:

@@ -37,9 +37,12 @@ class Load:
     def _new(self, number: int, midway: bool = False) -> Session:
         return Session(number, self.seed, self.plan, self.text, midway)
 
-    def play(self, until: float) -> None:
-        """Turns of all sessions in any order, until so late on time.monotonic() or until the server is gone."""
-        threads = [threading.Thread(target=self._work, args=(until,)) for _ in range(self.plan.parallel)]
+    def play(self, until: float, rush: bool = False) -> None:
+        """Turns of all sessions in any order, until so late on time.monotonic() or until the server is gone.
+
+        rush: those of the longest sessions, and all for essays: more than the cache can hold at a time.
+        """
+        threads = [threading.Thread(target=self._work, args=(until, rush)) for _ in range(self.plan.parallel)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -59,13 +62,20 @@ class Load:
         if session.answers:
             self.ready.append(session.reading())
 
-    def _work(self, until: float) -> None:
+    def _next(self, rush: bool) -> Session:
+        if not rush:
+            return self._live.popleft()
+        longest = max(self._live, key=lambda session: len(session.ids))
+        self._live.remove(longest)
+        return longest
+
+    def _work(self, until: float, rush: bool) -> None:
         client = Client(self.url)
         while time.monotonic() < until and not self.errors:
             with self._lock:
-                session = self._live.popleft()
+                session = self._next(rush)
             try:
-                self._turn(client, session)
+                self._turn(client, session, rush)
             except (WrongAnswer, requests.RequestException, KeyError) as e:
                 self.errors.append(f"session {session.number}, turn {session.turns}: {type(e).__name__}: {e}")
             with self._lock:
@@ -77,8 +87,8 @@ class Load:
                 # Sessions that were left longest come next, but not always: some lose their rows in between.
                 self._live.insert(self._random.randrange(len(self._live) + 1), session)
 
-    def _turn(self, client: Client, session: Session) -> None:
-        turn, begin = session.turn(), time.monotonic()
+    def _turn(self, client: Client, session: Session, rush: bool) -> None:
+        turn, begin = session.turn(rush), time.monotonic()
         outcome = client.ask(turn, turn.new * self._token_s)
         with self._lock:
             counts = self.counts

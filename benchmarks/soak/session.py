@@ -83,15 +83,15 @@ class Session:
         which = self._random.randrange(PROMPTS)
         self.ids = list(self.text[which * self.plan.system :][: self.plan.system])
         if self.midway:
-            self.ids += self._cut((0, (self.plan.context - self.plan.system) * 9 // 10))
+            self.ids += self._cut((0, self.plan.context - self.plan.system - self._most))
 
     def _cut(self, bounds: tuple[int, int]) -> list[int]:
         count = self._random.randint(*bounds)
         start = self._random.randrange(PROMPTS * self.plan.system, len(self.text) - count)
         return list(self.text[start : start + count])
 
-    def turn(self) -> Turn:
-        """The next one. It is asked again in another way if it comes to nothing."""
+    def turn(self, rush: bool = False) -> Turn:
+        """The next one. It is asked again in another way if it comes to nothing. rush: for an essay."""
         draw, random_ = self._random.random(), self._random
         kind = "plain"
         for name, share in KINDS.items():
@@ -99,7 +99,8 @@ class Session:
                 kind = name
                 break
             draw -= share
-        bounds = self.plan.essay if random_.random() < ESSAYS or kind in ("abort", "timeout") else self.plan.answer
+        long = random_.random() < ESSAYS or rush or kind in ("abort", "timeout")
+        bounds = self.plan.essay if long else self.plan.answer
         grammar = random_.choice(sorted(GRAMMARS)) if kind == "grammar" else None
         return Turn(
             kind=kind,
@@ -118,9 +119,13 @@ class Session:
         self.turns += 1
 
     @property
+    def _most(self) -> int:
+        """Tokens of a turn."""
+        return self.plan.user[1] + max(self.plan.essay[1], GRAMMAR_TOKENS)
+
+    @property
     def over(self) -> bool:
-        most = self.plan.user[1] + max(self.plan.essay[1], GRAMMAR_TOKENS)
-        return self.turns >= self.plan.turns or len(self.ids) + most > self.plan.context
+        return self.turns >= self.plan.turns or len(self.ids) + self._most > self.plan.context
 
     def reading(self) -> Reading:
         return Reading(self.ids, self.answers, self.number)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,6 +60,8 @@ class TritonPackedBackend(TritonAttnBackend):
         started, layers = time.monotonic(), list(self.pool.layers.values())
         todo = warm_up.jobs(layers[0], self.buffers.scratch, self.num_head, runner.dtype, runner.req_to_token_pool.size)
         todo.append(lambda: self.buffers.workspace.warm_up(layers))
+        if self.pool.check:
+            todo += [partial(self.pool.check.warm_up, n) for n in warm_up.batch_sizes(runner.req_to_token_pool.size)]
         warm_up.run(todo, layers[0].rows.device)
         logger.info(
             "%s: prefill attention in %s over a workspace of %d tokens; kernels ready after %.1f s",

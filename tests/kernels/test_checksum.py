@@ -1,13 +1,17 @@
 """Checksums of rows: those of the kernels are the definition's, and a row that is not what was written is found."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sglang_blockgtq.backend.warm_up import batch_sizes
+from sglang_blockgtq.kernels import checksum
 from sglang_blockgtq.kernels.checksum import Checksums, Difference, checksums
 from sglang_blockgtq.kernels.device.tables import templates_of
 from sglang_blockgtq.kernels.layer import TorchLayer, TritonLayer
+from sglang_blockgtq.row_check import RowCheck
 
 from .matrix import DEVICE, MEANS, PRODUCT, TEMPLATE, data
 
@@ -96,6 +100,36 @@ def test_sums_move_with_rows(written):
     assert len(sums.differences(free, positions)) == len(free) * len(sums.layers)
     sums.move(free, slots)
     assert not sums.differences(free, positions)
+
+
+def test_a_step_finds_its_kernels_compiled(monkeypatch):
+    """What tells binaries apart: dtypes of slots, and room for requests."""
+    layer = TritonLayer(data(TEMPLATE).codec, DEVICE, templates_of(data(TEMPLATE).codec.layout.k))
+    layer.bind(layer.new_rows(16, DEVICE))
+    check, seen = RowCheck({0: layer}, 2), set()
+
+    class Watched:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*args, **constants):
+                tensors = [x.dtype for x in args if isinstance(x, torch.Tensor)]
+                seen.add((self.kernel.__name__, *tensors, *sorted(constants.items())))
+
+            return launch
+
+    for name in ("write_checksums_kernel", "compare_rows_kernel"):
+        monkeypatch.setattr(checksum, name, Watched(getattr(checksum, name)))
+    for requests in batch_sizes(20):
+        check.warm_up(requests)
+    ready, none = seen.copy(), torch.zeros(20, dtype=torch.int64, device=DEVICE)
+    for requests in (1, 9, 20):
+        indptr = torch.zeros(requests + 1, dtype=torch.int32, device=DEVICE)
+        check.wrote(0, SimpleNamespace(out_cache_loc=none, positions=none))
+        check.sample(indptr, none.int(), decode=True)
+        check.sample(indptr, none, decode=False)
+    assert seen == ready and len(ready) == 5
 
 
 def test_nothing_to_compare(written):
