@@ -174,6 +174,15 @@ def _check(get: Callable[[str], Any], has_table: bool, resolved: str = "") -> No
         )
 
 
+def check_checksums(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
+    """Rows that something else than the pool brings back have no checksums. Raises KVQuantError."""
+    if asked.check_rows and get("enable_hierarchical_cache"):
+        raise KVQuantError(
+            f"--kv-quant-check-rows {asked.check_rows}: HiCache keeps no checksums of the rows that it brings back; "
+            "leave it or --enable-hierarchical-cache out"
+        )
+
+
 def check_user_args(get: Callable[[str], Any], has_table: bool) -> None:
     """Refuse conflicting options. ``get(field)`` gives the user's value or None. Raises KVQuantError."""
     _check(get, has_table)

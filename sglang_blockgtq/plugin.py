@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import compat, options, preflight
-from .conflicts import check_config, check_resolved, check_user_args
+from .conflicts import check_checksums, check_config, check_resolved, check_user_args
 from .options import ATTRIBUTE, FLAGS, NAME, KVQuantError, KVQuantOptions
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ def _check(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
     """Everything that can be refused where --kv-quant is given, the quick ones first. Raises KVQuantError."""
     if other := compat.other_version():
         logger.warning("%s: %s: nothing was tested with it", NAME, other)
+    check_checksums(asked, get)
     check_user_args(get, has_table=asked.table is not None)
     _install_now()
     _require_hooks()

@@ -79,14 +79,20 @@ def test_what_a_cache_may_cost(model):
         assert message.startswith(f"error: --kv-quant-max-kl {value}: a number above 0 is needed, in nats a token")
 
 
+def test_rows_to_check(model):
+    for value in ("x", "-1", "2.5", "100000"):
+        message = refusal(model(), f"--kv-quant-check-rows={value}", kv_quant_check_rows=value)
+        assert f"--kv-quant-check-rows {value}: a whole number up to 65536 is needed" in message
+    both = {"kv_quant_check_rows": 8, "enable_hierarchical_cache": True}
+    message = refusal(model(), "--kv-quant-check-rows=8", "--enable-hierarchical-cache", **both)
+    assert "--kv-quant-check-rows 8: HiCache keeps no checksums" in message
+
+
 def test_ranges_of_bits(model):
     for value in ("3", "5-4", "9-10", "", "2-4-6", "-2", "low-high", "nan-4", "2-nan"):
         message = refusal(model(), f"--kv-quant-bits-range={value}", kv_quant_bits_range=value)
         assert message.startswith(f"error: --kv-quant-bits-range {value}: ")
         assert message.endswith("LOW-HIGH is needed, from 2 to 8, e.g. 2-4")
-    for value in ("x", "-1", "2.5", "100000"):
-        message = refusal(model(), f"--kv-quant-check-rows={value}", kv_quant_check_rows=value)
-        assert f"--kv-quant-check-rows {value}: a whole number up to 65536 is needed" in message
     message = refusal(model(), "--kv-quant-bits-range", "4.5-5", kv_quant_bits_range="4.5-5")
     assert "--kv-quant-bits-range 4.5-5: holds none of K 2 V 2, K 2.5 V 2, " in message
     for other, given in (("k_bits", "4"), ("v_bits", "4"), ("preset", "balanced")):

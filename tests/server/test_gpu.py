@@ -1,4 +1,5 @@
-"""A real server on a GPU: its memory is what it says, and it answers after sleep as before."""
+"""A real server on a GPU: its memory is what it says, it answers after sleep as before, and it does not start where
+memory runs out."""
 
 from __future__ import annotations
 
@@ -52,3 +53,12 @@ def test_padded_graphs_after_sleep(server, token_ids):
     for prompt, answer in zip(prompts, after, strict=True):
         assert max(server.behind_best(prompt, answer)) < TIE
     assert [len(answer) for answer in after] == [len(answer) for answer in before] == [16] * 3
+
+
+def test_memory_that_runs_out_at_graph_capture_ends_the_start(launch):
+    """It does not serve without graphs."""
+    small = "--max-total-tokens=2000", "--cuda-graph-bs-decode=1"
+    server = launch(*small, record="watcher", env={"BLOCKGTQ_NO_MEMORY": "1"}, wait=False)
+    assert server.process.wait(300) != 0
+    log = server.log.read_text(errors="replace")
+    assert "CUDA out of memory. Tried to allocate 2.00 GiB" in log and "fired up" not in log
