@@ -114,7 +114,12 @@ SIGNATURES = {
     },
     "layers.attention.qsa.config.parse_qsa_profile": ["config"],
     "configs.model_config.is_hybrid_swa_model": ["model_architectures", "hf_text_config"],
+    "managers.scheduler.Scheduler.flush_cache": ["self"],
     "managers.scheduler.Scheduler.get_init_info": ["self"],
+    "mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface.walk_for_kv_canary": [
+        "unlocked_only",
+        "swa_resident_only",
+    ],
     "observability.metrics_collector.SchedulerMetricsCollector.emit_constants": ["max_total_num_tokens"],
     "models.utils.enable_fused_set_kv_buffer": ["forward_batch"],
     "utils.common.support_triton": ["backend"],

@@ -122,7 +122,12 @@ REFUSALS = (
     Refusal("dcp_size", _above_one, "decode context parallelism splits dense K and V", "use --tp-size"),
     Refusal("attn_cp_size", _above_one, "context parallelism splits dense K and V", "use --tp-size"),
     Refusal("prefill_only_disable_kv_cache", _set, "there would be no cache to pack", "drop --kv-quant"),
-    Refusal("kv_canary", lambda v: v not in (None, "none"), "the canary reads dense K and V", "set it to none"),
+    Refusal(
+        "kv_canary",
+        lambda v: v not in (None, "none"),
+        "the canary reads dense K and V",
+        "leave it at none; --kv-quant-check-rows compares packed rows",
+    ),
     Refusal(
         "enable_deterministic_inference", _set, "the packed kernels are not batch-invariant", "drop one of the two"
     ),
@@ -227,6 +232,15 @@ def check_page(page_size: int) -> None:
         raise KVQuantError(
             f"--page-size {page_size}: not with --enable-hierarchical-cache and --kv-quant {NAME}: pages are moved, "
             f"and packed rows lie interleaved in blocks of {BLOCK_SLOTS} tokens; use --page-size {HICACHE_PAGE}"
+        )
+
+
+def check_checksums(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
+    """Rows that something else than the pool brings back have no checksums. Raises KVQuantError."""
+    if asked.check_rows and get("enable_hierarchical_cache"):
+        raise KVQuantError(
+            f"--kv-quant-check-rows {asked.check_rows}: HiCache keeps no checksums of the rows that it brings back; "
+            "leave it or --enable-hierarchical-cache out"
         )
 
 

@@ -31,6 +31,7 @@ LADDER = ((2, 2), (2.5, 2), (2.5, 2.5), (3, 2.5), (3, 3), (3.5, 3), (3.5, 3.5), 
 #: nats a token that ``auto`` allows; docs/fidelity.md says what that means for an answer.
 TARGET_KL = 0.03
 DEFAULT_RANGE = (3.0, 8.0)
+MOST_CHECKED = 65_536  # rows a step
 DEFAULT_PRESET = "auto"
 DEFAULT_BITS = 3.0
 DEFAULT_ALLOCATOR = "template"
@@ -61,6 +62,7 @@ class KVQuantOptions:
     chunk_attention: what the keys and values of the running chunk look like to the chunk itself.
         "raw": exact, as computed. "quantized": as they will be read back later, so that a cold prompt
         and its repetition from the prefix cache give the same answer.
+    check_rows: rows that are compared with their checksums at each step; 0 for none, and no checksums.
     """
 
     k_bits: float | None = DEFAULT_BITS
@@ -74,6 +76,7 @@ class KVQuantOptions:
     chunk_attention: str = "raw"
     max_kl: float | None = None
     bits_range: tuple[float, float] = DEFAULT_RANGE
+    check_rows: int = 0
 
     @property
     def target_kl(self) -> float:
@@ -169,6 +172,12 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
     )
     add("max_kl", "NATS", "Do not start if the cache costs more than this KL of the answer a token, e.g. 0.05.")
     add("bits_range", "LOW-HIGH", "What --kv-quant-preset auto may choose from (default 3-8).")
+    add(
+        "check_rows",
+        "N",
+        "Compare N of the rows that each step reads with their checksums, and end the server where one differs "
+        "(default 0: none, and no checksums).",
+    )
     _refuse_abbreviations(parser)
 
 
@@ -266,6 +275,18 @@ def _tokens(name: str, value: Any, text: str | None) -> int:
     return tokens
 
 
+def _rows(name: str, value: Any) -> int:
+    try:
+        rows = int(str(value))
+    except ValueError:
+        rows = -1
+    if not 0 <= rows <= MOST_CHECKED:
+        raise KVQuantError(
+            f"{flag(name)} {value}: a whole number up to {MOST_CHECKED} is needed, e.g. 16, or 0 for none"
+        )
+    return rows
+
+
 def parse(values: dict[str, Any]) -> KVQuantOptions | None:
     """Check raw values (by :data:`FLAGS` name; missing and None mean default). None when not asked for.
 
@@ -320,6 +341,8 @@ def parse(values: dict[str, Any]) -> KVQuantOptions | None:
             )
     if "chunk_attention" in given:
         out["chunk_attention"] = _choice("chunk_attention", given["chunk_attention"], CHUNK_ATTENTION)
+    if "check_rows" in given:
+        out["check_rows"] = _rows("check_rows", given["check_rows"])
     if "cache_dir" in given:
         out["cache_dir"] = _folder("cache_dir", given["cache_dir"])
     if "calibration_text" in given:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import compat, options, preflight
-from .conflicts import check_config, check_resolved, check_user_args
+from .conflicts import check_checksums, check_config, check_resolved, check_user_args
 from .options import ATTRIBUTE, FLAGS, NAME, KVQuantError, KVQuantOptions
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ def _check(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
     """Everything that can be refused where --kv-quant is given, the quick ones first. Raises KVQuantError."""
     if other := compat.other_version():
         logger.warning("%s: %s: nothing was tested with it", NAME, other)
+    check_checksums(asked, get)
     check_user_args(get, has_table=asked.table is not None)
     _install_now()
     _require_hooks()
@@ -222,6 +223,7 @@ def _packed_pool(configurator: Any, size: int, enable_memory_saver: bool) -> Any
         enable_memory_saver=enable_memory_saver,
         start_layer=configurator.layer_info.start_layer,
         end_layer=configurator.layer_info.end_layer,
+        check_rows=current().options.check_rows,
     )
 
 
@@ -327,6 +329,15 @@ def _attach_storage_backend(orig: Any, self: Any, storage_backend: str, *args: A
     return orig(self, storage_backend, *args, **kwargs)
 
 
+def _flush_cache(self: Any, *args: Any, **kwargs: Any) -> None:
+    """self: a Scheduler. Before its prefix cache is emptied."""
+    from .pool import packed_pool
+
+    pool = packed_pool(self.tp_worker.model_runner.token_to_kv_pool)
+    if pool is not None and pool.check is not None:
+        pool.check.compare_cached(self.tree_cache)
+
+
 # --- observability -------------------------------------------------------------------------------
 
 
@@ -395,6 +406,7 @@ _HOOKS = {
         "AROUND",
         _attach_storage_backend,
     ),
+    "managers.scheduler.Scheduler.flush_cache": ("BEFORE", _flush_cache),
     "managers.scheduler.Scheduler.get_init_info": ("AFTER", _init_info),
     "observability.metrics_collector.SchedulerMetricsCollector.emit_constants": ("AFTER", _emit_constants),
     "utils.common.support_triton": ("AROUND", _support_triton),

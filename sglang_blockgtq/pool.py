@@ -13,13 +13,14 @@ from sglang.srt.platforms import current_platform
 
 from .kernels.layer import PackedLayer
 from .options import NAME, KVQuantError
+from .row_check import RowCheck
 
 
 class PackedKVPool(KVCache):
     """The rows of some layers. Not a subclass of MHATokenToKVPool: whatever would copy dense K and V finds no such
     buffer and fails loudly. Rows do not depend on the request, so the radix cache shares slots as ever.
 
-    layers: by layer id; any ids, any shapes.
+    layers: by layer id; any ids, any shapes. check_rows: as the option.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class PackedKVPool(KVCache):
         enable_memory_saver: bool,
         start_layer: int,
         end_layer: int,
+        check_rows: int = 0,
     ):
         # uint8 keeps fused kernels away that would write bf16 rows.
         super().__init__(size, page_size, torch.uint8, len(layers), device, enable_memory_saver, start_layer, end_layer)
@@ -41,6 +43,7 @@ class PackedKVPool(KVCache):
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
             for layer in self.layers.values():
                 layer.bind(layer.new_rows(size + page_size, device))
+            self.check = RowCheck(self.layers, check_rows) if check_rows else None
         self.wrapper: Any = None  # of SGLang's, that holds this pool
         self._probing = False
         self._finalize_allocation_log(size)
@@ -80,6 +83,8 @@ class PackedKVPool(KVCache):
         packed = self.layer(layer.layer_id)
         if packed.has_means:
             raise NotImplementedError(f"{NAME}: keys less their page's mean are written by the backend, with positions")
+        if self.check:
+            raise NotImplementedError(f"{NAME}: rows with checksums are written by the backend, with positions")
         k = cache_k.view(-1, packed.heads, packed.head_dim)
         v = cache_v.view(-1, packed.heads, packed.v_head_dim)
         packed.encode(k, v, unwrap_write_loc(loc_info)[0])
@@ -88,19 +93,27 @@ class PackedKVPool(KVCache):
         """Copy rows between slots in every layer; exact."""
         for layer in self.layers.values():
             layer.scatter(tgt_loc, layer.gather(src_loc))
+        if self.check:
+            self.check.sums.move(tgt_loc, src_loc)
 
     def get_cpu_copy(self, indices: torch.Tensor, *_: Any, **__: Any) -> list[torch.Tensor]:
-        """The rows of ``indices`` in every layer, on the CPU; complete when this returns, as the stock pool's are."""
+        """The rows of ``indices`` in every layer, and then their checksums if there are any, on the CPU; complete when
+        this returns, as the stock pool's are."""
         current_platform.synchronize()
         rows = [layer.gather(indices).to("cpu", non_blocking=True) for layer in self.layers.values()]
+        if self.check:
+            rows.append(self.check.sums.sums[:, indices.long()].to("cpu", non_blocking=True))
         current_platform.synchronize()
         return rows
 
     def load_cpu_copy(self, kv_cache_cpu: list[torch.Tensor], indices: torch.Tensor, *_: Any, **__: Any) -> None:
         """Put rows from :meth:`get_cpu_copy` back at ``indices``."""
         current_platform.synchronize()
-        for layer, saved in zip(self.layers.values(), kv_cache_cpu, strict=True):
+        rows, sums = kv_cache_cpu[: len(self.layers)], kv_cache_cpu[len(self.layers) :]
+        for layer, saved in zip(self.layers.values(), rows, strict=True):
             layer.scatter(indices, saved.to(layer.rows.device, non_blocking=True))
+        if self.check:
+            self.check.sums.sums[:, indices.long()] = sums[0].to(self.device, non_blocking=True)
         current_platform.synchronize()
 
     def get_kv_size_bytes(self) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from .kernels.format.layout import uniform_layout
 from .kernels.layer import PackedLayer
 from .options import BY_SEGMENTS, NAME, KVQuantError, KVQuantOptions, flag
 from .ranks import check_ranks, is_rank_zero
+from .row_check import SUM_BYTES
 from .terms import terms_of
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class Runtime:
     def counted_bytes_per_token(self) -> int:
         """What SGLang sizes the cache by. The same integer on every tensor-parallel rank: rows take the maximum over
         all heads of a layer."""
-        return self.bytes_per_token + UNCOUNTED_BYTES_PER_TOKEN
+        sums = SUM_BYTES * len(self.rows) if self.options.check_rows else 0
+        return self.bytes_per_token + sums + UNCOUNTED_BYTES_PER_TOKEN
 
     @cached_property
     def bytes_per_token(self) -> int:
@@ -73,6 +75,7 @@ class Runtime:
             "ratio": round(self.bf16_bytes_per_token / self.bytes_per_token, 3),
             "bytes_per_token_head": round(self.table.bytes_per_token_head(), 3),
             "chunk_attention": self.options.chunk_attention,
+            "check_rows": self.options.check_rows,
             "table_hash": header.table_hash,
             "table_origin": self.origin,
             "table_seconds": round(self.seconds, 3),

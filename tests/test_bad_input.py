@@ -79,6 +79,15 @@ def test_what_a_cache_may_cost(model):
         assert message.startswith(f"error: --kv-quant-max-kl {value}: a number above 0 is needed, in nats a token")
 
 
+def test_rows_to_check(model):
+    for value in ("x", "-1", "2.5", "100000"):
+        message = refusal(model(), f"--kv-quant-check-rows={value}", kv_quant_check_rows=value)
+        assert f"--kv-quant-check-rows {value}: a whole number up to 65536 is needed" in message
+    both = {"kv_quant_check_rows": 8, "enable_hierarchical_cache": True}
+    message = refusal(model(), "--kv-quant-check-rows=8", "--enable-hierarchical-cache", **both)
+    assert "--kv-quant-check-rows 8: HiCache keeps no checksums" in message
+
+
 def test_ranges_of_bits(model):
     for value in ("3", "5-4", "9-10", "", "2-4-6", "-2", "low-high", "nan-4", "2-nan"):
         message = refusal(model(), f"--kv-quant-bits-range={value}", kv_quant_bits_range=value)
@@ -119,7 +128,7 @@ CONFLICTS = [
     ("speculative_draft_attention_backend", "blockgtq", "16-bit cache"),
     ("enable_multi_layer_eagle", True, "several draft models"),
     ("dcp_size", 2, "--tp-size"),
-    ("kv_canary", "raise", "set it to none"),
+    ("kv_canary", "raise", "--kv-quant-check-rows compares packed rows"),
     ("enable_deterministic_inference", True, "batch-invariant"),
     ("enable_torch_compile", True, "leave the option out"),
     ("enable_nvidia_megakernel", True, "dense K and V"),

@@ -25,8 +25,6 @@ HEADS, GROUP, DIM, LAYERS = 2, 3, 16, (4, 9, 5)  # by id, in the order in which 
 class Layer:
     """In a TritonLayer's place: keeps what is written to it."""
 
-    has_means = False
-
     def __init__(self, layer_id):
         self.id, self.saved = layer_id, []
 
@@ -65,11 +63,11 @@ class Recorder:
 @pytest.fixture
 def backend():
     backend = TritonPackedBackend.__new__(TritonPackedBackend)
-    backend._plans, backend.quantized_chunk, backend.first_layer = None, False, LAYERS[0]
+    backend._plans, backend.quantized_chunk, backend.first_layer, backend.pages = None, False, LAYERS[0], (0, 0)
     slots = torch.full((4 * 6,), -1, dtype=torch.int32)
     backend.buffers = SimpleNamespace(workspace=Recorder(), graph_slots=slots, verification=None)
     layers = {i: Layer(i) for i in LAYERS}
-    backend.pool = SimpleNamespace(layer=layers.__getitem__)  # which waits for loads; nothing else does
+    backend.pool = SimpleNamespace(layer=layers.__getitem__, check=None)  # which waits for loads; nothing else does
     backend.forward_metadata = metadata([3, 0], [2, 4])
     return backend
 

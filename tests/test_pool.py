@@ -18,6 +18,7 @@ from sglang_blockgtq.kernels import reference
 from sglang_blockgtq.kernels.layer import TritonLayer
 from sglang_blockgtq.options import KVQuantError, KVQuantOptions
 from sglang_blockgtq.pool import PackedKVPool, packed_pool
+from sglang_blockgtq.row_check import DamagedRow
 from sglang_blockgtq.runtime import Runtime
 
 LAYERS, HEADS, DIM = 8, 4, 64
@@ -40,10 +41,9 @@ def make_runtime(allocator="template", heads=slice(None), k_bits=3.0, granularit
     return Runtime(KVQuantOptions(), table, heads, HELD, "file", 0.0, bf16, layers=layers)
 
 
-def make_pool(runtime, size=32, page=4, device="cpu") -> PackedKVPool:
-    return PackedKVPool(
-        size, page, layers=runtime.layers, device=device, enable_memory_saver=False, start_layer=0, end_layer=LAYERS
-    )
+def make_pool(runtime, size=32, page=4, device="cpu", check_rows=0) -> PackedKVPool:
+    more = {"enable_memory_saver": False, "start_layer": 0, "end_layer": LAYERS, "check_rows": check_rows}
+    return PackedKVPool(size, page, layers=runtime.layers, device=device, **more)
 
 
 @pytest.fixture
@@ -120,6 +120,32 @@ def test_cpu_copy(pool, monkeypatch):
     for layer, old in zip(pool.layers.values(), kept, strict=True):
         assert old.any() and torch.equal(layer.gather(indices), old)
         assert bool((layer.gather(others) == 255).all())
+
+
+def test_checksums_go_with_their_rows(monkeypatch):
+    """Wherever rows are moved and copied to; and they are counted as bytes of a token."""
+    monkeypatch.setattr(type(current_platform), "synchronize", lambda self: None, raising=False)
+    runtime = make_runtime()
+    pool = make_pool(runtime, check_rows=4)
+    slots, positions = torch.tensor([5, 6, 9]), torch.tensor([0, 1, 2])
+    for layer in HELD:
+        pool.layer(layer).encode(*torch.randn(2, 3, HEADS, DIM), slots, positions)
+        pool.check.wrote(layer, SimpleNamespace(out_cache_loc=slots, positions=positions))
+    pool.move_kv_cache(torch.tensor([20, 5]), torch.tensor([5, 6]))
+    saved = pool.get_cpu_copy(torch.tensor([9]))
+    pool.load_cpu_copy(saved, torch.tensor([21]))
+    now = SimpleNamespace(slot_indices=torch.tensor([20, 5, 21]), positions=positions)
+    tree = SimpleNamespace(tree_core=SimpleNamespace(walk_for_kv_canary=lambda **_: now))
+    pool.check.compare_cached(tree)
+    pool.layer(4).rows[5, 1] ^= 4
+    with pytest.raises(DamagedRow, match="slot 5 of layer 4 .* at position 1, one of 1 such rows"):
+        pool.check.compare_cached(tree)
+    pool.check.compare_cached(SimpleNamespace())  # a cache without prefixes
+    x = torch.zeros(1, HEADS * DIM)
+    with pytest.raises(NotImplementedError, match="checksums"):
+        pool.set_kv_buffer(SimpleNamespace(layer_id=1), torch.tensor([1]), x, x)
+    checked = replace(runtime, options=KVQuantOptions(check_rows=4))
+    assert checked.counted_bytes_per_token == runtime.counted_bytes_per_token + 4 * len(HELD)
 
 
 @pytest.mark.parametrize("getter", ["get_key_buffer", "get_value_buffer", "get_kv_buffer"])

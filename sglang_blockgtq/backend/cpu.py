@@ -40,11 +40,13 @@ class TorchPackedBackend(AttentionBackend):
         if forward_batch.forward_mode.is_idle():
             return
         self.verification = {}
+        fresh = 0
         if forward_batch.forward_mode.is_decode():
+            fresh = 1
             lengths = forward_batch.seq_lens.tolist()
         elif forward_batch.forward_mode.is_target_verify():
             spec, before = forward_batch.spec_info, forward_batch.seq_lens
-            q_len = spec.draft_token_num
+            q_len = fresh = spec.draft_token_num
             lengths = (before + q_len).tolist()
             full = spec.custom_mask.numel() >= q_len * sum(lengths)  # or of the trees alone
             bits, _ = read_tree(spec.custom_mask, before, q_len, full)
@@ -57,6 +59,9 @@ class TorchPackedBackend(AttentionBackend):
         self.kv_indptr = torch.tensor([0, *lengths]).cumsum(0)
         self.positions = torch.cat([torch.arange(n) for n in lengths])  # of the slots
         self.read = _neighbours(self.kv_indices)
+        if self.pool.check:
+            self.pool.check.sample(self.kv_indptr, self.kv_indices, fresh=fresh)
+            self.pool.check.poll()
 
     def _encode(self, k, v, layer: RadixAttention, forward_batch, save_kv_cache: bool) -> PackedLayer:
         packed = self.pool.layer(layer.layer_id)
@@ -64,6 +69,8 @@ class TorchPackedBackend(AttentionBackend):
             k = k.view(-1, packed.heads, packed.head_dim)
             v = v.view(-1, packed.heads, packed.v_head_dim)
             packed.encode(k, v, forward_batch.out_cache_loc, forward_batch.positions)
+            if self.pool.check:
+                self.pool.check.wrote(layer.layer_id, forward_batch)
         return packed
 
     def forward_decode(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +43,8 @@ class TritonPackedBackend(TritonAttnBackend):
         self.v_head_dim = pool.v_head_dim
         self.pool = pool
         self.first_layer = next(iter(pool.layers))
+        first = pool.layers[self.first_layer]
+        self.pages = (first.tables.means.page, first.tables.means.nowhere) if first.has_means else (0, 0)
         self.quantized_chunk = current().options.chunk_attention == "quantized"
         self.buffers = self._buffers(runner)
         self._warm_up(runner)
@@ -71,6 +74,8 @@ class TritonPackedBackend(TritonAttnBackend):
             scratch = self.buffers.verify_scratch
             todo += warm_up.verify_jobs(layers[0], scratch, self.num_head, runner.dtype, most, q_len, tree)
         todo.append(lambda: self.buffers.workspace.warm_up(layers))
+        if self.pool.check:
+            todo += [partial(self.pool.check.warm_up, n, self._ahead) for n in warm_up.batch_sizes(most)]
         warm_up.run(todo, layers[0].rows.device)
         logger.info(
             "%s: prefill attention in %s over a workspace of %d tokens; kernels ready after %.1f s",
@@ -100,8 +105,11 @@ class TritonPackedBackend(TritonAttnBackend):
         return int(forward_batch.forward_mode.is_decode_or_idle())
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
+        if self.pool.check:
+            self.pool.check.poll()
         if not self._queries(forward_batch):
             super().init_forward_metadata(forward_batch)
+            self._check_prefixes(forward_batch)
             return
         total, batch = forward_batch.seq_lens_sum, forward_batch.batch_size
         if total is None:  # it is on the device alone; what is not needed is not written either
@@ -112,6 +120,8 @@ class TritonPackedBackend(TritonAttnBackend):
         self.init_forward_metadata_in_graph(forward_batch)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        if self.pool.check and not in_capture:
+            self.pool.check.poll()
         if not self._queries(forward_batch):
             super().init_forward_metadata_out_graph(forward_batch, in_capture)
             return
@@ -133,6 +143,13 @@ class TritonPackedBackend(TritonAttnBackend):
         requests, lengths = table.row_ids[:batch], forward_batch.seq_lens[:batch]
         more = queries if forward_batch.forward_mode.is_target_verify() else 0
         gather_slots(table.ids, requests, lengths, meta.kv_indptr, meta.kv_indices, more)
+        if self.pool.check:
+            self.pool.check.sample(meta.kv_indptr, meta.kv_indices, fresh=queries)
+
+    def _check_prefixes(self, forward_batch: Any) -> None:
+        meta, batch = self.forward_metadata, forward_batch.batch_size
+        if self.pool.check and meta.kv_indptr is not None:
+            self.pool.check.sample(meta.kv_indptr[: batch + 1], meta.kv_indices, fresh=0)
 
     def _step_metadata(self, forward_batch: Any, kv_indices: torch.Tensor) -> ForwardMetadata:
         names = {field.name for field in fields(ForwardMetadata)}
@@ -142,9 +159,7 @@ class TritonPackedBackend(TritonAttnBackend):
 
     def _read_tree(self, forward_batch: Any) -> None:
         if forward_batch.forward_mode.is_target_verify():
-            layer = self.pool.layers[self.first_layer]
-            page, nowhere = (layer.tables.means.page, layer.tables.means.nowhere) if layer.has_means else (0, 0)
-            self.buffers.verification.read(forward_batch, page, nowhere)
+            self.buffers.verification.read(forward_batch, *self.pages)
 
     def forward_decode(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):
         terms, scratch = terms_of(layer, kwargs), self.buffers.scratch
@@ -165,6 +180,7 @@ class TritonPackedBackend(TritonAttnBackend):
         rotated = None
         if save_kv_cache:
             rotated = packed.encode(*_by_head(k, v, layer), forward_batch.out_cache_loc, positions, q3)
+            self._wrote(layer, forward_batch)
         out = q3.new_empty(q3.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         kv_indptr = meta.kv_indptr[: q3.shape[0] // meta.max_extend_len + 1]
         options |= {"rotated": rotated, "scratch": scratch, "out": out}
@@ -179,6 +195,7 @@ class TritonPackedBackend(TritonAttnBackend):
         k3, v3 = _by_head(k, v, layer)
         if save_kv_cache:
             packed.encode(k3, v3, forward_batch.out_cache_loc, forward_batch.positions)
+            self._wrote(layer, forward_batch)
         if self.quantized_chunk:
             k3, v3 = packed.dense(forward_batch.out_cache_loc, forward_batch.positions, q.dtype)
         q3 = _heads(q, layer.tp_q_head_num, layer.qk_head_dim)
@@ -190,6 +207,10 @@ class TritonPackedBackend(TritonAttnBackend):
         for new, plan in self._extend_plans(layer, forward_batch, terms.window):
             self.buffers.workspace(packed, plan, q3[new], k3[new], v3[new], layer.scaling, out[new], terms)
         return target
+
+    def _wrote(self, layer: RadixAttention, forward_batch: Any) -> None:
+        if self.pool.check:
+            self.pool.check.wrote(layer.layer_id, forward_batch)
 
     def _extend_plans(self, layer: RadixAttention, forward_batch: Any, window: int) -> list[tuple[slice, ExtendPlan]]:
         """The batch's plans for layers of a window. The first layer always makes new ones: a metadata object may be

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +115,30 @@ def test_a_full_disk_costs_the_cache_alone(start, monkeypatch, caplog):
     (line,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert f"--kv-quant-cache-dir {start.tables.parent}: the table cannot be kept there" in line
     assert "No space left on device" in line and "\n" not in line
+
+
+@pytest.mark.parametrize("owner, name", [(Path, "write_bytes"), (os, "replace")], ids=["half", "unnamed"])
+def test_a_writer_that_was_killed_leaves_no_table(start, monkeypatch, owner, name):
+    """Half way through the file, or before it has its name."""
+    table, _ = start()
+    (path,) = start.tables.iterdir()
+    path.unlink()
+
+    def killed(target, data, *_):
+        if name == "write_bytes":
+            with open(target, "wb") as file:
+                file.write(data[: len(data) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if not (child := os.fork()):
+        monkeypatch.setattr(owner, name, killed)
+        table.save(path)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    (scratch,) = start.tables.iterdir()
+    assert scratch.name.endswith(".tmp") and scratch.stat().st_size > 1000
+    again, origin = start()
+    assert origin == "calibrated" and again.header == table.header and start()[1] == "cache"
 
 
 @pytest.mark.parametrize("folder", ["file", "file/deeper", "/proc/none"])

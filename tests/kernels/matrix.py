@@ -105,6 +105,12 @@ ANY_LAYOUT = [
     Case("paper", 2, 2, 160, 1, 4, "float16"),
 ]
 SMALL = IN_COLUMNS + ANY_LAYOUT
+#: Head sizes and groups that no case above has, for attention alone.
+OTHER_HEADS = [
+    Case("template", 3, 3, 32, 1, 5),
+    Case("template", 4, 4, 96, 1, 12, "float16"),
+    Case("uniform", 2, 2, 224, 1, 7, "bfloat16", "pages"),
+]
 
 _LONG = {"lengths": (0, 1, 31, 32, 33, 700, 5000), "queries": (5, 1, 40, 0, 1, 130, 17)}
 LARGE = [

@@ -24,6 +24,7 @@ from .matrix import (
     LARGE,
     MEAN_CASES,
     MEANS,
+    OTHER_HEADS,
     OTHER_VALUES,
     PAGES,
     PRODUCT,
@@ -60,6 +61,11 @@ def scratch_of(case: Case, q_len: int, splits: int, dtype: torch.dtype = torch.f
     shape = splits, q_len, case.heads * case.group
     out = torch.full((*shape, case.v_dim or case.head_dim), torch.nan, dtype=dtype, device=DEVICE)
     return DecodeScratch(out, torch.full(shape, torch.nan, device=DEVICE))
+
+
+@over(OTHER_HEADS)
+def test_other_heads_and_groups(case):
+    assert_same(decode(case, target=8), expected(case), TOLERANCE[DEVICE][case.dtype])
 
 
 @over(EVERY)

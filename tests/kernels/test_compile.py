@@ -26,6 +26,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
     Prints a line of JSON for each; TTGIR, PTX and cubin of the n-th go to ``folder/n.*``.
     """
     from dataclasses import replace
+    from types import SimpleNamespace
 
     import torch
     import triton
@@ -35,6 +36,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
     from sglang_blockgtq.calibrate.build import build_table
     from sglang_blockgtq.calibrate.moments import Moments
     from sglang_blockgtq.calibrate.rope import RopeBlocks
+    from sglang_blockgtq.kernels import checksum
     from sglang_blockgtq.kernels.any_layout import attention as any_attention
     from sglang_blockgtq.kernels.any_layout import encode as any_encode
     from sglang_blockgtq.kernels.any_layout import unpack as any_unpack
@@ -94,7 +96,18 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
             print(json.dumps(line), flush=True)
             count += 1
 
-    for module in (gather, encoder, attention, rotate, unpacker, merge, any_encode, any_attention, any_unpack):
+    for module in (
+        gather,
+        encoder,
+        attention,
+        rotate,
+        unpacker,
+        merge,
+        any_encode,
+        any_attention,
+        any_unpack,
+        checksum,
+    ):
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel"):
                 setattr(module, name, Compile(value))
@@ -154,6 +167,9 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
     unpack(UnpackTask(slots, *torch.zeros(2, 16, heads, dim, dtype=dtype), slots, slots.long(), 8, slots + 8), k, v)
     if first:
         unpack(UnpackTask(slots, k, v))
+        sums = checksum.Checksums([SimpleNamespace(layout=codec.layout, rows=rows, tables=tables)] * 2)
+        sums.write(slots.long(), slots.long())
+        sums.sample(indptr, slots, 4, decode=True)
 
 
 TEMPLATE, SEGMENTS = ("bfloat16", "template", 128, 90, 0), ("bfloat16", "product-segment", 128, 90, 0)
@@ -186,6 +202,7 @@ FIRST = [
     *("_rotate_kernel", "decode_kernel", "merge_chunk_kernel", "merge_row_kernel"),
     *("merge_chunk_kernel", "merge_tile_kernel", "_merge_into_kernel"),
     *["unpack_columns_kernel"] * 2,
+    *("write_checksums_kernel", "compare_rows_kernel"),
 ]
 KERNELS = {
     TEMPLATE: FIRST,

@@ -15,7 +15,7 @@ from sglang_blockgtq.kernels.format.layout import scatter_rows
 from sglang_blockgtq.kernels.layer import TritonLayer
 from sglang_blockgtq.kernels.terms import PLAIN, Terms
 
-from .matrix import DEVICE, LARGE, TOLERANCE, Case, data, over, relative_error
+from .matrix import DEVICE, LARGE, OTHER_HEADS, TOLERANCE, Case, data, over, relative_error
 
 #: Requests without a prefix first, last and in between; without new tokens; longer and shorter than a piece.
 MIXED = Case("template", 3, 3, 64, 2, 3, lengths=(0, 5, 39, 0, 7, 1, 20, 0), queries=(2, 0, 3, 1, 1, 4, 0, 2))
@@ -140,6 +140,12 @@ def test_extend_matches_reference(case):
         else:
             assert attend.calls[0].causal and not any(c.causal for c in attend.calls[1:])
             assert all(c.keys <= size for c in attend.calls[1:])
+
+
+@float32_on_cpu
+@over(OTHER_HEADS)
+def test_other_heads_and_groups(case):
+    assert relative_error(run(case, FlashStandIn(), 60), expected(case)) < TOLERANCE["cpu"][case.dtype]
 
 
 @float32_on_cpu

@@ -27,6 +27,14 @@ class Server:
     log: Path
     record: Path
 
+    def wait(self) -> None:
+        """Until it answers."""
+        deadline = time.monotonic() + 600
+        while "fired up" not in self.log.read_text(errors="replace"):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the server did not start:\n{self.tail()}")
+            time.sleep(0.5)
+
     def get(self, path: str) -> Any:
         response = requests.get(self.url + path, timeout=60)
         response.raise_for_status()
@@ -182,8 +190,10 @@ def launch(smollm2, table_cache, tmp_path_factory):
     """Start servers; all are stopped at the end of the module."""
     running: list[Server] = []
 
-    def start(*args: str, record: str = "", model: str = smollm2, env: dict[str, str] | None = None) -> Server:
-        """record: the test-only plugin beside this file that writes the server's record."""
+    def start(
+        *args: str, record: str = "", model: str = smollm2, env: dict[str, str] | None = None, wait: bool = True
+    ) -> Server:
+        """record: the test-only plugin beside this file that writes the server's record. wait: until it answers."""
         folder = tmp_path_factory.mktemp("server")
         port = free_port()
         flags = ["--kv-quant", "blockgtq", "--kv-quant-cache-dir", table_cache]
@@ -206,11 +216,8 @@ def launch(smollm2, table_cache, tmp_path_factory):
             )
         server = Server(process, f"http://127.0.0.1:{port}", log, folder / "record.jsonl")
         running.append(server)
-        deadline = time.monotonic() + 600
-        while "fired up" not in log.read_text(errors="replace"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"the server did not start:\n{server.tail()}")
-            time.sleep(0.5)
+        if wait:
+            server.wait()
         return server
 
     yield start

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import requests
 
 pytestmark = pytest.mark.server
 
@@ -32,12 +33,16 @@ def test_mixed_chunks_answer_like_separate_ones(launch, token_ids):
 
     Where two tokens are equally likely, rounding decides: the answers are not compared token by token, but
     each token must be the most likely one, up to TIE, when the server reads prompt and answer alone.
+
+    So does a prefill of a fresh prompt beside what is new behind cached ones. Pages have 16 tokens, chunks 64, and
+    lengths lie around both; a client that gives up leaves nothing behind: SGLang ends the server for a slot too few.
     """
     server = launch(
         "--dtype=float32",
         "--max-total-tokens=2000",
         "--chunked-prefill-size=64",
         "--enable-mixed-chunk",
+        "--page-size=16",
         "--kv-quant-chunk-attention=quantized",
         record="recorder",
     )
@@ -46,7 +51,19 @@ def test_mixed_chunks_answer_like_separate_ones(launch, token_ids):
         answers = list(pool.map(lambda p: server.generate(p, max_new_tokens=8)["output_ids"], prompts))
     # One new token beside many: a request that decodes while another's chunk is read.
     assert any(1 in new and max(new) > 1 for r in server.records() if (new := r.get("new")))
-    server.flush()
+
+    begin, starts = len(server.records()), (2000, 2500, 3000, 3500)
+    body = {"input_ids": token_ids[4000:4100], "sampling_params": {"max_new_tokens": 400}, "stream": True}
+    with requests.post(server.url + "/generate", json=body, stream=True, timeout=600) as given_up:
+        next(given_up.iter_content(1))
+    hits = [prompts[1] + token_ids[a : a + 10] for a in starts[:2]]
+    fresh = [token_ids[a : a + n] for a, n in zip(starts, (63, 64, 65, 129), strict=True)]
+    together = [*hits, *fresh]
+    prompts += together
+    answers += [answer["output_ids"] for answer in server.generate(together, max_new_tokens=8)]
+    batches = [new for line in server.records()[begin:] if (new := line.get("new"))]
+    assert any(new.count(200 % 16 + 10) == 2 < len(new) for new in batches), batches
+    requests.post(server.url + "/flush_cache?timeout=60", timeout=90).raise_for_status()  # once nothing runs
     behind = [server.behind_best(p, a) for p, a in zip(prompts, answers, strict=True)]
     server.stop()
     assert not [r for r in server.records() if "corrupt" in r]

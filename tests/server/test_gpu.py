@@ -1,4 +1,5 @@
-"""A real server on a GPU: its memory is what it says, and it answers after sleep, and from host memory, as before."""
+"""A real server on a GPU: its memory is what it says, it answers after sleep, and from host memory, as before, and it
+does not start where memory runs out."""
 
 from __future__ import annotations
 
@@ -74,3 +75,12 @@ def test_from_host_memory(launch, token_ids, flags):
     push_out(server, token_ids)
     answers.append(server.generate(prompt, max_new_tokens=32)["output_ids"])
     assert mean_gap(from_host, from_cache) < SAME and answers[0] == answers[1]
+
+
+def test_memory_that_runs_out_at_graph_capture_ends_the_start(launch):
+    """It does not serve without graphs."""
+    small = "--max-total-tokens=2000", "--cuda-graph-bs-decode=1"
+    server = launch(*small, record="watcher", env={"BLOCKGTQ_NO_MEMORY": "1"}, wait=False)
+    assert server.process.wait(300) != 0
+    log = server.log.read_text(errors="replace")
+    assert "CUDA out of memory. Tried to allocate 2.00 GiB" in log and "fired up" not in log

@@ -1,10 +1,13 @@
-"""Tensor and pipeline parallelism: one table for the whole model, whoever computes it, and the same answers."""
+"""Tensor and pipeline parallelism: one table for the whole model, whoever computes it, and the same answers. Two
+servers that start at once, and one that loses a rank.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from statistics import fmean
 
+import psutil
 import pytest
 import torch
 
@@ -42,32 +45,63 @@ PARALLEL = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_NCCL_SO_PATH": "/nonex
 
 @pytest.fixture(scope="module")
 def serve(launch, tiny, token_ids, tmp_path_factory):
-    """Serve the tiny model with the given options: log-probabilities after a hit, the table, server info."""
+    """Serve the tiny model with the given options, by several servers that start at once with an empty cache of tables:
+    of each log-probabilities after a hit, the table, server info."""
 
-    def run(*extra: str, env: dict[str, str]) -> tuple[list[float], AllocationTable, dict]:
-        cache = tmp_path_factory.mktemp("cache")
+    def run(
+        *extra: str, env: dict[str, str], servers: int = 1, end=lambda server: server.stop()
+    ) -> list[tuple[list[float], AllocationTable, dict]]:
+        cache, out = tmp_path_factory.mktemp("cache"), []
         flags = ["--dtype=float32", "--max-total-tokens=1000", f"--kv-quant-cache-dir={cache}"]
-        server = launch(*flags, *extra, model=tiny, env=env)
-        server.generate(token_ids[:128])
-        logprobs, hits = server.logprobs(token_ids[:160], 128)
-        assert hits == 128
-        info = server.info()["kv_quant"]
-        server.stop()
+        started = [launch(*flags, *extra, model=tiny, env=env, wait=False) for _ in range(servers)]
+        for server in started:
+            server.wait()
+            server.generate(token_ids[:128])
+            logprobs, hits = server.logprobs(token_ids[:160], 128)
+            assert hits == 128
+            out.append((logprobs, server.info()["kv_quant"]))
+            end(server)
         (file,) = Path(cache, "tables").iterdir()
-        return logprobs, AllocationTable.load(file), info
+        table = AllocationTable.load(file)
+        return [(logprobs, table, info) for logprobs, info in out]
 
     return run
 
 
 @pytest.fixture(scope="module")
-def alone(serve):
-    return serve(env={})
+def at_once(serve):
+    return serve(env={}, servers=2)
+
+
+@pytest.fixture(scope="module")
+def alone(at_once):
+    return at_once[0]
+
+
+def test_servers_that_start_at_once_keep_one_table(at_once):
+    (one, table, info), (other, _, other_info) = at_once
+    assert one == other
+    assert info["table_hash"] == other_info["table_hash"] == table.header.table_hash
+    assert "calibrated" in (info["table_origin"], other_info["table_origin"])
+
+
+def end_by_a_killed_rank(server) -> None:
+    """The server ends, with all its processes, and says what died."""
+    main = psutil.Process(server.process.pid)
+    family = main.children(recursive=True)
+    (rank,) = [process for process in family if "TP1" in " ".join(process.cmdline())]
+    rank.kill()
+    server.process.wait(60)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive and server.process.returncode != 0
+    assert "scheduler" in server.tail()
 
 
 # A rank's row: one head of 52 bytes padded to 56 in two layers, or two heads in one layer.
 @pytest.mark.parametrize(("parallel", "rank_bytes"), [("--tp-size=2", 2 * 56), ("--pp-size=2", 2 * 52)])
 def test_parallel_ranks_serve_one_table(serve, alone, parallel, rank_bytes):
-    logprobs, table, info = serve(parallel, env=PARALLEL)
+    end = {"end": end_by_a_killed_rank} if "tp" in parallel else {}
+    ((logprobs, table, info),) = serve(parallel, env=PARALLEL, **end)
     one_logprobs, one, one_info = alone
     assert torch.equal(table.tensors["widths"], one.tensors["widths"])
     assert (table.header.layers, table.header.kv_heads) == (one.header.layers, one.header.kv_heads) == (2, 2)

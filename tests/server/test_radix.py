@@ -5,9 +5,12 @@ Log-probabilities are compared in float32, so that what is left between two ways
 
 from __future__ import annotations
 
+import json
 from statistics import fmean
 
+import psutil
 import pytest
+import requests
 
 pytestmark = pytest.mark.server
 
@@ -21,6 +24,27 @@ SAME = 2e-3  # the same rows, computed and read in the same way: float32 noise
 # for different numbers of rows, and a code that flips at a threshold is one step off for all later layers.
 QUANTIZATION = 0.35
 WARM = 0.03  # quantized, cold against its own repetition: below 0.002 seen; room for another CPU's rounding
+
+
+#: Rows that each step compares with their checksums: all that a request of these lengths has.
+CHECKED = 600
+SPOILED_LAYER, SPOILED_POSITION, SPOILED_BYTE = 17, 40, 5
+
+
+def ends_with_a_spoiled_row(server, prompt) -> None:
+    """One bit of one row, under a server that had nothing to say up to here."""
+    server.flush()
+    assert server.log.read_text().count("rows of each layer compared: all are as written") == 2
+    server.generate(prompt)
+    order = server.record.with_name(server.record.name + ".spoil")
+    order.write_text(json.dumps([SPOILED_LAYER, SPOILED_POSITION, SPOILED_BYTE]))
+    with pytest.raises(requests.RequestException):
+        server.generate(prompt)
+    psutil.Process(server.process.pid).wait(60)
+    (done,) = order.parent.glob(order.name + ".*")
+    where = f"the row at slot {done.suffix[1:]} of layer {SPOILED_LAYER} is not what was written for the token"
+    says = f"{where} at position {SPOILED_POSITION}; answers from this cache cannot be trusted"
+    assert says in server.log.read_text()
 
 
 def mean_gap(a: list[float], b: list[float]) -> float:
@@ -61,6 +85,7 @@ def test_every_way_to_a_prefix(launch, token_ids, cold_answers, mode, page, chun
         f"--max-total-tokens={POOL}",
         f"--kv-quant-chunk-attention={mode}",
         f"--chunked-prefill-size={chunk}",
+        f"--kv-quant-check-rows={CHECKED}",
         record="recorder",
     )
     prompt = token_ids[: PREFIX + SUFFIX]
@@ -86,7 +111,8 @@ def test_every_way_to_a_prefix(launch, token_ids, cold_answers, mode, page, chun
     server.generate(prompt[:80])
     extended, hits = server.logprobs(prompt, PREFIX)
     assert 64 <= hits <= 80
-    server.stop()
+    assert server.info()["kv_quant"]["check_rows"] == CHECKED
+    server.stop() if page > 1 or mode != "raw" else ends_with_a_spoiled_row(server, prompt)
 
     assert mean_gap(cold, refilled) < SAME
     assert mean_gap(warm, back) < SAME

@@ -4,6 +4,9 @@ Every write becomes a line {layer, text, key, row}: hashes of all tokens up to t
 and of the row it became. Every attention pass checks that the rows it is about to read are the rows last written to
 those slots; a difference becomes a line {"corrupt": ...}. The pass itself is a line {read, new}: slots, and new
 tokens of each request of a prefill.
+
+The file $BLOCKGTQ_RECORD.spoil, [layer, position, byte], has one bit of a row turned, in the first request of the next
+prefill that finds so much of it cached; the file's name then ends in the slot.
 """
 
 import hashlib
@@ -61,9 +64,19 @@ def register():
             for token, slot in islice(tokens, count):
                 texts[slot] = text = hashlib.sha256(f"{text} {token}".encode()).hexdigest()[:16]
 
+    def spoil(backend, forward_batch):
+        path = os.environ["BLOCKGTQ_RECORD"] + ".spoil"
+        if os.path.exists(path) and forward_batch.forward_mode.is_extend():
+            layer, position, byte = json.loads(open(path).read())
+            if forward_batch.extend_prefix_lens_cpu[0] > position:
+                slot = int(backend.req_to_token_pool.req_to_token[forward_batch.req_pool_indices[0], position])
+                backend.pool.layer(layer).rows[slot, byte] ^= 1
+                os.rename(path, f"{path}.{slot}")
+
     prepare = TorchPackedBackend.init_forward_metadata
 
     def checked_prepare(self, forward_batch):
+        spoil(self, forward_batch)
         prepare(self, forward_batch)
         if self.kv_indices is None:
             return

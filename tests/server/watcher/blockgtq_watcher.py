@@ -1,7 +1,7 @@
 """A test-only SGLang plugin for a GPU: what start-up takes of its memory, and rows that sleep has spoiled.
 
 The lines {"taken"} of the record are bytes of this process's tensors before the table is there and once attention is
-ready. After each wake-up every row is NaN.
+ready. After each wake-up every row is NaN. With $BLOCKGTQ_NO_MEMORY memory runs out while a graph is captured.
 """
 
 import gc
@@ -45,6 +45,15 @@ def register():
             layer.rows.fill_(0xFF)
         return done
 
+    decode = TritonPackedBackend.forward_decode
+
+    def starved_decode(self, *args, **kwargs):
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return decode(self, *args, **kwargs)
+
+    if "BLOCKGTQ_NO_MEMORY" in os.environ:
+        TritonPackedBackend.forward_decode = starved_decode
     runtime.start = watched_start
     TritonPackedBackend.__init__ = watched_init
     SchedulerWeightUpdaterManager.resume_memory_occupation = spoiled_resume

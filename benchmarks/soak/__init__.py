@@ -1,0 +1,1 @@
+"""A server under agent sessions for some minutes, with every answer read again: python -m benchmarks.soak."""

@@ -1,0 +1,100 @@
+"""Every answer read again as part of a cold prompt: how far its log-probabilities move."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import requests
+
+from .client import Client, WrongAnswer
+from .session import Reading
+
+SHORT = 8  # tokens of an answer whose mean says little
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Nats that an answer may be away from its cold reading: in the mean over its tokens, and in one token.
+
+    A token that is unlikely moves more than one that is likely: one of log-probability -x has ``1 + x / 4`` times
+    the bound of a token.
+    """
+
+    mean: float
+    token: float
+
+    def allows(self, generated: float, read: float) -> bool:
+        return abs(generated - read) <= self.token * (1 - min(generated, read) / 4)
+
+
+@dataclass
+class Replay:
+    """gaps: mean of each answer, nats. outliers: in words. read: prompts and tokens so far, in seconds."""
+
+    url: str
+    bound: Bound
+    gaps: list[float] = field(default_factory=list)
+    worst: float = 0.0
+    tokens: int = 0
+    outliers: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    prompts: int = 0
+    prompt_tokens: int = 0
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def read(self, readings: Iterable[Reading], parallel: int) -> None:
+        """All of them, some at a time, until one fails."""
+        todo, begin = list(readings), time.monotonic()
+        threads = [threading.Thread(target=self._work, args=(todo,)) for _ in range(min(parallel, len(todo)))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.seconds += time.monotonic() - begin
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.prompt_tokens / self.seconds if self.seconds else 100.0
+
+    def _work(self, todo: list[Reading]) -> None:
+        client = Client(self.url)
+        while not self.errors:
+            with self._lock:
+                if not todo:
+                    return
+                reading = todo.pop()
+            try:
+                read = client.read(reading.ids)
+            except (WrongAnswer, requests.RequestException, KeyError) as e:
+                self.errors.append(f"session {reading.session}: {type(e).__name__}: {e}")
+                return
+            with self._lock:
+                self.compare(reading, read)
+
+    def compare(self, reading: Reading, read: list[float]) -> None:
+        """read: log-probabilities of all the text's tokens but the first."""
+        self.prompts += 1
+        self.prompt_tokens += len(reading.ids)
+        for answer in reading.answers:
+            if answer.logprobs is None:
+                continue
+            cold = read[answer.start - 1 :][: len(answer.tokens)]
+            pairs = list(zip(answer.logprobs, cold, strict=True))
+            gaps = [abs(a - b) for a, b in pairs]
+            self.tokens += len(gaps)
+            self.gaps.append(fmean(gaps))
+            self.worst = max(self.worst, *gaps)
+            where = f"session {reading.session}, {len(gaps)} tokens from {answer.start} on"
+            if len(gaps) >= SHORT and self.gaps[-1] > self.bound.mean:
+                self.outliers.append(f"{where}: {self.gaps[-1]:.3f} nats a token")
+            for i, (a, b) in enumerate(pairs):
+                if not self.bound.allows(a, b):
+                    self.outliers.append(f"{where}: token {i} generated at {a:.3f}, read at {b:.3f}")
