@@ -97,6 +97,7 @@ SIGNATURES = {
     },
     "layers.attention.qsa.config.parse_qsa_profile": ["config"],
     "configs.model_config.is_hybrid_swa_model": ["model_architectures", "hf_text_config"],
+    "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.resume_memory_occupation": ["recv_req"],
     "managers.scheduler.Scheduler.get_init_info": ["self"],
     "observability.metrics_collector.SchedulerMetricsCollector.emit_constants": ["max_total_num_tokens"],
     "models.utils.enable_fused_set_kv_buffer": ["forward_batch"],

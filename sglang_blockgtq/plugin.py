@@ -156,6 +156,18 @@ def _after_update(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         )
 
 
+def _after_resume(result: Any, self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> None:
+    """self: a SchedulerWeightUpdaterManager. What padded requests of a graph read was lost with the cache."""
+    from sglang.srt.constants import GPU_MEMORY_ALL_TYPES, GPU_MEMORY_TYPE_KV_CACHE
+
+    runner, tags = self.tp_worker.model_runner, recv_req.tags or GPU_MEMORY_ALL_TYPES
+    if _packs(runner) and GPU_MEMORY_TYPE_KV_CACHE in tags and self.memory_saver_adapter.enabled:
+        from .pool import packed_pool
+
+        packed_pool(runner.token_to_kv_pool).clear()
+        runner.req_to_token_pool.req_to_token[0] = 0  # their row, of slots
+
+
 # --- capacity and pool ---------------------------------------------------------------------------
 
 
@@ -308,6 +320,7 @@ def _support_triton(orig: Any, backend: str, *args: Any, **kwargs: Any) -> bool:
 
 # --- registration --------------------------------------------------------------------------------
 
+_MANAGER = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _UPDATER = "model_executor.model_runner_components.weight_updater.WeightUpdater."
 _OPTION_HOOKS = {
     "server_args.ServerArgs.add_cli_args": ("AFTER", _add_cli_args),
@@ -324,6 +337,7 @@ _HOOKS = {
     _UPDATER + "update_weights_from_tensor": ("AFTER", _after_update),
     _UPDATER + "update_weights_from_ipc": ("AFTER", _after_update),
     _UPDATER + "load_weights_from_distributed": ("AFTER", _after_update),
+    _MANAGER + "resume_memory_occupation": ("AFTER", _after_resume),
     "model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size": ("AROUND", _compute_cell_size),
     "model_executor.pool_configurator.HybridSWAPoolConfigurator.__init__": ("AFTER", _size_split_pool),
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool": ("AROUND", _build_mha_kv_pool),

@@ -38,9 +38,10 @@ class PackedKVPool(KVCache):
         self.layers = dict(layers)
         first = next(iter(self.layers.values()))
         self.head_num, self.head_dim, self.v_head_dim = first.heads, first.head_dim, first.v_head_dim
-        with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
-            for layer in self.layers.values():
-                layer.bind(layer.new_rows(size + page_size, device))
+        with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):  # what sleep gives back: rows and no more
+            rows = [layer.new_rows(size + page_size, device) for layer in self.layers.values()]
+        for layer, own in zip(self.layers.values(), rows, strict=True):
+            layer.bind(own)
         self._probing = False
         self._finalize_allocation_log(size)
 
@@ -50,6 +51,11 @@ class PackedKVPool(KVCache):
             held = sorted(self.layers)
             raise KVQuantError(f"--kv-quant {NAME}: layer {layer_id} is not in the packed pool, {held} are")
         return self.layers[layer_id]
+
+    def clear(self) -> None:
+        """Make all rows zero again, as they were made: what padding reads of memory that was lost is anything."""
+        for layer in self.layers.values():
+            layer.rows.zero_()
 
     def set_kv_buffer(
         self,
