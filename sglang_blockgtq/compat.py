@@ -98,6 +98,9 @@ SIGNATURES = {
     "layers.attention.qsa.config.parse_qsa_profile": ["config"],
     "configs.model_config.is_hybrid_swa_model": ["model_architectures", "hf_text_config"],
     "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.resume_memory_occupation": ["recv_req"],
+    "managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper.__init__": ["flush_cache"],
+    "managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper.handle": ["recv_req"],
+    "managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state": ["recv_req"],
     "managers.scheduler.Scheduler.get_init_info": ["self"],
     "observability.metrics_collector.SchedulerMetricsCollector.emit_constants": ["max_total_num_tokens"],
     "models.utils.enable_fused_set_kv_buffer": ["forward_batch"],
@@ -141,6 +144,8 @@ CALLS = {
         "_run_in_graph_metadata_prep("
     ),
     "layers.attention.base_attn_backend.AttentionBackend.shared_read_ends": "SharedReadEnds.IN_REPLAY",
+    "managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper.handle": "self._flush_cache()",
+    "managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper.check_pending": "self._flush_cache()",
     "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.update_weights_from_distributed": (
         "load_weights_from_distributed("
     ),

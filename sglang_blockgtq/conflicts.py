@@ -7,11 +7,11 @@ has (check_resolved), and the model by its config (check_config) and its loaded 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from .options import BY_SEGMENTS, NAME, KVQuantError, KVQuantOptions
+from .options import BY_SEGMENTS, NAME, KVQuantError, KVQuantOptions, flag
 
 
 @dataclass(frozen=True)
@@ -152,16 +152,28 @@ NEEDS_TABLE = (
     ),
 )
 
+#: Refused only with --kv-quant-recalibrate flush.
+RECALIBRATION = tuple(
+    replace(refusal, instead=f"leave {flag('recalibrate')} out")
+    for refusal in (
+        *(r for r in NEEDS_TABLE if r.option in ("enable_dp_attention", "attn_dp_size", "skip_tokenizer_init")),
+        Refusal("pp_size", _above_one, "stages hear of a flush one after another, and calibrate together", ""),
+        Refusal("enable_lora", _set, "adapters are in the layers that calibration would run", ""),
+    )
+)
 
-def _check(get: Callable[[str], Any], has_table: bool, resolved: str = "") -> None:
+
+def _check(get: Callable[[str], Any], asked: KVQuantOptions, resolved: str = "") -> None:
     from sglang.srt.environ import envs
 
-    for refusal in REFUSALS if has_table else REFUSALS + NEEDS_TABLE:
+    refusals = REFUSALS if asked.table is not None else REFUSALS + NEEDS_TABLE
+    for refusal in refusals if asked.recalibrate == "never" else refusals + RECALIBRATION:
         value = getattr(envs, refusal.option).get() if refusal.is_variable else get(refusal.option)
         value = refusal.part(value)
         if refusal.refuses(value):
             shown = refusal.flag if value is True else f"{refusal.flag} {value}"
-            raise KVQuantError(f"{shown}{resolved}: not with --kv-quant {NAME}: {refusal.reason}; {refusal.instead}")
+            where = f"--kv-quant {NAME}" if refusal not in RECALIBRATION else f"{flag('recalibrate')} flush"
+            raise KVQuantError(f"{shown}{resolved}: not with {where}: {refusal.reason}; {refusal.instead}")
     device = get("device")
     if device is not None and str(device).split(":")[0] not in ("cuda", "cpu"):
         raise KVQuantError(
@@ -169,9 +181,9 @@ def _check(get: Callable[[str], Any], has_table: bool, resolved: str = "") -> No
         )
 
 
-def check_user_args(get: Callable[[str], Any], has_table: bool) -> None:
+def check_user_args(get: Callable[[str], Any], asked: KVQuantOptions) -> None:
     """Refuse conflicting options. ``get(field)`` gives the user's value or None. Raises KVQuantError."""
-    _check(get, has_table)
+    _check(get, asked)
 
 
 def check_resolved(server_args: Any = None) -> None:
@@ -186,8 +198,7 @@ def check_resolved(server_args: Any = None) -> None:
         server_args, get = get_context().server_args, get_context().config_leaf
     else:
         get = partial(resolution_result, server_args)
-    asked = KVQuantOptions.of(server_args)
-    _check(get, has_table=asked.table is not None, resolved=" (as SGLang resolves the arguments)")
+    _check(get, KVQuantOptions.of(server_args), resolved=" (as SGLang resolves the arguments)")
 
 
 def refuse_model(what: str, reason: str) -> KVQuantError:

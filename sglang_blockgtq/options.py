@@ -19,6 +19,7 @@ GRANULARITIES = ("block", "segment")
 SPELLINGS = {"slot": "segment"}  # of a granularity
 BY_SEGMENTS = ("paper", "product")  # allocators that have a choice
 CHUNK_ATTENTION = ("raw", "quantized")
+RECALIBRATE = ("never", "flush")
 #: name -> options that it stands for; those that are given beside it win. What each costs a model: make quality.
 PRESETS: dict[str, dict[str, Any]] = {
     "auto": {"k_bits": None, "v_bits": None},
@@ -61,6 +62,7 @@ class KVQuantOptions:
     chunk_attention: what the keys and values of the running chunk look like to the chunk itself.
         "raw": exact, as computed. "quantized": as they will be read back later, so that a cold prompt
         and its repetition from the prefix cache give the same answer.
+    recalibrate: what makes a new table once weights were replaced. "never", or "flush": the next /flush_cache.
     """
 
     k_bits: float | None = DEFAULT_BITS
@@ -74,6 +76,7 @@ class KVQuantOptions:
     chunk_attention: str = "raw"
     max_kl: float | None = None
     bits_range: tuple[float, float] = DEFAULT_RANGE
+    recalibrate: str = "never"
 
     @property
     def target_kl(self) -> float:
@@ -169,6 +172,11 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
     )
     add("max_kl", "NATS", "Do not start if the cache costs more than this KL of the answer a token, e.g. 0.05.")
     add("bits_range", "LOW-HIGH", "What --kv-quant-preset auto may choose from (default 3-8).")
+    add(
+        "recalibrate",
+        "WHEN",
+        "'flush': once weights were replaced, the next /flush_cache makes a table for the new ones; 'never' (default).",
+    )
     _refuse_abbreviations(parser)
 
 
@@ -320,6 +328,8 @@ def parse(values: dict[str, Any]) -> KVQuantOptions | None:
             )
     if "chunk_attention" in given:
         out["chunk_attention"] = _choice("chunk_attention", given["chunk_attention"], CHUNK_ATTENTION)
+    if "recalibrate" in given:
+        out["recalibrate"] = _choice("recalibrate", given["recalibrate"], RECALIBRATE)
     if "cache_dir" in given:
         out["cache_dir"] = _folder("cache_dir", given["cache_dir"])
     if "calibration_text" in given:

@@ -75,7 +75,7 @@ def _check(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
     """Everything that can be refused where --kv-quant is given, the quick ones first. Raises KVQuantError."""
     if other := compat.other_version():
         logger.warning("%s: %s: nothing was tested with it", NAME, other)
-    check_user_args(get, has_table=asked.table is not None)
+    check_user_args(get, asked)
     _install_now()
     _require_hooks()
     preflight.check(asked, get)
@@ -148,12 +148,28 @@ def _after_update(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     runner = self.get_model_runner()
     if not _packs(runner):
         return
-    if result[0] and self.tp_rank == 0:
-        logger.warning(
-            "%s: weights were replaced, and the allocation table is still that of the weights at start-up; "
-            "restart the server to have one made for these",
-            NAME,
-        )
+    if result[0]:
+        from .recalibrate import weights_replaced
+
+        weights_replaced(KVQuantOptions.of(runner.server_args), says=self.tp_rank == 0)
+
+
+def _watch_flush(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """self: a SchedulerFlushWrapper, through which a user's flush goes, but not that of an update of weights."""
+    flush, scheduler = self._flush_cache, self._flush_cache.__self__
+    if _packs(scheduler.tp_worker.model_runner):
+        from .recalibrate import after_flush
+
+        self._flush_cache = lambda: flush() and after_flush(scheduler)
+
+
+def _answer_flush(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    if result is None or result.success or result.message:
+        return
+    from .recalibrate import failure
+
+    if why := failure():
+        result.message = f"The cache was flushed, but not recalibrated: {why}\n"
 
 
 def _after_resume(result: Any, self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> None:
@@ -299,6 +315,13 @@ def _init_info(result: dict, self: Any, *args: Any, **kwargs: Any) -> None:
         result["kv_quant"] = info
 
 
+def _internal_state(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    if _packs(self.scheduler.tp_worker.model_runner):
+        from .recalibrate import live
+
+        result.internal_state["kv_quant"] = live()
+
+
 def _emit_constants(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     from . import runtime
     from .observability import emit_gauges
@@ -321,6 +344,7 @@ def _support_triton(orig: Any, backend: str, *args: Any, **kwargs: Any) -> bool:
 # --- registration --------------------------------------------------------------------------------
 
 _MANAGER = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
+_FLUSH = "managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper."
 _UPDATER = "model_executor.model_runner_components.weight_updater.WeightUpdater."
 _OPTION_HOOKS = {
     "server_args.ServerArgs.add_cli_args": ("AFTER", _add_cli_args),
@@ -338,6 +362,12 @@ _HOOKS = {
     _UPDATER + "update_weights_from_ipc": ("AFTER", _after_update),
     _UPDATER + "load_weights_from_distributed": ("AFTER", _after_update),
     _MANAGER + "resume_memory_occupation": ("AFTER", _after_resume),
+    _FLUSH + "__init__": ("AFTER", _watch_flush),
+    _FLUSH + "handle": ("AFTER", _answer_flush),
+    "managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state": (
+        "AFTER",
+        _internal_state,
+    ),
     "model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size": ("AROUND", _compute_cell_size),
     "model_executor.pool_configurator.HybridSWAPoolConfigurator.__init__": ("AFTER", _size_split_pool),
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool": ("AROUND", _build_mha_kv_pool),
