@@ -102,6 +102,7 @@ SIGNATURES = {
     "managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper.handle": ["recv_req"],
     "managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state": ["recv_req"],
     "managers.scheduler.Scheduler.get_init_info": ["self"],
+    "managers.data_parallel_controller.DataParallelController.get_init_info": ["self"],
     "observability.metrics_collector.SchedulerMetricsCollector.emit_constants": ["max_total_num_tokens"],
     "models.utils.enable_fused_set_kv_buffer": ["forward_batch"],
     "utils.common.support_triton": ["backend"],
@@ -144,6 +145,7 @@ CALLS = {
         "_run_in_graph_metadata_prep("
     ),
     "layers.attention.base_attn_backend.AttentionBackend.shared_read_ends": "SharedReadEnds.IN_REPLAY",
+    "managers.data_parallel_controller.DataParallelController.get_init_info": "self._scheduler_init_infos",
     "managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper.handle": "self._flush_cache()",
     "managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper.check_pending": "self._flush_cache()",
     "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.update_weights_from_distributed": (

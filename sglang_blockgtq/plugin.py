@@ -315,11 +315,22 @@ def _init_info(result: dict, self: Any, *args: Any, **kwargs: Any) -> None:
         result["kv_quant"] = info
 
 
+def _replicas_info(result: dict, self: Any, *args: Any, **kwargs: Any) -> None:
+    """self: a DataParallelController. Replicas have one table; each one's own entry is among the internal states."""
+    info = next((info["kv_quant"] for info in self._scheduler_init_infos if "kv_quant" in info), None)
+    if info is not None:
+        result["kv_quant"] = info
+
+
 def _internal_state(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    if _packs(self.scheduler.tp_worker.model_runner):
+    """What a scheduler says of itself now, where the rest of /server_info is of its start."""
+    from .observability import server_info
+
+    info = server_info(self.scheduler)
+    if info is not None:
         from .recalibrate import live
 
-        result.internal_state["kv_quant"] = live()
+        result.internal_state["kv_quant"] = {**info, **live()}
 
 
 def _emit_constants(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -382,6 +393,7 @@ _HOOKS = {
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool": ("AFTER", _check_pool),
     "models.utils.enable_fused_set_kv_buffer": ("AROUND", _fused_set_kv_buffer),
     "managers.scheduler.Scheduler.get_init_info": ("AFTER", _init_info),
+    "managers.data_parallel_controller.DataParallelController.get_init_info": ("AFTER", _replicas_info),
     "observability.metrics_collector.SchedulerMetricsCollector.emit_constants": ("AFTER", _emit_constants),
     "utils.common.support_triton": ("AROUND", _support_triton),
 }

@@ -36,16 +36,8 @@ def failure() -> str:
 
 
 def live() -> dict[str, Any]:
-    """What may change while a server runs, for this rank's entry among the internal states of /server_info."""
-    served = runtime.current()
-    header = served.table.header
-    return {
-        "table_hash": header.table_hash,
-        "table_origin": served.origin,
-        "quality": header.quality,
-        "weights_replaced": _replaced,
-        "recalibration_failure": _failure,
-    }
+    """For /server_info: whether the weights are others than those of the table, and why that is still so."""
+    return {"weights_replaced": _replaced, "recalibration_failure": _failure}
 
 
 def weights_replaced(options: KVQuantOptions, says: bool) -> None:
