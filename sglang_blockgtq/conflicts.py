@@ -80,7 +80,7 @@ REFUSALS = (
     Refusal(
         "disaggregation_mode",
         lambda v: v not in (None, "null"),
-        "prefill and decode servers exchange dense K and V",
+        "the transfer between them knows keys and values apart, and its handshake no table",
         "run one server that does both",
     ),
     Refusal("enable_pdmux", _set, "it builds several attention backends over one pool", _LEAVE_OUT),
@@ -95,12 +95,20 @@ REFUSALS = (
     Refusal("prefill_only_disable_kv_cache", _set, "there would be no cache to pack", "drop --kv-quant"),
     Refusal("kv_canary", lambda v: v not in (None, "none"), "the canary reads dense K and V", "set it to none"),
     Refusal(
-        "enable_deterministic_inference", _set, "the packed kernels are not batch-invariant", "drop one of the two"
+        "enable_deterministic_inference",
+        _set,
+        "where decode splits a request, and which kernel encodes a token, depends on the batch",
+        "drop one of the two",
     ),
     Refusal("rl_on_policy_target", _set, "it needs deterministic attention", "drop one of the two"),
     Refusal("enable_two_batch_overlap", _set, "two-batch overlap over packed rows is not tested", _LEAVE_OUT),
     Refusal("dllm_algorithm", _set, "diffusion language models attend in both directions", "drop --kv-quant"),
-    Refusal("enable_torch_compile", _set, "compiled decode over packed rows is not tested", _LEAVE_OUT),
+    Refusal(
+        "enable_torch_compile",
+        _set,
+        "SGLang compiles decode with attention in it, whose launches go around PyTorch; that was never run",
+        _LEAVE_OUT,
+    ),
     Refusal("enable_nvidia_megakernel", _set, "its kernels read dense K and V", _LEAVE_OUT),
     Refusal("enable_amd_monokernel", _set, "its kernels read dense K and V", _LEAVE_OUT),
     Refusal(
@@ -123,13 +131,13 @@ NEEDS_TABLE = (
     Refusal(
         "enable_dp_attention",
         _set,
-        "calibration inside a data-parallel attention group is not supported",
+        "calibration runs one batch, and such groups exchange theirs in every layer",
         "give a table with --kv-quant-table",
     ),
     Refusal(
         "attn_dp_size",
         _above_one,
-        "calibration inside a data-parallel attention group is not supported",
+        "calibration runs one batch, and such groups exchange theirs in every layer",
         "give a table with --kv-quant-table",
     ),
     Refusal(
