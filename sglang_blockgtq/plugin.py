@@ -157,19 +157,24 @@ def _after_update(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 def _watch_flush(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """self: a SchedulerFlushWrapper, through which a user's flush goes, but not that of an update of weights."""
     flush, scheduler = self._flush_cache, self._flush_cache.__self__
-    if _packs(scheduler.tp_worker.model_runner):
-        from .recalibrate import after_flush
+    self.not_recalibrated = ""
+    if not _packs(scheduler.tp_worker.model_runner):
+        return
+    from .recalibrate import after_flush
 
-        self._flush_cache = lambda: flush() and after_flush(scheduler)
+    def flush_and_recalibrate() -> bool:
+        self.not_recalibrated = ""
+        if not flush():
+            return False
+        self.not_recalibrated = after_flush(scheduler)
+        return not self.not_recalibrated
+
+    self._flush_cache = flush_and_recalibrate
 
 
 def _answer_flush(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    if result is None or result.success or result.message:
-        return
-    from .recalibrate import failure
-
-    if why := failure():
-        result.message = f"The cache was flushed, but not recalibrated: {why}\n"
+    if result is not None and not (result.success or result.message) and self.not_recalibrated:
+        result.message = f"The cache was flushed, but not recalibrated: {self.not_recalibrated}\n"
 
 
 def _after_resume(result: Any, self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> None:

@@ -30,11 +30,6 @@ _replaced = False  # weights, since the table was made
 _failure = ""  # why a table for them could not be made
 
 
-def failure() -> str:
-    """Why the last recalibration failed; "" where it did not."""
-    return _failure
-
-
 def live() -> dict[str, Any]:
     """For /server_info: whether the weights are others than those of the table, and why that is still so."""
     return {"weights_replaced": _replaced, "recalibration_failure": _failure}
@@ -56,8 +51,8 @@ def weights_replaced(options: KVQuantOptions, says: bool) -> None:
         )
 
 
-def after_flush(scheduler: Any) -> bool:
-    """The cache was emptied because a user asked for it. Whether all that was asked for was done.
+def after_flush(scheduler: Any) -> str:
+    """The cache was emptied because a user asked for it. Why that made no new table where one was asked for, or "".
 
     Collective over all ranks, which come here in the same step of their schedulers.
     """
@@ -65,19 +60,19 @@ def after_flush(scheduler: Any) -> bool:
     runner, updater = scheduler.tp_worker.model_runner, scheduler.weight_updater
     options = KVQuantOptions.of(runner.server_args)
     if not _replaced or options.recalibrate != "flush":
-        return True
+        return ""
     try:
         if updater.offload_tags or updater._session is not None:
             what = "while memory is released" if updater.offload_tags else "before /end_weight_update"
             raise KVQuantError(f"/flush_cache {what}: weights are not complete; flush again after that")
         with torch.inference_mode():
             recalibrate(runner, options)
+        _replaced, _failure = False, ""
     except Exception as e:  # nothing has changed yet: the server goes on with the table that it has
         _failure = " ".join(str(e).split()) or type(e).__name__
         logger.error("%s: the cache was flushed, but not recalibrated: %s", NAME, _failure)
-        return False
-    _replaced, _failure = False, ""
-    return True
+    current_platform.empty_cache()
+    return _failure
 
 
 def recalibrate(runner: Any, options: KVQuantOptions) -> None:
@@ -116,7 +111,6 @@ def recalibrate(runner: Any, options: KVQuantOptions) -> None:
     current_platform.synchronize()
     fresh = replace(served, table=choice.table, origin="recalibrated", seconds=time.perf_counter() - begin)
     runtime.set_current(fresh)
-    current_platform.empty_cache()
     if is_rank_zero():
         logger.info(fresh.line())
         quality = choice.table.header.quality

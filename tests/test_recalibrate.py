@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.managers.io_struct import FlushCacheReqInput
+from sglang.srt.managers.scheduler_components.flush_wrapper import SchedulerFlushWrapper
 
-from sglang_blockgtq import recalibrate, runtime
+from sglang_blockgtq import plugin, recalibrate, runtime
 from sglang_blockgtq.calibrate.build import build_table, poured_as
 from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.rope import RopeBlocks
@@ -134,10 +136,10 @@ def scheduler(monkeypatch):
 
 def test_a_flush_after_new_weights_makes_a_table(scheduler):
     first = runtime.current()
-    assert recalibrate.after_flush(scheduler) and runtime.current() is first, "the weights are those of the table"
+    assert recalibrate.after_flush(scheduler) == "" and runtime.current() is first, "the weights are those of the table"
     recalibrate.weights_replaced(scheduler.options, says=True)
     assert recalibrate.live()["weights_replaced"] is True
-    assert recalibrate.after_flush(scheduler)
+    assert recalibrate.after_flush(scheduler) == ""
     ((asked, like),) = scheduler.found.asked
     assert (asked.table, asked.k_bits, asked.v_bits, asked.allocator, asked.max_kl) == (None, 3, 3, "template", None)
     assert like is first.table
@@ -145,7 +147,7 @@ def test_a_flush_after_new_weights_makes_a_table(scheduler):
     assert (now.table, now.origin, now.layers) == (new, "recalibrated", first.layers)
     assert torch.equal(now.layers[1].codec.k_in, new.layer_codec(1).k_in)
     assert recalibrate.live() == {"weights_replaced": False, "recalibration_failure": ""}
-    assert recalibrate.after_flush(scheduler) and len(scheduler.found.asked) == 1
+    assert recalibrate.after_flush(scheduler) == "" and len(scheduler.found.asked) == 1
 
 
 @pytest.mark.parametrize(
@@ -162,14 +164,47 @@ def test_where_no_table_can_be_made_the_old_one_goes_on(scheduler, spoil, why):
     codecs = [layer.codec for layer in first.layers.values()]
     recalibrate.weights_replaced(scheduler.options, says=False)
     spoil(scheduler)
-    assert not recalibrate.after_flush(scheduler)
+    said = recalibrate.after_flush(scheduler)
+    assert re.search(why, said)
     assert runtime.current() is first and [layer.codec for layer in first.layers.values()] == codecs
-    assert recalibrate.live()["weights_replaced"] is True
-    assert re.search(why, recalibrate.failure())
+    assert recalibrate.live() == {"weights_replaced": True, "recalibration_failure": said}
+
+
+def test_what_a_users_flush_answers(scheduler):
+    """Refused by SGLang, done, and done without the table that was asked for."""
+
+    class Scheduler(SimpleNamespace):
+        idle = False
+
+        def flush_cache(self) -> bool:
+            return self.idle
+
+    scheduler = Scheduler(**vars(scheduler))
+    scheduler.tp_worker.model_runner.is_draft_worker = False
+    wrapper = SchedulerFlushWrapper(
+        flush_cache=scheduler.flush_cache, is_fully_idle=lambda: scheduler.idle, send_output=None
+    )
+    if not hasattr(wrapper, "not_recalibrated"):  # hooks are in place in a process where an option was parsed
+        plugin._watch_flush(None, wrapper)
+
+    def flush():
+        answer = wrapper.handle(FlushCacheReqInput())
+        plugin._answer_flush(answer, wrapper)
+        return answer.success, answer.message
+
+    recalibrate.weights_replaced(scheduler.options, says=False)
+    table, scheduler.found.table = scheduler.found.table, None
+    assert flush() == (False, "") and not scheduler.found.asked
+    scheduler.idle = True
+    assert flush() == (False, "The cache was flushed, but not recalibrated: no table\n")
+    scheduler.idle = False
+    assert flush() == (False, ""), "what was once the reason is none for a flush that was refused"
+    scheduler.idle, scheduler.found.table = True, table
+    assert flush() == (True, "") and runtime.current().table is table
 
 
 def test_without_the_option_a_flush_is_a_flush(scheduler):
     scheduler.tp_worker.model_runner.server_args._kvq = KVQuantOptions()
     recalibrate.weights_replaced(KVQuantOptions(), says=False)
-    assert recalibrate.after_flush(scheduler)
+    assert recalibrate.after_flush(scheduler) == ""
     assert recalibrate.live()["weights_replaced"] is True and not scheduler.found.asked
