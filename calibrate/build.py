@@ -59,6 +59,23 @@ def page_means(moments: Moments, page: int) -> torch.Tensor:
     return torch.view_as_real(torch.view_as_complex(moments.mean.contiguous()) * turn) * slow
 
 
+def poured_as(table: AllocationTable) -> Allocator:
+    """The rule of a table for other moments: each head keeps its widths, and with them its row, and its blocks are
+    poured into these anew, by falling score."""
+    rule = rule_of(table.header.allocator, table.header.granularity)
+    if rule.name == "uniform":
+        return rule
+    t = table.tensors
+    kept = t["widths"].gather(-1, t["order"].long())
+
+    def widths(moments: Moments, bits: float) -> torch.Tensor:
+        score = moments.q + moments.k if rule.name == "paper" else moments.q * moments.k
+        order = score.argsort(dim=-1, descending=True, stable=True)
+        return torch.zeros_like(kept).scatter(-1, order, kept)
+
+    return replace(rule, widths=widths)
+
+
 def build_table(
     moments: Moments,
     rope: list[RopeBlocks],

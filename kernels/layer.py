@@ -11,7 +11,7 @@ from . import reference
 from .any_layout.encode import AnyEncoder
 from .any_layout.tables import AnyTables
 from .decode.attention import DecodeScratch, decode_attention
-from .device.tables import MAX_POSITIONS, ColumnTables
+from .device.tables import MAX_POSITIONS, ColumnTables, difference, overwrite
 from .encode.encoder import Encoder
 from .format.codec import LayerCodec
 from .format.layout import CodeLayout, gather_rows, num_slots, scatter_rows
@@ -52,6 +52,17 @@ class PackedLayer(ABC):
     def unbind(self) -> None:
         """Let go of the rows."""
         del self.rows
+
+    @abstractmethod
+    def differs(self, other: PackedLayer) -> str:
+        """Why this layer cannot :meth:`adopt` what ``other`` has; "" where it can."""
+
+    @abstractmethod
+    def adopt(self, other: PackedLayer) -> None:
+        """Write and read rows by ``other``'s tables from now on. What was written before can't be read any more.
+
+        Whatever a captured graph reads stays where it is.
+        """
 
     @abstractmethod
     def encode(
@@ -134,6 +145,17 @@ class TritonLayer(PackedLayer):
         del self.encoder
         self.unpacker.unbind()
 
+    def _parts(self):
+        return self.tables, self.unpacker.k, self.unpacker.v
+
+    def differs(self, other):
+        pairs = zip(self._parts(), other._parts(), strict=True)
+        return next((name for mine, theirs in pairs if (name := difference(mine, theirs))), "")
+
+    def adopt(self, other):
+        for mine, theirs in zip(self._parts(), other._parts(), strict=True):
+            overwrite(mine, theirs)
+
     def encode(self, k, v, loc, positions=None, q=None):
         if not self.fast:
             self.encoder(k, v, loc, positions)
@@ -166,6 +188,14 @@ class TorchLayer(PackedLayer):
         self.codec = codec
         self.reader = HostReader(codec) if codec.layout.in_columns else None
         self.encoder = HostEncoder(codec) if codec.layout.in_columns else None
+
+    def differs(self, other):
+        mine, theirs = self.layout.row_bytes, other.layout.row_bytes
+        return "" if mine == theirs else f"{theirs} bytes, not {mine}"
+
+    def adopt(self, other):
+        self.codec, self.reader, self.encoder = other.codec, other.reader, other.encoder
+        self.layout, self.has_means = other.layout, other.has_means
 
     @property
     def table_bytes(self) -> int:

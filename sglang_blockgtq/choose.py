@@ -37,8 +37,11 @@ class Choice:
     layers: dict[int, PackedLayer]
 
 
-def choose(runner: Any, options: KVQuantOptions, make: Make) -> Choice:
-    """For a loaded ModelRunner. Collective over all ranks. Raises KVQuantError."""
+def choose(runner: Any, options: KVQuantOptions, make: Make, like: AllocationTable | None = None) -> Choice:
+    """For a loaded ModelRunner. Collective over all ranks. Raises KVQuantError.
+
+    like: the table of weights that were replaced. The new one has the same rows, and is not kept for a next start.
+    """
     if options.table is not None:
         table = from_rank_zero(lambda: named(runner, options))
         layers = make(table)
@@ -47,20 +50,20 @@ def choose(runner: Any, options: KVQuantOptions, make: Make) -> Choice:
             table = table.with_quality(_measure(_read_exactly(runner, ids), layers, table))
         _check(table, options, "make a table of more bits")
         return Choice(table, "file", layers)
-    given = from_rank_zero(lambda: plan(runner, options))
+    given = from_rank_zero(lambda: plan(runner, options, kept=like is None))
     if given.table is not None and _within(given.table, options.max_kl):
         return Choice(given.table, "cache", make(given.table))
-    return _calibrated(runner, options, given, make)
+    return _calibrated(runner, options, given, make, like)
 
 
-def _calibrated(runner: Any, options: KVQuantOptions, given: Plan, make: Make) -> Choice:
+def _calibrated(runner: Any, options: KVQuantOptions, given: Plan, make: Make, like: AllocationTable | None) -> Choice:
     from .capture import collect_moments
 
     moments, rope = collect_moments(runner, given.sequences)
     exact = _read_exactly(runner, given.held_out)
 
     def attempt(bits: tuple[float, float]) -> Choice:
-        table = from_rank_zero(lambda: build(runner, options, given, moments, rope, bits))
+        table = from_rank_zero(lambda: build(runner, options, given, moments, rope, bits, like))
         layers = make(table)
         return Choice(table.with_quality(_measure(exact, layers, table)), "calibrated", layers)
 

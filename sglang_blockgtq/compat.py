@@ -114,8 +114,13 @@ SIGNATURES = {
     },
     "layers.attention.qsa.config.parse_qsa_profile": ["config"],
     "configs.model_config.is_hybrid_swa_model": ["model_architectures", "hf_text_config"],
+    "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.resume_memory_occupation": ["recv_req"],
+    "managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper.__init__": ["flush_cache"],
+    "managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper.handle": ["recv_req"],
+    "managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state": ["recv_req"],
     "managers.scheduler.Scheduler.flush_cache": ["self"],
     "managers.scheduler.Scheduler.get_init_info": ["self"],
+    "managers.data_parallel_controller.DataParallelController.get_init_info": ["self"],
     "mem_cache.unified_cache.unified_tree_core_interface.UnifiedTreeCoreInterface.walk_for_kv_canary": [
         "unlocked_only",
         "swa_resident_only",
@@ -203,6 +208,9 @@ CALLS = {
         "_run_in_graph_metadata_prep("
     ),
     "layers.attention.base_attn_backend.AttentionBackend.shared_read_ends": "SharedReadEnds.IN_REPLAY",
+    "managers.data_parallel_controller.DataParallelController.get_init_info": "self._scheduler_init_infos",
+    "managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper.handle": "self._flush_cache()",
+    "managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper.check_pending": "self._flush_cache()",
     "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.update_weights_from_distributed": (
         "load_weights_from_distributed("
     ),

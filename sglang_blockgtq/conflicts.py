@@ -7,11 +7,11 @@ has (check_resolved), and the model by its config (check_config) and its loaded 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from .options import BY_SEGMENTS, NAME, KVQuantError, KVQuantOptions
+from .options import BY_SEGMENTS, NAME, KVQuantError, KVQuantOptions, flag
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ REFUSALS = (
     Refusal(
         "disaggregation_mode",
         lambda v: v not in (None, "null"),
-        "prefill and decode servers exchange dense K and V",
+        "the transfer between them knows keys and values apart, and its handshake no table",
         "run one server that does both",
     ),
     Refusal("enable_pdmux", _set, "it builds several attention backends over one pool", _LEAVE_OUT),
@@ -129,12 +129,20 @@ REFUSALS = (
         "leave it at none; --kv-quant-check-rows compares packed rows",
     ),
     Refusal(
-        "enable_deterministic_inference", _set, "the packed kernels are not batch-invariant", "drop one of the two"
+        "enable_deterministic_inference",
+        _set,
+        "where decode splits a request, and which kernel encodes a token, depends on the batch",
+        "drop one of the two",
     ),
     Refusal("rl_on_policy_target", _set, "it needs deterministic attention", "drop one of the two"),
     Refusal("enable_two_batch_overlap", _set, "two-batch overlap over packed rows is not tested", _LEAVE_OUT),
     Refusal("dllm_algorithm", _set, "diffusion language models attend in both directions", "drop --kv-quant"),
-    Refusal("enable_torch_compile", _set, "compiled decode over packed rows is not tested", _LEAVE_OUT),
+    Refusal(
+        "enable_torch_compile",
+        _set,
+        "SGLang compiles decode with attention in it, whose launches go around PyTorch; that was never run",
+        _LEAVE_OUT,
+    ),
     Refusal("enable_nvidia_megakernel", _set, "its kernels read dense K and V", _LEAVE_OUT),
     Refusal("enable_amd_monokernel", _set, "its kernels read dense K and V", _LEAVE_OUT),
     Refusal(
@@ -157,13 +165,13 @@ NEEDS_TABLE = (
     Refusal(
         "enable_dp_attention",
         _set,
-        "calibration inside a data-parallel attention group is not supported",
+        "calibration runs one batch, and such groups exchange theirs in every layer",
         "give a table with --kv-quant-table",
     ),
     Refusal(
         "attn_dp_size",
         _above_one,
-        "calibration inside a data-parallel attention group is not supported",
+        "calibration runs one batch, and such groups exchange theirs in every layer",
         "give a table with --kv-quant-table",
     ),
     Refusal(
@@ -186,16 +194,28 @@ NEEDS_TABLE = (
     ),
 )
 
+#: Refused only with --kv-quant-recalibrate flush.
+RECALIBRATION = tuple(
+    replace(refusal, instead=f"leave {flag('recalibrate')} out")
+    for refusal in (
+        *(r for r in NEEDS_TABLE if r.option in ("enable_dp_attention", "attn_dp_size", "skip_tokenizer_init")),
+        Refusal("pp_size", _above_one, "stages hear of a flush one after another, and calibrate together", ""),
+        Refusal("enable_lora", _set, "adapters are in the layers that calibration would run", ""),
+    )
+)
 
-def _check(get: Callable[[str], Any], has_table: bool, resolved: str = "") -> None:
+
+def _check(get: Callable[[str], Any], asked: KVQuantOptions, resolved: str = "") -> None:
     from sglang.srt.environ import envs
 
-    for refusal in REFUSALS if has_table else REFUSALS + NEEDS_TABLE:
+    refusals = REFUSALS if asked.table is not None else REFUSALS + NEEDS_TABLE
+    for refusal in refusals if asked.recalibrate == "never" else refusals + RECALIBRATION:
         value = getattr(envs, refusal.option).get() if refusal.is_variable else get(refusal.option)
         value = refusal.part(value)
         if refusal.refuses(value):
             shown = refusal.flag if value is True else f"{refusal.flag} {value}"
-            raise KVQuantError(f"{shown}{resolved}: not with --kv-quant {NAME}: {refusal.reason}; {refusal.instead}")
+            where = f"--kv-quant {NAME}" if refusal not in RECALIBRATION else f"{flag('recalibrate')} flush"
+            raise KVQuantError(f"{shown}{resolved}: not with {where}: {refusal.reason}; {refusal.instead}")
     device = get("device")
     if device is not None and str(device).split(":")[0] not in ("cuda", "cpu"):
         raise KVQuantError(
@@ -244,9 +264,9 @@ def check_checksums(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
         )
 
 
-def check_user_args(get: Callable[[str], Any], has_table: bool) -> None:
+def check_user_args(get: Callable[[str], Any], asked: KVQuantOptions) -> None:
     """Refuse conflicting options. ``get(field)`` gives the user's value or None. Raises KVQuantError."""
-    _check(get, has_table)
+    _check(get, asked)
 
 
 def check_resolved(server_args: Any = None) -> None:
@@ -261,8 +281,7 @@ def check_resolved(server_args: Any = None) -> None:
         server_args, get = get_context().server_args, get_context().config_leaf
     else:
         get = partial(resolution_result, server_args)
-    asked = KVQuantOptions.of(server_args)
-    _check(get, has_table=asked.table is not None, resolved=" (as SGLang resolves the arguments)")
+    _check(get, KVQuantOptions.of(server_args), resolved=" (as SGLang resolves the arguments)")
 
 
 def refuse_model(what: str, reason: str) -> KVQuantError:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .calibrate.allocate import ALLOCATOR_VERSION
-from .calibrate.build import BUILDER_VERSION, build_table
+from .calibrate.build import BUILDER_VERSION, build_table, poured_as
 from .calibrate.model import config_hash, has_mrope, head_dim, kv_heads, packed_layers, v_head_dim
 from .calibrate.moments import Moments
 from .calibrate.quality import CPU_TOKENS, QUALITY_VERSION, TOKENS
@@ -169,12 +169,14 @@ class Plan:
     table: AllocationTable | None = None
 
 
-def plan(runner: Any, options: KVQuantOptions) -> Plan:
-    """For a loaded ModelRunner. Raises KVQuantError."""
+def plan(runner: Any, options: KVQuantOptions, kept: bool = True) -> Plan:
+    """For a loaded ModelRunner. kept: the weights are those of the files it was started with. Raises KVQuantError."""
     args, config = runner.server_args, runner.model_config
     sequences, held_out = calibration_text(_tokenizer(args), options, config.context_len, runner.device)
     hashes = {"config_hash": config_hash(config.hf_config), "text_hash": text_hash(sequences)}
-    hashes["weights_hash"] = weights = _weights(args)
+    hashes["weights_hash"] = weights = _weights(args) if kept else ""
+    if not kept:
+        return Plan(sequences, held_out, hashes)
     if not weights:
         what = f"{args.model_path} (load format {args.load_format})"
         logger.warning("%s: no weight files of %s to know the table by, so it is not kept", NAME, what)
@@ -227,14 +229,16 @@ def build(
     moments: Moments,
     rope: list[RopeBlocks],
     bits: tuple[float, float],
+    like: AllocationTable | None = None,
 ) -> AllocationTable:
-    """The table of some bits of keys and values."""
+    """The table of some bits of keys and values. like: one whose rows it must have."""
     return build_table(
         moments,
         rope,
         k_bits=bits[0],
         v_bits=bits[1],
         **effective_rule(rope, options),
+        rule=None if like is None else poured_as(like),
         v_head_dim=runner.model_config.v_head_dim,
         model_id=runner.server_args.model_path,
         **given.hashes,

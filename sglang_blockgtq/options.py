@@ -19,6 +19,7 @@ GRANULARITIES = ("block", "segment")
 SPELLINGS = {"slot": "segment"}  # of a granularity
 BY_SEGMENTS = ("paper", "product")  # allocators that have a choice
 CHUNK_ATTENTION = ("raw", "quantized")
+RECALIBRATE = ("never", "flush")
 #: name -> options that it stands for; those that are given beside it win. What each costs a model: make quality.
 PRESETS: dict[str, dict[str, Any]] = {
     "auto": {"k_bits": None, "v_bits": None},
@@ -63,6 +64,7 @@ class KVQuantOptions:
         "raw": exact, as computed. "quantized": as they will be read back later, so that a cold prompt
         and its repetition from the prefix cache give the same answer.
     check_rows: rows that are compared with their checksums at each step; 0 for none, and no checksums.
+    recalibrate: what makes a new table once weights were replaced. "never", or "flush": the next /flush_cache.
     """
 
     k_bits: float | None = DEFAULT_BITS
@@ -77,6 +79,7 @@ class KVQuantOptions:
     max_kl: float | None = None
     bits_range: tuple[float, float] = DEFAULT_RANGE
     check_rows: int = 0
+    recalibrate: str = "never"
 
     @property
     def target_kl(self) -> float:
@@ -177,6 +180,11 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         "N",
         "Compare N of the rows that each step reads with their checksums, and end the server where one differs "
         "(default 0: none, and no checksums).",
+    )
+    add(
+        "recalibrate",
+        "WHEN",
+        "'flush': once weights were replaced, the next /flush_cache makes a table for the new ones; 'never' (default).",
     )
     _refuse_abbreviations(parser)
 
@@ -343,6 +351,8 @@ def parse(values: dict[str, Any]) -> KVQuantOptions | None:
         out["chunk_attention"] = _choice("chunk_attention", given["chunk_attention"], CHUNK_ATTENTION)
     if "check_rows" in given:
         out["check_rows"] = _rows("check_rows", given["check_rows"])
+    if "recalibrate" in given:
+        out["recalibrate"] = _choice("recalibrate", given["recalibrate"], RECALIBRATE)
     if "cache_dir" in given:
         out["cache_dir"] = _folder("cache_dir", given["cache_dir"])
     if "calibration_text" in given:

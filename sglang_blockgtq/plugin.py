@@ -73,7 +73,7 @@ def _check(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
     if other := compat.other_version():
         logger.warning("%s: %s: nothing was tested with it", NAME, other)
     check_checksums(asked, get)
-    check_user_args(get, has_table=asked.table is not None)
+    check_user_args(get, asked)
     _install_now()
     _require_hooks()
     preflight.check(asked, get)
@@ -146,12 +146,45 @@ def _after_update(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     runner = self.get_model_runner()
     if not _packs(runner):
         return
-    if result[0] and self.tp_rank == 0:
-        logger.warning(
-            "%s: weights were replaced, and the allocation table is still that of the weights at start-up; "
-            "restart the server to have one made for these",
-            NAME,
-        )
+    if result[0]:
+        from .recalibrate import weights_replaced
+
+        weights_replaced(KVQuantOptions.of(runner.server_args), says=self.tp_rank == 0)
+
+
+def _watch_flush(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """self: a SchedulerFlushWrapper, through which a user's flush goes, but not that of an update of weights."""
+    flush, scheduler = self._flush_cache, self._flush_cache.__self__
+    self.not_recalibrated = ""
+    if not _packs(scheduler.tp_worker.model_runner):
+        return
+    from .recalibrate import after_flush
+
+    def flush_and_recalibrate() -> bool:
+        self.not_recalibrated = ""
+        if not flush():
+            return False
+        self.not_recalibrated = after_flush(scheduler)
+        return not self.not_recalibrated
+
+    self._flush_cache = flush_and_recalibrate
+
+
+def _answer_flush(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    if result is not None and not (result.success or result.message) and self.not_recalibrated:
+        result.message = f"The cache was flushed, but not recalibrated: {self.not_recalibrated}\n"
+
+
+def _after_resume(result: Any, self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> None:
+    """self: a SchedulerWeightUpdaterManager. What padded requests of a graph read was lost with the cache."""
+    from sglang.srt.constants import GPU_MEMORY_ALL_TYPES, GPU_MEMORY_TYPE_KV_CACHE
+
+    runner, tags = self.tp_worker.model_runner, recv_req.tags or GPU_MEMORY_ALL_TYPES
+    if _packs(runner) and GPU_MEMORY_TYPE_KV_CACHE in tags and self.memory_saver_adapter.enabled:
+        from .pool import packed_pool
+
+        packed_pool(runner.token_to_kv_pool).clear()
+        runner.req_to_token_pool.req_to_token[0] = 0  # their row, of slots
 
 
 # --- capacity and pool ---------------------------------------------------------------------------
@@ -349,6 +382,24 @@ def _init_info(result: dict, self: Any, *args: Any, **kwargs: Any) -> None:
         result["kv_quant"] = info
 
 
+def _replicas_info(result: dict, self: Any, *args: Any, **kwargs: Any) -> None:
+    """self: a DataParallelController. Replicas have one table; each one's own entry is among the internal states."""
+    info = next((info["kv_quant"] for info in self._scheduler_init_infos if "kv_quant" in info), None)
+    if info is not None:
+        result["kv_quant"] = info
+
+
+def _internal_state(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """What a scheduler says of itself now, where the rest of /server_info is of its start."""
+    from .observability import server_info
+
+    info = server_info(self.scheduler)
+    if info is not None:
+        from .recalibrate import live
+
+        result.internal_state["kv_quant"] = {**info, **live()}
+
+
 def _emit_constants(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     from . import runtime
     from .observability import emit_gauges
@@ -370,6 +421,8 @@ def _support_triton(orig: Any, backend: str, *args: Any, **kwargs: Any) -> bool:
 
 # --- registration --------------------------------------------------------------------------------
 
+_MANAGER = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
+_FLUSH = "managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper."
 _UPDATER = "model_executor.model_runner_components.weight_updater.WeightUpdater."
 _OPTION_HOOKS = {
     "server_args.ServerArgs.add_cli_args": ("AFTER", _add_cli_args),
@@ -386,6 +439,13 @@ _HOOKS = {
     _UPDATER + "update_weights_from_tensor": ("AFTER", _after_update),
     _UPDATER + "update_weights_from_ipc": ("AFTER", _after_update),
     _UPDATER + "load_weights_from_distributed": ("AFTER", _after_update),
+    _MANAGER + "resume_memory_occupation": ("AFTER", _after_resume),
+    _FLUSH + "__init__": ("AFTER", _watch_flush),
+    _FLUSH + "handle": ("AFTER", _answer_flush),
+    "managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state": (
+        "AFTER",
+        _internal_state,
+    ),
     "model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size": ("AROUND", _compute_cell_size),
     "model_executor.pool_configurator.DefaultPoolConfigurator.__init__": ("AFTER", _add_draft_cache),
     "model_executor.pool_configurator.HybridSWAPoolConfigurator.__init__": ("AFTER", _size_split_pool),
@@ -408,6 +468,7 @@ _HOOKS = {
     ),
     "managers.scheduler.Scheduler.flush_cache": ("BEFORE", _flush_cache),
     "managers.scheduler.Scheduler.get_init_info": ("AFTER", _init_info),
+    "managers.data_parallel_controller.DataParallelController.get_init_info": ("AFTER", _replicas_info),
     "observability.metrics_collector.SchedulerMetricsCollector.emit_constants": ("AFTER", _emit_constants),
     "utils.common.support_triton": ("AROUND", _support_triton),
 }

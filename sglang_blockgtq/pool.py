@@ -40,10 +40,11 @@ class PackedKVPool(KVCache):
         self.layers = dict(layers)
         first = next(iter(self.layers.values()))
         self.head_num, self.head_dim, self.v_head_dim = first.heads, first.head_dim, first.v_head_dim
-        with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
-            for layer in self.layers.values():
-                layer.bind(layer.new_rows(size + page_size, device))
-            self.check = RowCheck(self.layers, check_rows) if check_rows else None
+        with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):  # what sleep gives back: rows and no more
+            rows = [layer.new_rows(size + page_size, device) for layer in self.layers.values()]
+        for layer, own in zip(self.layers.values(), rows, strict=True):
+            layer.bind(own)
+        self.check = RowCheck(self.layers, check_rows) if check_rows else None
         self.wrapper: Any = None  # of SGLang's, that holds this pool
         self._probing = False
         self._finalize_allocation_log(size)
@@ -59,6 +60,11 @@ class PackedKVPool(KVCache):
         elif self.layer_transfer_counter is not None:
             self.layer_transfer_counter.wait_until(layer_id - self.start_layer)
         return self.layers[layer_id]
+
+    def clear(self) -> None:
+        """Make all rows zero again, as they were made: what padding reads of memory that was lost is anything."""
+        for layer in self.layers.values():
+            layer.rows.zero_()
 
     def set_kv_buffer(
         self,

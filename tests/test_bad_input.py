@@ -129,7 +129,7 @@ CONFLICTS = [
     ("enable_multi_layer_eagle", True, "several draft models"),
     ("dcp_size", 2, "--tp-size"),
     ("kv_canary", "raise", "--kv-quant-check-rows compares packed rows"),
-    ("enable_deterministic_inference", True, "batch-invariant"),
+    ("enable_deterministic_inference", True, "depends on the batch"),
     ("enable_torch_compile", True, "leave the option out"),
     ("enable_nvidia_megakernel", True, "dense K and V"),
     ("prefill_only_disable_kv_cache", True, "no cache to pack"),
@@ -138,6 +138,21 @@ CONFLICTS = [
     ("checkpoint_engine_wait_weights_before_ready", True, "--kv-quant-table"),
     ("device", "npu", "cuda and cpu"),
 ]
+
+
+@pytest.mark.parametrize(("option", "value"), [("pp_size", 2), ("enable_lora", True), ("skip_tokenizer_init", True)])
+def test_recalibration_beside_other_features(model, option, value):
+    flag = "--" + option.replace("_", "-")
+    given = (flag,) if value is True else (flag, str(value))
+    asked = {"kv_quant_table": __file__, "kv_quant_recalibrate": "flush", option: value}
+    message = refusal(model(), f"--kv-quant-table={__file__}", "--kv-quant-recalibrate=flush", *given, **asked)
+    assert f"{flag}{'' if value is True else f' {value}'}: not with --kv-quant-recalibrate flush: " in message
+    assert message.endswith("; leave --kv-quant-recalibrate out")
+
+
+def test_recalibration_at_another_time(model):
+    message = refusal(model(), "--kv-quant-recalibrate=always", kv_quant_recalibrate="always")
+    assert message == "error: --kv-quant-recalibrate always: unknown; choose one of never, flush"
 
 
 @pytest.mark.parametrize(("option", "value", "hint"), CONFLICTS, ids=lambda x: str(x))

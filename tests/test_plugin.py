@@ -15,7 +15,7 @@ import pytest
 import torch
 from sglang.srt.plugins import load_plugins
 
-from sglang_blockgtq import compat, conflicts, plugin
+from sglang_blockgtq import compat, conflicts, plugin, recalibrate
 from sglang_blockgtq.conflicts import NEEDS_TABLE, REFUSALS, check_resolved
 from sglang_blockgtq.options import DEFAULT_RANGE, PRESETS, TARGET_KL, KVQuantError, KVQuantOptions
 
@@ -40,9 +40,12 @@ def options(*flags: str) -> KVQuantOptions:
 @pytest.fixture
 def said(caplog):
     """What the plugin logs. SGLang takes all handlers off the root logger when it parses arguments."""
-    plugin.logger.addHandler(caplog.handler)
+    loggers = plugin.logger, recalibrate.logger
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
     yield caplog
-    plugin.logger.removeHandler(caplog.handler)
+    for logger in loggers:
+        logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture(scope="module")
@@ -359,6 +362,7 @@ def _updater(monkeypatch, runner):
 
 @pytest.mark.parametrize("way", ["disk", "tensor", "distributed", "ipc"])
 def test_new_weights_come_with_a_warning(monkeypatch, said, way):
+    monkeypatch.setattr(recalibrate, "_replaced", False)
     runner = SimpleNamespace(server_args=server_args(*ASKED), is_draft_worker=False, error=None)
     update = _updater(monkeypatch, runner)[way]
     warning = "the allocation table is still that of the weights at start-up"

@@ -251,3 +251,30 @@ def nbytes_of(tables: Any) -> int:
         elif is_dataclass(value):
             total += nbytes_of(value)
     return total
+
+
+def difference(tables: Any, others: Any) -> str:
+    """Where two dataclasses of tables differ by more than the values of tensors: the field's name, "" for nowhere."""
+    for name in (f.name for f in fields(tables)):
+        a, b = getattr(tables, name), getattr(others, name)
+        if type(a) is not type(b):
+            return name
+        if isinstance(a, torch.Tensor):
+            if a.shape != b.shape or a.dtype != b.dtype:
+                return name
+        elif is_dataclass(a):
+            if inner := difference(a, b):
+                return f"{name}.{inner}"
+        elif a != b:
+            return name
+    return ""
+
+
+def overwrite(tables: Any, others: Any) -> None:
+    """Give the tensors of ``tables`` the values of ``others``, from which they have no :func:`difference`."""
+    for name in (f.name for f in fields(tables)):
+        mine, theirs = getattr(tables, name), getattr(others, name)
+        if isinstance(mine, torch.Tensor):
+            mine.copy_(theirs)
+        elif is_dataclass(mine):
+            overwrite(mine, theirs)

@@ -8,9 +8,17 @@ from transformers import GPT2Config, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sglang_blockgtq.calibrate.build import build_table
+from sglang_blockgtq.calibrate.moments import MomentSums
 from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.calibrate.rope_check import probe_positions
-from sglang_blockgtq.capture import CaptureBackend, collect_moments, forward, frequencies_of, model_frequencies
+from sglang_blockgtq.capture import (
+    CaptureBackend,
+    collect_moments,
+    forward,
+    frequencies_of,
+    local_heads,
+    model_frequencies,
+)
 from sglang_blockgtq.options import KVQuantError
 
 SEQUENCES = [torch.randint(256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (70, 130)]
@@ -249,3 +257,22 @@ def test_attention_sees_what_take_returns(alone, loaded):
     assert torch.equal(replaced, plain) and not torch.allclose(plain, attend(lambda *_: None, k, v))
     ((index, *found),) = seen
     assert index == 0 and all(torch.equal(a.flatten(1), b) for a, b in zip(found, (q, k, v), strict=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_heads_that_several_ranks_hold_count_as_if_one_did(loaded, monkeypatch, ranks):
+    """With more ranks than KV heads each rank has one, and its share of the query heads that read it."""
+    q, k, v = (torch.randn(9, heads, 32, generator=torch.Generator().manual_seed(heads)) for heads in (8, 2, 2))
+    blocks, held = [RopeBlocks(32, 32)], []
+    alone, added = MomentSums(1, 2, blocks), MomentSums(1, 2, blocks)
+    alone.add(0, 0, q, k, v)
+    for rank in range(ranks):
+        parallel = SimpleNamespace(attn_tp_rank=rank, attn_tp_size=ranks)
+        monkeypatch.setattr("sglang_blockgtq.capture.get_parallel", lambda parallel=parallel: parallel)
+        heads, mine = local_heads(2), slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
+        held += range(2)[heads]
+        added.add(0, heads.start, q[:, mine], k[:, heads], v[:, heads])
+    assert held == sorted(held) and len(held) == max(2, ranks)
+    got, wanted = added.mean(9), alone.mean(9)
+    for name in ("q", "k", "v"):
+        torch.testing.assert_close(getattr(got, name), getattr(wanted, name))

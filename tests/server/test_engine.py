@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -69,3 +71,26 @@ def test_mixed_chunks_answer_like_separate_ones(launch, token_ids):
     assert not [r for r in server.records() if "corrupt" in r]
     assert all(len(a) == 8 for a in answers)
     assert max(map(max, behind)) < TIE, (answers, behind)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("sglang_router"), reason="sglang-router is not installed")
+def test_router(launch):
+    """Two servers with one table; the router sends what goes on to the server that has its beginning."""
+    eight = ("--max-total-tokens=1000", "--mem-fraction-static=0.8", "--kv-quant-k-bits=8", "--kv-quant-v-bits=8")
+    workers = [launch(*eight) for _ in range(2)]
+    run = subprocess.run(
+        [sys.executable, str(ENGINE.with_name("router.py")), "--workers", *(server.url for server in workers)],
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, *stories = run.stdout.splitlines()
+    assert first == "2 servers, 1 table"
+    found = [[int(x) for x in re.findall(r"\d+", line)] for line in stories]
+    assert len(found) == 4
+    for cold, cached, total in found:
+        assert cold < 15 and total - cached <= 10, "what was read before is read from the cache"
+    answered = [server.log.read_text().count("POST /generate HTTP/1.1") for server in workers]
+    assert min(answered) >= 2, answered
+    assert workers[1].info()["kv_quant"]["table_origin"] == "cache"
+    for server in workers:
+        server.stop()

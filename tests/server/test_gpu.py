@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
+import torch
 
 from .test_hicache import ask, push_out
 from .test_radix import SAME, mean_gap
@@ -84,3 +85,18 @@ def test_memory_that_runs_out_at_graph_capture_ends_the_start(launch):
     assert server.process.wait(300) != 0
     log = server.log.read_text(errors="replace")
     assert "CUDA out of memory. Tried to allocate 2.00 GiB" in log and "fired up" not in log
+
+
+def test_sleep_frees_the_memory_and_new_weights_wake(server, smollm2, token_ids):
+    """Rows and weights go, and the answer is as before once the weights are read again."""
+    prompt, rows = token_ids[300:500], server.info()["kv_quant"]["memory"]["rows"]
+    before, free = server.generate(prompt, 16)["output_ids"], torch.cuda.mem_get_info()[0]
+    requests.post(server.url + "/release_memory_occupation", json={}, timeout=60).raise_for_status()
+    freed = torch.cuda.mem_get_info()[0] - free
+    assert freed > rows + 200 * MIB, "the model alone has 260 MiB"
+    requests.post(server.url + "/resume_memory_occupation", json={}, timeout=60).raise_for_status()
+    body = {"model_path": str(smollm2)}
+    assert requests.post(server.url + "/update_weights_from_disk", json=body, timeout=600).json()["success"]
+    after = server.generate(prompt, 16)
+    assert after["meta_info"]["cached_tokens"] == 0
+    assert after["output_ids"] == before

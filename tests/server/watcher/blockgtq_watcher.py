@@ -1,7 +1,8 @@
 """A test-only SGLang plugin for a GPU: what start-up takes of its memory, and rows that sleep has spoiled.
 
 The lines {"taken"} of the record are bytes of this process's tensors before the table is there and once attention is
-ready. After each wake-up every row is NaN. With $BLOCKGTQ_NO_MEMORY memory runs out while a graph is captured.
+ready. After each wake-up every row is NaN and every request's table points nowhere, until the plugin sees to it. With
+$BLOCKGTQ_NO_MEMORY memory runs out while a graph is captured.
 """
 
 import gc
@@ -41,8 +42,10 @@ def register():
 
     def spoiled_resume(self, *args, **kwargs):
         done = resume(self, *args, **kwargs)
-        for layer in packed_pool(self.tp_worker.model_runner.token_to_kv_pool).layers.values():
+        runner = self.tp_worker.model_runner
+        for layer in packed_pool(runner.token_to_kv_pool).layers.values():
             layer.rows.fill_(0xFF)
+        runner.req_to_token_pool.req_to_token.fill_(1 << 30)
         return done
 
     decode = TritonPackedBackend.forward_decode
