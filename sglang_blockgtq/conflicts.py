@@ -201,6 +201,8 @@ RECALIBRATION = tuple(
         *(r for r in NEEDS_TABLE if r.option in ("enable_dp_attention", "attn_dp_size", "skip_tokenizer_init")),
         Refusal("pp_size", _above_one, "stages hear of a flush one after another, and calibrate together", ""),
         Refusal("enable_lora", _set, "adapters are in the layers that calibration would run", ""),
+        Refusal("enable_hierarchical_cache", _set, "stored pages are named by the table of the start", ""),
+        Refusal("speculative_algorithm", _set, "a draft's weights would be others, too; nobody tried it", ""),
     )
 )
 

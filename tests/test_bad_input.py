@@ -140,7 +140,10 @@ CONFLICTS = [
 ]
 
 
-@pytest.mark.parametrize(("option", "value"), [("pp_size", 2), ("enable_lora", True), ("skip_tokenizer_init", True)])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("pp_size", 2), ("enable_lora", True), ("skip_tokenizer_init", True), ("speculative_algorithm", "NGRAM")],
+)
 def test_recalibration_beside_other_features(model, option, value):
     flag = "--" + option.replace("_", "-")
     given = (flag,) if value is True else (flag, str(value))

@@ -86,12 +86,10 @@ def test_the_row_of_another_position_is_found(written):
 def test_what_a_step_has_not_written_yet_is_left_out(written):
     """A decode step's own tokens, those that are verified, and slot 0."""
     sums, slots, positions, _ = written
+    changed = slots[[3, 4, 12, 13]]
     for layer in sums.layers:
-        layer.scatter(slots[[4, 13]], layer.gather(slots[[4, 13]]) ^ 1)
-    assert sampled(written, fresh=1) is None and sampled(written) is not None
-    for layer in sums.layers:
-        layer.scatter(slots[[3, 12]], layer.gather(slots[[3, 12]]) ^ 1)
-    assert sampled(written, fresh=2) is None and sampled(written, fresh=1) is not None
+        layer.scatter(changed, layer.gather(changed) ^ 1)
+    assert sampled(written, fresh=2) is None and sampled(written, fresh=1).position in (3, 7)
     assert not sums.differences(torch.zeros_like(slots), positions)
 
 
@@ -133,7 +131,7 @@ def test_a_step_finds_its_kernels_compiled(monkeypatch):
         check.sample(indptr, none.int(), fresh=1)
         check.sample(indptr, none.int(), fresh=3)
         check.sample(indptr, none, fresh=0)
-    assert seen == ready and len(ready) == 5
+    assert seen == ready and len(ready) == 7
 
 
 def test_nothing_to_compare(written):
