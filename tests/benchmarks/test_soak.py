@@ -94,7 +94,7 @@ def soak(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(program, "missing_plugin", lambda args: None)
     monkeypatch.setattr(program, "exit_on_sigterm", lambda: None)
 
-    def soak(fault="", seconds=3.0):
+    def soak(fault="", seconds=1.5):
         monkeypatch.setattr(program, "Server", lambda *args, **kwargs: Fake(fault))
         out = tmp_path / "out" / "soak.json"
         sizes = ["--sessions=8", "--parallel=4", "--device=cpu", f"--minutes={seconds / 60}", f"--out={out}"]
@@ -108,7 +108,7 @@ def test_a_sound_server_passes_in_time(soak):
     begin = time.monotonic()
     code, record, printed = soak(seconds=6)
     assert (code, record["failures"]) == (0, []), printed.err
-    assert time.monotonic() - begin < 9
+    assert time.monotonic() - begin < 12
     found = record["found"]
     assert all(found[name] for name in program.MUST_HAPPEN)
     assert found["answers replayed"] == found["answers"] - found["answers by a grammar"]
