@@ -107,7 +107,7 @@ def server_arguments(args: argparse.Namespace) -> list[str]:
         f"--max-total-tokens={plan.pool}",
         f"--chunked-prefill-size={min(2048, plan.context // 2)}",
         "--schedule-conservativeness=0.1",  # requests are let in early, and retracted when they grow
-        "--mem-fraction-static=0.3",
+        *(["--mem-fraction-static=0.8"] if args.device == "cpu" else []),  # of what is free while others come and go
         *args.server_args,
     ]
 
