@@ -5,7 +5,7 @@
 Sessions of --turns turns over system prompts that they share, the first ones met on their way; --parallel are asked at
 a time: plain answers of random lengths, essays, several answers to one request, grammars, requests that are aborted and
 clients that give up. The cache holds 1.3 times the working set (:mod:`.plan`), so prefixes are evicted; in the second
-half of each round the longest sessions write essays, for which it is too small, so that requests are retracted. In
+half of each round the shortest sessions write to their end, for which it is too small: requests are retracted. In
 pauses it is flushed.
 
 Each text is read again as one cold prompt, and the log-probabilities of its answers compared with those of when they
