@@ -5,7 +5,7 @@
 Sessions of --turns turns over system prompts that they share, the first ones met on their way; --parallel are asked at
 a time: plain answers of random lengths, essays, several answers to one request, grammars, requests that are aborted and
 clients that give up. The cache holds 1.3 times the working set (:mod:`.plan`), so prefixes are evicted; in the second
-half of each round the longest sessions write essays, for which it is too small, so that requests are retracted. In
+half of each round the shortest sessions write to their end, for which it is too small: requests are retracted. In
 pauses it is flushed.
 
 Each text is read again as one cold prompt, and the log-probabilities of its answers compared with those of when they
@@ -107,7 +107,7 @@ def server_arguments(args: argparse.Namespace) -> list[str]:
         f"--max-total-tokens={plan.pool}",
         f"--chunked-prefill-size={min(2048, plan.context // 2)}",
         "--schedule-conservativeness=0.1",  # requests are let in early, and retracted when they grow
-        "--mem-fraction-static=0.3",
+        *(["--mem-fraction-static=0.8"] if args.device == "cpu" else []),  # of what is free while others come and go
         *args.server_args,
     ]
 

@@ -71,8 +71,13 @@ class Client:
             raise WrongAnswer(f"a prompt of {len(ids)} tokens: status {response.status_code}: {response.text[:300]}")
         meta = response.json()["meta_info"]
         found = meta["input_token_logprobs"][1:]
-        if meta["cached_tokens"] or [token for _, token, *_ in found] != ids[1:]:
+        tokens = [token for _, token, *_ in found]
+        if meta["cached_tokens"]:
             raise WrongAnswer(f"a cold prompt of {len(ids)} tokens: {meta['cached_tokens']} were cached")
+        if tokens != ids[1:]:
+            same = next((i for i, pair in enumerate(zip(tokens, ids[1:], strict=False)) if len({*pair}) > 1), None)
+            said = f"log-probabilities of {len(tokens)} tokens, the first of another token at {same}"
+            raise WrongAnswer(f"a cold prompt of {len(ids)} tokens: {said}; retractions: {meta.get('num_retractions')}")
         return [lp for lp, *_ in found]
 
     def flush(self) -> None:

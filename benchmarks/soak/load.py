@@ -40,7 +40,8 @@ class Load:
     def play(self, until: float, rush: bool = False) -> None:
         """Turns of all sessions in any order, until so late on time.monotonic() or until the server is gone.
 
-        rush: those of the longest sessions, and all for essays: more than the cache can hold at a time.
+        rush: those of the shortest sessions, and all for as much as they have room for. SGLang lets a request in where
+        its own answer fits, and of the others' expects little more: together they outgrow the cache.
         """
         threads = [threading.Thread(target=self._work, args=(until, rush)) for _ in range(self.plan.parallel)]
         for thread in threads:
@@ -65,9 +66,9 @@ class Load:
     def _next(self, rush: bool) -> Session:
         if not rush:
             return self._live.popleft()
-        longest = max(self._live, key=lambda session: len(session.ids))
-        self._live.remove(longest)
-        return longest
+        shortest = min(self._live, key=lambda session: len(session.ids))
+        self._live.remove(shortest)
+        return shortest
 
     def _work(self, until: float, rush: bool) -> None:
         client = Client(self.url)

@@ -62,7 +62,7 @@ class Replay:
     @property
     def rate(self) -> float:
         """Tokens a second."""
-        return self.prompt_tokens / self.seconds if self.seconds else 100.0
+        return self.prompt_tokens / self.seconds if self.prompt_tokens else 100.0
 
     def _work(self, todo: list[Reading]) -> None:
         client = Client(self.url)

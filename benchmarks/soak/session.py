@@ -91,8 +91,8 @@ class Session:
         return list(self.text[start : start + count])
 
     def turn(self, rush: bool = False) -> Turn:
-        """The next one. It is asked again in another way if it comes to nothing. rush: for an essay of three times the
-        length, as far as the session has room."""
+        """The next one. It is asked again in another way if it comes to nothing. rush: for an essay that may
+        end the session: two thirds of its room, or all."""
         draw, random_ = self._random.random(), self._random
         kind = "plain"
         for name, share in KINDS.items():
@@ -100,15 +100,18 @@ class Session:
                 kind = name
                 break
             draw -= share
-        long = random_.random() < ESSAYS or rush or kind in ("abort", "timeout")
+        long = random_.random() < ESSAYS or kind in ("abort", "timeout")
         bounds = self.plan.essay if long else self.plan.answer
         grammar = random_.choice(sorted(GRAMMARS)) if kind == "grammar" else None
         ids = self.ids + self._cut(self.plan.user)
+        room = self.plan.context - len(ids)
+        if rush:
+            bounds = room * 2 // 3, room
         new = GRAMMAR_TOKENS if grammar else random_.randint(*bounds)
         return Turn(
             kind=kind,
             ids=ids,
-            new=min(3 * new, self.plan.context - len(ids)) if rush and not grammar else new,
+            new=new,
             temperature=random_.choice((0.0, 1.0)) if kind != "several" else 1.0,
             grammar=grammar,
             n=random_.randint(2, 3) if kind == "several" else 1,

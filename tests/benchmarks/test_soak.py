@@ -51,7 +51,7 @@ class Fake(JsonServer):
         tokens, grammar = [self.random.randrange(50) for _ in range(new)], next((g for g in TEXTS if g in sampling), "")
         lps = self._logprobs(ids + tokens)
         made = [lp + self.random.uniform(-NOISE, NOISE) for lp in lps[len(ids) :]]
-        if self.fault == "row" and self.answers == 40:
+        if self.fault == "row" and self.answers % 10 == 0:
             made[-1] -= 2
         reason = "abort" if "rid" in body and self.random.random() < 0.7 else "stop" if grammar else "length"
         read = list(zip(lps, ids, strict=False)) if "logprob_start_len" in body else []
@@ -94,7 +94,7 @@ def soak(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(program, "missing_plugin", lambda args: None)
     monkeypatch.setattr(program, "exit_on_sigterm", lambda: None)
 
-    def soak(fault="", seconds=3.0):
+    def soak(fault="", seconds=1.5):
         monkeypatch.setattr(program, "Server", lambda *args, **kwargs: Fake(fault))
         out = tmp_path / "out" / "soak.json"
         sizes = ["--sessions=8", "--parallel=4", "--device=cpu", f"--minutes={seconds / 60}", f"--out={out}"]
@@ -108,7 +108,7 @@ def test_a_sound_server_passes_in_time(soak):
     begin = time.monotonic()
     code, record, printed = soak(seconds=6)
     assert (code, record["failures"]) == (0, []), printed.err
-    assert time.monotonic() - begin < 9
+    assert time.monotonic() - begin < 12
     found = record["found"]
     assert all(found[name] for name in program.MUST_HAPPEN)
     assert found["answers replayed"] == found["answers"] - found["answers by a grammar"]

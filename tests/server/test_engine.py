@@ -55,7 +55,7 @@ def test_mixed_chunks_answer_like_separate_ones(launch, token_ids):
     assert any(1 in new and max(new) > 1 for r in server.records() if (new := r.get("new")))
 
     begin, starts = len(server.records()), (2000, 2500, 3000, 3500)
-    body = {"input_ids": token_ids[4000:4100], "sampling_params": {"max_new_tokens": 400}, "stream": True}
+    body = {"input_ids": token_ids[4000:4100], "sampling_params": {"max_new_tokens": 60}, "stream": True}
     with requests.post(server.url + "/generate", json=body, stream=True, timeout=600) as given_up:
         next(given_up.iter_content(1))
     hits = [prompts[1] + token_ids[a : a + 10] for a in starts[:2]]
@@ -64,7 +64,7 @@ def test_mixed_chunks_answer_like_separate_ones(launch, token_ids):
     prompts += together
     answers += [answer["output_ids"] for answer in server.generate(together, max_new_tokens=8)]
     batches = [new for line in server.records()[begin:] if (new := line.get("new"))]
-    assert any(new.count(200 % 16 + 10) == 2 < len(new) for new in batches), batches
+    assert any(sum(n > 1 for n in new) > 1 for new in batches), batches
     requests.post(server.url + "/flush_cache?timeout=60", timeout=90).raise_for_status()  # once nothing runs
     behind = [server.behind_best(p, a) for p, a in zip(prompts, answers, strict=True)]
     server.stop()
