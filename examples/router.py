@@ -3,8 +3,8 @@
 usage: python examples/router.py --workers http://127.0.0.1:30001 http://127.0.0.1:30002
 
 Needs ``pip install sglang-router``. The servers need one table: the first that starts makes it and keeps it in the
-cache folder, or give all of them --kv-quant-table. Each of a few stories is asked to go on twice; the second time the
-router finds the server that has read it.
+cache folder, or give all of them --kv-quant-table. A few stories are asked for at the same time, each to go on twice;
+the second time the router finds the server that has read it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 STORIES = ("a lighthouse keeper", "an old clockmaker", "a girl who talks to whales", "two rival bakers")
@@ -54,6 +56,16 @@ def start(workers: list[str]) -> tuple[subprocess.Popen, str]:
     raise SystemExit("the router found no workers within a minute")
 
 
+def tell(url: str, story: str) -> str:
+    text, cached = f"This is the story of {story}, as it was told to me when I was young. Once", []
+    for _ in range(2):
+        answer = ask(f"{url}/generate", {"text": text, "sampling_params": {"max_new_tokens": 8, "temperature": 0}})
+        cached.append(answer["meta_info"]["cached_tokens"])
+        text += answer["text"]
+    total = answer["meta_info"]["prompt_tokens"]
+    return f"{story}: {cached[0]} tokens from the cache, then {cached[1]} of {total}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", nargs="+", required=True, metavar="URL", help="servers that are running")
@@ -62,15 +74,8 @@ def main() -> None:
     print(f"{len(workers)} servers, {len(tables)} table")
     router, url = start(workers)
     try:
-        for story in STORIES:
-            text, cached = f"This is the story of {story}, as it was told to me when I was young. Once", []
-            for _ in range(2):
-                sampling = {"max_new_tokens": 8, "temperature": 0}
-                answer = ask(f"{url}/generate", {"text": text, "sampling_params": sampling})
-                cached.append(answer["meta_info"]["cached_tokens"])
-                text += answer["text"]
-            total = answer["meta_info"]["prompt_tokens"]
-            print(f"{story}: {cached[0]} tokens from the cache, then {cached[1]} of {total}")
+        with ThreadPoolExecutor() as pool:
+            print(*pool.map(partial(tell, url), STORIES), sep="\n")
     finally:
         router.terminate()
         router.wait()
