@@ -17,13 +17,13 @@ import triton
 import triton.language as tl
 
 from .decode.splits import request_block
-from .format.layout import BLOCK_SLOTS, RowLayout
+from .every_layer import RowPlaces, row_bytes_at
 
 if TYPE_CHECKING:
     from .layer import PackedLayer
 
 _BYTE, _POSITION = -1640531535, 668265263  # odd
-BYTE, POSITION, BLOCK = (tl.constexpr(x) for x in (_BYTE, _POSITION, BLOCK_SLOTS))
+BYTE, POSITION = tl.constexpr(_BYTE), tl.constexpr(_POSITION)
 _AT_ONCE = 1 << 16  # rows that are gathered for a comparison of many
 _SLOT_BITS, _POSITION_BITS = 32, 22
 
@@ -55,7 +55,8 @@ class Checksums:
         self.sums = torch.zeros(len(self.layers), rows.shape[0], dtype=torch.int32, device=rows.device)
         self.found = torch.zeros(1, dtype=torch.int64, device=rows.device)
         self._steps = torch.zeros(1, dtype=torch.int32, device=rows.device)
-        self._tables = _tables(self.layers) if hasattr(self.layers[0], "tables") else None  # read by kernels
+        places = RowPlaces(self.layers) if hasattr(self.layers[0], "tables") else None  # read by kernels
+        self._tables = places and places.tables
 
     def write(self, slots: torch.Tensor, positions: torch.Tensor) -> None:
         """Of the rows at ``slots [T]``, which hold the tokens at ``positions [T]``."""
@@ -122,38 +123,12 @@ class Checksums:
         return {"BYTES": self._tables[2].shape[1], "num_warps": 1}
 
 
-def _tables(layers: Sequence[PackedLayer]) -> tuple[torch.Tensor, ...]:
-    """Where the bytes of rows lie: addresses int64 [L], row_bytes int32 [L], and int32 [L, BYTES] of the first row of a
-    block and from one row to the next."""
-    device, width = layers[0].rows.device, triton.next_power_of_2(max(x.layout.row_bytes for x in layers))
-    first, step = torch.zeros(2, len(layers), width, dtype=torch.int32)
-    for i, layer in enumerate(layers):
-        first[i, : layer.layout.row_bytes], step[i, : layer.layout.row_bytes] = _places(layer.layout)
-    addresses = torch.tensor([layer.rows.data_ptr() for layer in layers], device=device)
-    sizes = torch.tensor([layer.layout.row_bytes for layer in layers], dtype=torch.int32, device=device)
-    return addresses, sizes, first.to(device), step.to(device)
-
-
-def _places(layout: RowLayout) -> torch.Tensor:
-    """Where a row's bytes, in its own order, lie in a block of rows: int32 ``[2, row_bytes]``, those of the block's
-    first row and the way from one row to the next."""
-    out = []
-    for begin, size in layout.sections:
-        # Rows that are not interleaved are one section.
-        out += [(begin * BLOCK_SLOTS + i, size) for i in range(size)]
-    return torch.tensor(out, dtype=torch.int32).T
-
-
 @triton.jit
 def _row_sum(addresses, sizes, first, step, layer, slot, position, BYTES: tl.constexpr):
-    b = tl.arange(0, BYTES)
-    size = tl.load(sizes + layer)
-    rows = tl.load(addresses + layer).to(tl.pointer_type(tl.uint8))
-    block, within = slot // BLOCK, slot % BLOCK
-    place = tl.load(first + layer * BYTES + b) + within.to(tl.int32) * tl.load(step + layer * BYTES + b)
-    byte = tl.load(rows + block.to(tl.int64) * BLOCK * size + place, mask=b < size, other=0).to(tl.int32)
+    at, mask = row_bytes_at(addresses, sizes, first, step, layer, slot, BYTES)
+    byte = tl.load(at, mask=mask, other=0).to(tl.int64)
     # In 64 bits, of which 32 stay: the interpreter does not wrap.
-    total = tl.sum(byte.to(tl.int64) * (b * BYTE | 1), 0) + position.to(tl.int64) * POSITION
+    total = tl.sum(byte * (tl.arange(0, BYTES) * BYTE | 1), 0) + position.to(tl.int64) * POSITION
     return total.to(tl.int32)
 
 

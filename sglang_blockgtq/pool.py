@@ -11,7 +11,8 @@ from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.mem_cache.memory_pool import KVCache, unwrap_write_loc
 from sglang.srt.platforms import current_platform
 
-from .kernels.layer import PackedLayer
+from .kernels.every_layer import RowPlaces
+from .kernels.layer import PackedLayer, TritonLayer
 from .options import NAME, KVQuantError
 from .row_check import RowCheck
 
@@ -44,6 +45,7 @@ class PackedKVPool(KVCache):
             rows = [layer.new_rows(size + page_size, device) for layer in self.layers.values()]
         for layer, own in zip(self.layers.values(), rows, strict=True):
             layer.bind(own)
+        self._places = RowPlaces(list(self.layers.values())) if isinstance(first, TritonLayer) else None
         self.check = RowCheck(self.layers, check_rows) if check_rows else None
         self.wrapper: Any = None  # of SGLang's, that holds this pool
         self._probing = False
@@ -97,8 +99,11 @@ class PackedKVPool(KVCache):
 
     def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
         """Copy rows between slots in every layer; exact."""
-        for layer in self.layers.values():
-            layer.scatter(tgt_loc, layer.gather(src_loc))
+        if self._places:
+            self._places.move(tgt_loc, src_loc)
+        else:
+            for layer in self.layers.values():
+                layer.scatter(tgt_loc, layer.gather(src_loc))
         if self.check:
             self.check.sums.move(tgt_loc, src_loc)
 
