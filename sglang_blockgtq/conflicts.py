@@ -258,7 +258,16 @@ def check_page(page_size: int) -> None:
 
 
 def check_checksums(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
-    """Rows that something else than the pool brings back have no checksums. Raises KVQuantError."""
+    """On a GPU a server with checksums stopped answering in the only run there was; and rows that something else than
+    the pool brings back have none. Raises KVQuantError."""
+    import torch
+
+    device = get("device") or ("cuda" if torch.accelerator.is_available() else "cpu")
+    if asked.check_rows and str(device).split(":")[0] != "cpu":
+        raise KVQuantError(
+            f"--kv-quant-check-rows {asked.check_rows}: not on --device {device}: the one server that was tried "
+            "with it on a GPU stopped answering, and why is not known; leave the option out, or use --device cpu"
+        )
     if asked.check_rows and get("enable_hierarchical_cache"):
         raise KVQuantError(
             f"--kv-quant-check-rows {asked.check_rows}: HiCache keeps no checksums of the rows that it brings back; "

@@ -36,12 +36,12 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
     from sglang_blockgtq.calibrate.build import build_table
     from sglang_blockgtq.calibrate.moments import Moments
     from sglang_blockgtq.calibrate.rope import RopeBlocks
-    from sglang_blockgtq.kernels import checksum
+    from sglang_blockgtq.kernels import checksum, every_layer
     from sglang_blockgtq.kernels.any_layout import attention as any_attention
     from sglang_blockgtq.kernels.any_layout import encode as any_encode
     from sglang_blockgtq.kernels.any_layout import unpack as any_unpack
     from sglang_blockgtq.kernels.any_layout.tables import AnyTables
-    from sglang_blockgtq.kernels.decode import attention, gather, merge
+    from sglang_blockgtq.kernels.decode import attention, gather, merge, tree
     from sglang_blockgtq.kernels.decode.splits import num_splits
     from sglang_blockgtq.kernels.device import rotate
     from sglang_blockgtq.kernels.device.tables import ColumnTables
@@ -107,6 +107,8 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
         any_attention,
         any_unpack,
         checksum,
+        every_layer,
+        tree,
     ):
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel"):
@@ -155,7 +157,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
     attention.decode_attention(tables, q, rows, indptr, slots, 0.1, target=32, scratch=scratch(32))
     if first:
         args = indptr[:3], slots, 0.1
-        attention.decode_attention(tables, q, rows, *args, q_len=4, target=200, scratch=scratch(200, 4))
+        attention.decode_attention(tables, q, rows, *args, q_len=4, tree=slots, target=200, scratch=scratch(200, 4))
         merge._ROWS_ALONE = merge._GROUPS_AT_ONCE = 0
         parts, lse = scratch(num_splits(8, 32)), torch.zeros(8, 4 * heads)
         merge.merge_splits(tables.v, parts.out, parts.lse, indptr, 1, 32, q, lse)
@@ -167,9 +169,12 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
     unpack(UnpackTask(slots, *torch.zeros(2, 16, heads, dim, dtype=dtype), slots, slots.long(), 8, slots + 8), k, v)
     if first:
         unpack(UnpackTask(slots, k, v))
-        sums = checksum.Checksums([SimpleNamespace(layout=codec.layout, rows=rows, tables=tables)] * 2)
+        layers = [SimpleNamespace(layout=codec.layout, rows=rows, tables=tables)] * 2
+        sums = checksum.Checksums(layers)
         sums.write(slots.long(), slots.long())
-        sums.sample(indptr, slots, 4, decode=True)
+        sums.sample(indptr, slots, 4, fresh=1)
+        every_layer.RowPlaces(layers).move(slots, slots)
+        tree.Tree.of(2, 4, "cpu").read(torch.ones(32, dtype=torch.uint8), slots[:2], 4, full=False, page=64)
 
 
 TEMPLATE, SEGMENTS = ("bfloat16", "template", 128, 90, 0), ("bfloat16", "product-segment", 128, 90, 0)
@@ -202,7 +207,7 @@ FIRST = [
     *("_rotate_kernel", "decode_kernel", "merge_chunk_kernel", "merge_row_kernel"),
     *("merge_chunk_kernel", "merge_tile_kernel", "_merge_into_kernel"),
     *["unpack_columns_kernel"] * 2,
-    *("write_checksums_kernel", "compare_rows_kernel"),
+    *("write_checksums_kernel", "compare_rows_kernel", "take_rows_kernel", "put_rows_kernel", "read_tree_kernel"),
 ]
 KERNELS = {
     TEMPLATE: FIRST,
