@@ -6,7 +6,6 @@ those of an accepted branch are moved as they are. A draft model keeps a 16-bit 
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,6 @@ import torch
 
 from .kernels.decode.tree import MAX_Q_LEN, Tree
 from .options import NAME, KVQuantError
-
-logger = logging.getLogger(__name__)
 
 
 def draft_backend(device: str | None) -> str:
