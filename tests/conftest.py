@@ -24,11 +24,15 @@ if not torch.cuda.is_available():
     del os.environ["TRITON_INTERPRET"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skipped = {}
     if not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="needs a CUDA device")
-        for item in items:
-            if item.get_closest_marker("gpu"):
+        skipped["gpu"] = pytest.mark.skip(reason="needs a CUDA device")
+    if "long" not in config.option.markexpr:
+        skipped["long"] = pytest.mark.skip(reason="takes minutes: -m long")
+    for item in items:
+        for name, skip in skipped.items():
+            if item.get_closest_marker(name):
                 item.add_marker(skip)
 
 

@@ -54,11 +54,14 @@ def push_out(server, token_ids) -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--hicache-ratio=4",),
         ("--hicache-ratio=4", "--hicache-write-policy=write_back", "--hicache-io-backend=direct"),
-        ("--hicache-size=1", "--hicache-write-policy=write_through_selective", "--hicache-mem-layout=layer_first"),
+        pytest.param(("--hicache-ratio=4",), marks=pytest.mark.long),
+        pytest.param(
+            ("--hicache-size=1", "--hicache-write-policy=write_through_selective", "--hicache-mem-layout=layer_first"),
+            marks=pytest.mark.long,
+        ),
     ],
-    ids=["write_through", "write_back", "write_through_selective"],
+    ids=["write_back", "write_through", "write_through_selective"],
 )
 def test_from_host_memory(serve, token_ids, flags):
     server = serve(*flags)
@@ -84,6 +87,7 @@ def stored(folder: Path) -> set[str]:
     return {file.name for file in folder.iterdir() if file.suffix == ".bin"}
 
 
+@pytest.mark.long
 def test_from_files_of_another_server(serve, token_ids, tmp_path):
     """Pages are written while the first server runs. A second with the same table reads them; one with another table
     finds none, and writes its own beside."""
@@ -121,6 +125,7 @@ def test_from_files_of_another_server(serve, token_ids, tmp_path):
     assert stored(tmp_path) > pages
 
 
+@pytest.mark.long
 def test_windows_in_a_pool_of_their_own(serve, mellum, token_ids):
     """Their keys and values, in 16 bits, go to host memory of their own beside the packed ones."""
     server = serve(

@@ -128,6 +128,7 @@ def test_aborted_requests(server, token_ids, truth):
     check_records(server)
 
 
+@pytest.mark.long
 def test_states_come_back_from_host_memory_with_their_rows(launch, granite, truth, token_ids, tmp_path):
     path = os.pathsep.join(filter(None, (str(PLUGIN), str(HICACHE), os.environ.get("PYTHONPATH"))))
     server = launch(
