@@ -233,11 +233,17 @@ HICACHE_DEVICES = ("cuda",)
 HICACHE_PAGE = 64
 
 
-def _check_hicache(device: Any, page_size: int | None, resolved: str) -> None:
+def chosen_device(given: Any) -> tuple[str, str]:
+    """What --device is, given or by SGLang's choice, and its type."""
     import torch
 
-    device = device or ("cuda" if torch.accelerator.is_available() else "cpu")
-    if str(device).split(":")[0] not in HICACHE_DEVICES:
+    device = str(given or ("cuda" if torch.accelerator.is_available() else "cpu"))
+    return device, device.split(":")[0]
+
+
+def _check_hicache(given: Any, page_size: int | None, resolved: str) -> None:
+    device, kind = chosen_device(given)
+    if kind not in HICACHE_DEVICES:
         raise KVQuantError(
             f"--enable-hierarchical-cache{resolved}: not with --kv-quant {NAME} on --device {device}: SGLang moves "
             f"rows to host memory with kernels for {' and '.join(HICACHE_DEVICES)}; leave the option out"
@@ -260,10 +266,8 @@ def check_page(page_size: int) -> None:
 def check_checksums(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
     """On a GPU a server with checksums stopped answering in the only run there was; and rows that something else than
     the pool brings back have none. Raises KVQuantError."""
-    import torch
-
-    device = get("device") or ("cuda" if torch.accelerator.is_available() else "cpu")
-    if asked.check_rows and str(device).split(":")[0] != "cpu":
+    device, kind = chosen_device(get("device"))
+    if asked.check_rows and kind != "cpu":
         raise KVQuantError(
             f"--kv-quant-check-rows {asked.check_rows}: not on --device {device}: the one server that was tried "
             "with it on a GPU stopped answering, and why is not known; leave the option out, or use --device cpu"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from .conflicts import HICACHE_PAGE
+from .conflicts import HICACHE_PAGE, chosen_device
 from .options import NAME, KVQuantError, KVQuantOptions
 
 logger = logging.getLogger(__name__)
@@ -19,10 +19,8 @@ def defaults(get: Callable[[str], Any]) -> dict[str, Any]:
 
     A host without any accelerator gets the CPU, and is told.
     """
-    import torch
-
     found: dict[str, Any] = {"attention_backend": NAME}
-    if get("device") is None and not torch.accelerator.is_available():
+    if get("device") is None and _on_cpu(get):
         logger.warning("%s: no accelerator found, serving on the CPU", NAME)
         found["device"] = "cpu"
     if get("enable_hierarchical_cache") and get("page_size") is None:
@@ -113,9 +111,7 @@ def _check_drafts(get: Callable[[str], Any]) -> None:
 
 
 def _on_cpu(get: Callable[[str], Any]) -> bool:
-    import torch
-
-    return (get("device") or ("cuda" if torch.accelerator.is_available() else "cpu")).split(":")[0] == "cpu"
+    return chosen_device(get("device"))[1] == "cpu"
 
 
 def _check_windows(config: Any, get: Callable[[str], Any]) -> None:
