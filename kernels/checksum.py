@@ -55,7 +55,7 @@ class Checksums:
         self.sums = torch.zeros(len(self.layers), rows.shape[0], dtype=torch.int32, device=rows.device)
         self.found = torch.zeros(1, dtype=torch.int64, device=rows.device)
         self._steps = torch.zeros(1, dtype=torch.int32, device=rows.device)
-        places = RowPlaces(self.layers) if hasattr(self.layers[0], "tables") else None  # read by kernels
+        places = RowPlaces.of(self.layers)
         self._tables = places and places.tables
 
     def write(self, slots: torch.Tensor, positions: torch.Tensor) -> None:

@@ -33,6 +33,11 @@ class RowPlaces:
         sizes = torch.tensor([layer.layout.row_bytes for layer in layers], dtype=torch.int32, device=device)
         self.tables = addresses, sizes, first.to(device), step.to(device)
 
+    @classmethod
+    def of(cls, layers: Sequence[PackedLayer]) -> RowPlaces | None:
+        """None for layers on the host, whose rows no kernel reads."""
+        return cls(layers) if hasattr(layers[0], "tables") else None
+
     def move(self, targets: torch.Tensor, sources: torch.Tensor) -> None:
         """The rows at ``sources [N]`` to ``targets [N]`` in every layer, all read before one is written."""
         if not len(sources):

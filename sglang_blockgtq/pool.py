@@ -12,7 +12,7 @@ from sglang.srt.mem_cache.memory_pool import KVCache, unwrap_write_loc
 from sglang.srt.platforms import current_platform
 
 from .kernels.every_layer import RowPlaces
-from .kernels.layer import PackedLayer, TritonLayer
+from .kernels.layer import PackedLayer
 from .options import NAME, KVQuantError
 from .row_check import RowCheck
 
@@ -45,7 +45,7 @@ class PackedKVPool(KVCache):
             rows = [layer.new_rows(size + page_size, device) for layer in self.layers.values()]
         for layer, own in zip(self.layers.values(), rows, strict=True):
             layer.bind(own)
-        self._places = RowPlaces(list(self.layers.values())) if isinstance(first, TritonLayer) else None
+        self._places = RowPlaces.of(list(self.layers.values()))
         self.check = RowCheck(self.layers, check_rows) if check_rows else None
         self.wrapper: Any = None  # of SGLang's, that holds this pool
         self._probing = False
