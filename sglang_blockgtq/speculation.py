@@ -27,10 +27,9 @@ def check_speculation(config: Any, algorithm: str | None) -> None:
     from .calibrate.model import has_states, windows_apart
     from .conflicts import type_of
 
-    if algorithm is None:
-        return
-    other = "layers with states" if has_states(config) else "windows in a pool of their own"
-    if has_states(config) or windows_apart(config):
+    others = {"layers with states": has_states, "windows in a pool of their own": windows_apart}
+    other = next((what for what, has in others.items() if has(config)), None)
+    if algorithm is not None and other is not None:
         raise KVQuantError(
             f"--speculative-algorithm {algorithm}: not with --kv-quant {NAME} for {type_of(config)}: drafts beside its "
             f"{other} are not tested; serve without speculation"
@@ -97,6 +96,12 @@ class Verification:
         trees = algorithm.is_ngram() or get_spec().speculative_eagle_topk > 1
         tree = Tree.of(requests, q_len, runner.device) if trees else None
         return cls(q_len, tree, full_mask=algorithm.is_ngram() and _ngram_masks_are_full())
+
+    def warm_up(self, requests: int, page: int, nowhere: int) -> None:
+        """Compile what reads the trees of so many requests."""
+        lengths = torch.zeros(requests, dtype=torch.int64, device=self.tree.bits.device)
+        mask = torch.zeros(requests * self.q_len**2, dtype=torch.uint8, device=lengths.device)  # nothing lies before
+        self.tree.read(mask, lengths, self.q_len, self.full_mask, page, nowhere)
 
     def read(self, forward_batch: Any, page: int, nowhere: int) -> None:
         """The step's trees. page, nowhere: see :meth:`.kernels.decode.tree.Tree.read`."""

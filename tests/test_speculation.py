@@ -11,6 +11,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_blockgtq import plugin, preflight, runtime
 from sglang_blockgtq.conflicts import SPECULATION
+from sglang_blockgtq.kernels.decode.tree import Tree
 from sglang_blockgtq.options import KVQuantError, KVQuantOptions
 from sglang_blockgtq.speculation import Verification, draft_bytes_per_token
 
@@ -92,3 +93,11 @@ def test_drafts_are_chains_or_trees(algorithm):
     assert (tree.q_len, len(tree.tree.bits), tree.full_mask) == (5, 15, False)
     with pytest.raises(KVQuantError, match="--speculative-num-draft-tokens 33: .*at most 32"):
         verification(algorithm, 33)
+
+
+def test_what_reads_trees_is_compiled_early():
+    """With a mask of the right size, whatever it is of: nothing is left of what was there."""
+    for made in (verification("EAGLE", 5, topk=2), Verification(5, Tree.of(3, 5, "cpu"), full_mask=True)):
+        made.tree.bits.fill_(-1)
+        made.warm_up(2, 64, 999)
+        assert made.tree.bits.tolist() == [0] * 10 + [-1] * 5

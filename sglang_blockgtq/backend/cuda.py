@@ -73,6 +73,9 @@ class TritonPackedBackend(TritonAttnBackend):
             q_len, tree = verification.q_len, verification.tree
             scratch = self.buffers.verify_scratch
             todo += warm_up.verify_jobs(layers[0], scratch, self.num_head, runner.dtype, most, q_len, tree)
+            if tree is not None:  # it is read, and the rows of an accepted branch are moved
+                todo += [partial(verification.warm_up, n, *self.pages) for n in warm_up.batch_sizes(most)]
+                todo.append(partial(self.pool.move_kv_cache, *torch.zeros(2, 1, dtype=torch.int64, device=self.device)))
         todo.append(lambda: self.buffers.workspace.warm_up(layers))
         if self.pool.check:
             todo += [partial(self.pool.check.warm_up, n, self._ahead) for n in warm_up.batch_sizes(most)]
