@@ -20,8 +20,6 @@ greedy. Columns, where they do not say it themselves:
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import os
 import shlex
 import sys
@@ -36,7 +34,7 @@ import requests
 from .compatibility.measure import ALONE
 from .launch import Server, ServerError, exit_on_sigterm, missing_plugin, shown, wait_for
 from .server_agreement import gap
-from .server_steps import lengths, provenance
+from .server_steps import Record, lengths, provenance
 
 COLUMNS = (
     *("cache", "variant", "input_tokens", "prompts", "table", "tokens", "cold", "warm", "same", "of", "tie"),
@@ -161,21 +159,15 @@ class Seen:
         }
 
 
-class Record:
-    """The CSV, and beside it a JSON file that says how it was made; both are there after each row."""
+@dataclass(frozen=True)
+class Row:
+    """One line of the CSV."""
 
-    def __init__(self, out: Path, made: dict):
-        self.out, self.rows = out, []
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(shown(json.dumps(made, indent=1)) + "\n")
+    values: dict
 
-    def add(self, row: dict) -> None:
-        self.rows.append({name: f"{x:.5g}" if isinstance(x, float) else x for name, x in row.items()})
-        print(" ".join(f"{name}={x}" for name, x in self.rows[-1].items() if x != ""), flush=True)
-        with self.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
+    def fields(self) -> dict:
+        shown = {name: self.values.get(name, "") for name in COLUMNS}
+        return {name: f"{x:.5g}" if isinstance(x, float) else x for name, x in shown.items()}
 
 
 @contextmanager
@@ -214,11 +206,11 @@ def measure(args: argparse.Namespace, record: Record) -> int:
                 for n in args.lengths:
                     seen = Seen.of(server, texts[n], args.new)
                     first = firsts.setdefault((cache, n), seen)
-                    record.add({**row, "input_tokens": n, "prompts": args.prompts, **seen.beside(first)})
+                    record.add(Row({**row, "input_tokens": n, "prompts": args.prompts, **seen.beside(first)}))
             except (ServerError, requests.RequestException, TimeoutError) as e:
                 failed += 1
                 lines = [line for line in str(e).splitlines() if "Error" in line or line.startswith("error:")]
-                record.add({**row, "note": shown((lines or str(e).splitlines())[-1])[:300]})
+                record.add(Row({**row, "note": shown((lines or str(e).splitlines())[-1])[:300]}))
             server.stop()
     return failed
 
@@ -260,7 +252,8 @@ def main(argv: list[str] | None = None) -> int:
         print(wrong, file=sys.stderr)
         return 2
     words = sys.argv[1:] if argv is None else argv
-    record = Record(args.out, provenance("python -m benchmarks.variants " + shown(shlex.join(words)), args.commit))
+    command = "python -m benchmarks.variants " + shown(shlex.join(words))
+    record = Record(args.out, provenance(command, args.commit), COLUMNS)
     return 1 if measure(args, record) else 0
 
 

@@ -54,3 +54,22 @@ def _subject(tiny_llama):
 def tiny_subject(_subject):
     """What benchmarks.fidelity measures: a tiny model, calibrated on random tokens, and 400 others to measure."""
     return replace(_subject)
+
+
+@pytest.fixture
+def instead_of_sglang(tmp_path, monkeypatch) -> Callable[[str], Path]:
+    """Have a script take sglang.launch_server's place in processes that are started; returns the file of its
+    requests."""
+
+    def take(script: str) -> Path:
+        package = tmp_path / "fake" / "sglang"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "launch_server.py").write_text(script)
+        monkeypatch.setenv("PYTHONPATH", str(package.parent))
+        monkeypatch.setenv("REQUESTS", str(tmp_path / "requests"))
+        monkeypatch.setenv("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "0")  # main sets it: restored afterwards
+        monkeypatch.setattr("benchmarks.models.exit_on_sigterm", lambda: None)  # not in the test process
+        return tmp_path / "requests"
+
+    return take

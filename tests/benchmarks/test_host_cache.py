@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from benchmarks import host_cache, models
+from benchmarks import host_cache
 
 #: Answers like launch_server with HiCache: of prompts, the last that fit are in device memory, and all in host memory.
 #: FAKE=small has little host memory, FAKE=forgets loads nothing from it, FAKE=spoils loads other bytes, FAKE=quiet does
@@ -74,18 +74,10 @@ SMALL = ("--tokens=640", "--question=64", "--repeats=2", "--host-gb=4", "--commi
 
 
 @pytest.fixture
-def fake(tmp_path, monkeypatch):
-    """The stand-in takes sglang's place in processes that are started; returns the file of its requests."""
-    package = tmp_path / "fake" / "sglang"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "launch_server.py").write_text(FAKE_SERVER)
-    monkeypatch.setenv("PYTHONPATH", str(package.parent))
-    monkeypatch.setenv("REQUESTS", str(tmp_path / "requests"))
-    monkeypatch.setenv("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "0")  # main sets it: restored afterwards
-    monkeypatch.setattr(models, "exit_on_sigterm", lambda: None)  # not in the test process
+def fake(instead_of_sglang, monkeypatch):
+    """The stand-in, by the file of its requests."""
     monkeypatch.setattr(host_cache, "CHUNK", 64)
-    return tmp_path / "requests"
+    return instead_of_sglang(FAKE_SERVER)
 
 
 def run(tmp_path, *options: str) -> tuple[int, list[dict], dict]:

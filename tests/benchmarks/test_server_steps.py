@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import models
 from benchmarks import server_steps as steps
 from benchmarks.launch import Server, ServerError, Stream, shown, wait_for
 from benchmarks.models import Model
@@ -67,18 +66,10 @@ FAKE_SERVER = textwrap.dedent(
 
 
 @pytest.fixture
-def fake(tmp_path, monkeypatch):
-    """The stand-in takes sglang's place in processes that are started; returns the file of its requests."""
-    package = tmp_path / "fake" / "sglang"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "launch_server.py").write_text(FAKE_SERVER)
-    monkeypatch.setenv("PYTHONPATH", str(package.parent))
-    monkeypatch.setenv("REQUESTS", str(tmp_path / "requests"))
+def fake(instead_of_sglang, monkeypatch):
+    """The stand-in, by the file of its requests."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    monkeypatch.setenv("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "0")  # main sets it: restored afterwards
-    monkeypatch.setattr(models, "exit_on_sigterm", lambda: None)  # not in the test process
-    return tmp_path / "requests"
+    return instead_of_sglang(FAKE_SERVER)
 
 
 def run(tmp_path, *options: str) -> tuple[int, list[dict], dict]:
