@@ -51,6 +51,17 @@ def push_out(server, token_ids) -> None:
         server.generate(token_ids[start : start + 400])
 
 
+def through_host(server, prompt, token_ids):
+    """Log-probabilities of a prompt that is cold, cached, and pushed out again; and where it came from at last."""
+    cold, came = ask(server, prompt)
+    assert came == {}
+    from_cache, came = ask(server, prompt)
+    assert came == {"device": PREFIX}
+    push_out(server, token_ids)
+    from_host, came = ask(server, prompt)
+    return cold, from_cache, from_host, came
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -66,12 +77,7 @@ def push_out(server, token_ids) -> None:
 def test_from_host_memory(serve, token_ids, flags):
     server = serve(*flags)
     prompt = token_ids[: PREFIX + SUFFIX]
-    cold, came = ask(server, prompt)
-    assert came == {}
-    from_cache, came = ask(server, prompt)
-    assert came == {"device": PREFIX}
-    push_out(server, token_ids)
-    from_host, came = ask(server, prompt)
+    cold, from_cache, from_host, came = through_host(server, prompt, token_ids)
     assert came == {"host": PREFIX}
     again, came = ask(server, prompt)
     assert came == {"device": PREFIX}
@@ -132,12 +138,7 @@ def test_windows_in_a_pool_of_their_own(serve, mellum, token_ids):
         "--hicache-ratio=4", "--kv-quant-k-bits=8", "--kv-quant-v-bits=8", "--max-total-tokens=576", model=mellum
     )
     prompt = token_ids[: PREFIX + SUFFIX]
-    cold, came = ask(server, prompt)
-    assert came == {}
-    from_cache, came = ask(server, prompt)
-    assert came == {"device": PREFIX}
-    push_out(server, token_ids)
-    from_host, came = ask(server, prompt)
+    cold, from_cache, from_host, came = through_host(server, prompt, token_ids)
     assert came.get("host") == PREFIX
     server.stop()
     assert mean_gap(from_host, from_cache) < SAME and mean_gap(from_cache, cold) < WINDOWS

@@ -1,27 +1,15 @@
 """A test-only SGLang plugin: speculative decoding on the CPU.
 
 SGLang's kernels for drafts come with a GPU, but for those that it has in Triton for XPUs, which run in Triton's
-interpreter.
+interpreter: beside blockgtq_interpreted, which makes that swift.
 """
 
 import importlib
-import importlib.util
-from pathlib import Path
-
-
-def _swift():
-    """The interpreter without what it does in vain, as the tests of the CUDA backend have it."""
-    file = Path(__file__).parents[1] / "interpreted" / "blockgtq_interpreted.py"
-    spec = importlib.util.spec_from_file_location("interpreted", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module._swift()
 
 
 def register():
     from sglang.srt import utils
 
-    _swift()
     real = utils.is_xpu
     utils.is_xpu = lambda: True
     try:
