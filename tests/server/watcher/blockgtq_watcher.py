@@ -5,6 +5,7 @@ ready. After each wake-up every row is NaN and every request's table points nowh
 $BLOCKGTQ_NO_MEMORY memory runs out while a graph is captured.
 """
 
+import functools
 import gc
 import json
 import os
@@ -40,6 +41,7 @@ def register():
 
     resume = SchedulerWeightUpdaterManager.resume_memory_occupation
 
+    @functools.wraps(resume)  # the plugin's check of SGLang reads its parameters
     def spoiled_resume(self, *args, **kwargs):
         done = resume(self, *args, **kwargs)
         runner = self.tp_worker.model_runner
