@@ -47,14 +47,18 @@ def kernels(request, monkeypatch):
 def host(monkeypatch):
     """host(pool) -> its host pool."""
     monkeypatch.setattr(hicache, "get_allocator_type", lambda: "default")
+    made = []
 
     def make(pool, layout="page_first", ratio=2.0, size=0, table_hash="ab" * 32, chunk="raw", page=PAGE):
         memory = SimpleNamespace(hicache_ratio=ratio, hicache_mem_layout=layout)
         monkeypatch.setattr(hicache, "get_memory", lambda: memory)
         with host_memory_budget_scope(1 << 30):
-            return PackedHostPool(pool, page, size, table_hash=table_hash, chunk_attention=chunk)
+            made.append(PackedHostPool(pool, page, size, table_hash=table_hash, chunk_attention=chunk))
+        return made[-1]
 
-    return make
+    yield make
+    for host_pool in made:
+        host_pool.destroy()  # pinned memory that is freed pinned cannot be pinned again
 
 
 def interleaved_pool(runtime, device="cpu"):
