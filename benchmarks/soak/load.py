@@ -40,8 +40,8 @@ class Load:
     def play(self, until: float, rush: bool = False) -> None:
         """Turns of all sessions in any order, until so late on time.monotonic() or until the server is gone.
 
-        rush: those of the shortest sessions, and all for as much as they have room for. SGLang lets a request in where
-        its own answer fits, and of the others' expects little more: together they outgrow the cache.
+        rush: those of the shortest sessions, from half of them on to their end. The cache holds what is asked; the
+        answers together outgrow it.
         """
         threads = [threading.Thread(target=self._work, args=(until, rush)) for _ in range(self.plan.parallel)]
         for thread in threads:
