@@ -120,6 +120,7 @@ class Run:
         self.replay = Replay(server.url, args.bound or BOUNDS[args.bits])
         self.calm: Replay | None = None
         self.flushes = 0
+        self._took = {False: 0.0, True: 0.0}  # seconds of load without and with a rush, as seen last
         self.begin = time.monotonic()
         self.end = self.begin + 60 * args.minutes
         self._stop = threading.Event()
@@ -136,7 +137,7 @@ class Run:
         try:
             self._calm()
             length = (self.end - time.monotonic()) / ROUNDS
-            while not self.errors and self._time_left() > 0:
+            while not self.errors and self._time_left() > self._took[False]:
                 for rush in (False, True):
                     self._play(min(length * 0.35, self._time_left()), rush)
                 self._read()
@@ -167,8 +168,9 @@ class Run:
 
     def _play(self, seconds: float, rush: bool) -> None:
         stop = time.monotonic() + seconds
-        while not self.errors and time.monotonic() < stop and self._time_left() > 0:
-            self.load.play(min(stop, time.monotonic() + max(5, seconds / 4)), rush)
+        while not self.errors and (begin := time.monotonic()) < stop and self._time_left() > self._took[rush]:
+            self.load.play(min(stop, begin + max(5, seconds / 4)), rush)
+            self._took[rush] = time.monotonic() - begin
 
     def _read(self) -> None:
         if self.errors:
