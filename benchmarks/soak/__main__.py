@@ -16,8 +16,8 @@ more, and of one token, see :class:`.replay.Bound`), a request fails, the server
 than all slots free after a flush, a row that the prefix cache holds when it is flushed has another checksum than when
 it was written (not on a GPU), or if something of the above never happened.
 
---minutes begin when the server answers, and contain the reading. A calm beginning, one session at a time, gives what
-the cache costs without pressure.
+--minutes begin when the server answers, and contain the reading; what is still being answered then is waited for. A
+calm beginning, one session at a time, gives what the cache costs without pressure.
 """
 
 from __future__ import annotations
