@@ -45,7 +45,7 @@ class Reading:
 @dataclass(frozen=True)
 class Turn:
     """A request. kind: of :data:`KINDS`, or "plain". grammar: one of :data:`GRAMMARS`. new: tokens of the answer.
-    after: seconds until it is aborted or given up."""
+    after: of the answer's time, when it is aborted or given up."""
 
     kind: str
     ids: list[int]
@@ -117,7 +117,7 @@ class Session:
             temperature=random_.choice((0.0, 1.0)) if kind != "several" else 1.0,
             grammar=grammar,
             n=random_.randint(2, 3) if kind == "several" else 1,
-            after=random_.random(),
+            after=random_.random() / 2,  # of what the answer takes; by then most are still being written
         )
 
     def keep(self, turn: Turn, tokens: list[int], logprobs: list[float]) -> None:
