@@ -114,7 +114,7 @@ class Client:
             raise WrongAnswer(f"{turn.grammar}: {answers[0]['text']!r} does not follow {GRAMMARS[turn.grammar]}")
         return Outcome(
             choices,
-            max(meta.get("num_retractions") or 0 for meta in metas),
+            sum(meta["num_retractions"] for meta in metas),
             max(meta["cached_tokens"] for meta in metas),
             complete,
         )

@@ -32,7 +32,7 @@ class Load:
         self._lock, self._random = threading.Lock(), random.Random(self.seed)
         self._live: deque[Session] = deque(self._new(i, midway=True) for i in range(self.plan.sessions))
         self._started = self.plan.sessions
-        self._token_s = 0.1  # of an answer, as seen last
+        self._seconds = 0.0  # of all answers
 
     def _new(self, number: int, midway: bool = False) -> Session:
         return Session(number, self.seed, self.plan, self.text, midway)
@@ -40,8 +40,8 @@ class Load:
     def play(self, until: float, rush: bool = False) -> None:
         """Turns of all sessions in any order, until so late on time.monotonic() or until the server is gone.
 
-        rush: those of the shortest sessions, and all for as much as they have room for. SGLang lets a request in where
-        its own answer fits, and of the others' expects little more: together they outgrow the cache.
+        rush: those of the shortest sessions, from half of them on to their end. The cache holds what is asked; the
+        answers together outgrow it.
         """
         threads = [threading.Thread(target=self._work, args=(until, rush)) for _ in range(self.plan.parallel)]
         for thread in threads:
@@ -58,6 +58,12 @@ class Load:
         """Tokens that would have to be read again if all were over now."""
         with self._lock:
             return sum(len(x.ids) for x in self.ready) + sum(len(x.ids) for x in self._live if x.answers)
+
+    @property
+    def _token_s(self) -> float:
+        """Seconds of a token of an answer."""
+        written = self.counts["answer tokens"]
+        return self._seconds / written if written else 0.1
 
     def _finish(self, session: Session) -> None:
         if session.answers:
@@ -101,7 +107,7 @@ class Load:
             if not outcome.choices:
                 counts[turn.kind + "s"] += 1
                 return
-            self._token_s = 0.5 * self._token_s + 0.5 * (time.monotonic() - begin) / turn.new
+            self._seconds += time.monotonic() - begin
             counts["turns"] += 1
             counts["answers"] += len(outcome.choices)
             counts["answer tokens"] += sum(len(tokens) for tokens, _ in outcome.choices)

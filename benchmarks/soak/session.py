@@ -45,7 +45,7 @@ class Reading:
 @dataclass(frozen=True)
 class Turn:
     """A request. kind: of :data:`KINDS`, or "plain". grammar: one of :data:`GRAMMARS`. new: tokens of the answer.
-    after: seconds until it is aborted or given up."""
+    after: of the answer's time, when it is aborted or given up."""
 
     kind: str
     ids: list[int]
@@ -91,8 +91,8 @@ class Session:
         return list(self.text[start : start + count])
 
     def turn(self, rush: bool = False) -> Turn:
-        """The next one. It is asked again in another way if it comes to nothing. rush: for an essay that may
-        end the session: two thirds of its room, or all."""
+        """The next one. It is asked again in another way if it comes to nothing. rush: after more words of
+        the user's, to half of the session, for an answer that takes the other half."""
         draw, random_ = self._random.random(), self._random
         kind = "plain"
         for name, share in KINDS.items():
@@ -103,10 +103,12 @@ class Session:
         long = random_.random() < ESSAYS or kind in ("abort", "timeout")
         bounds = self.plan.essay if long else self.plan.answer
         grammar = random_.choice(sorted(GRAMMARS)) if kind == "grammar" else None
-        ids = self.ids + self._cut(self.plan.user)
-        room = self.plan.context - len(ids)
+        user = self.plan.user
         if rush:
-            bounds = room * 2 // 3, room
+            user = 2 * (max(user[1], self.plan.context // 2 - len(self.ids)),)
+        ids = self.ids + self._cut(user)
+        if rush:
+            bounds = 2 * (self.plan.context - len(ids),)
         new = GRAMMAR_TOKENS if grammar else random_.randint(*bounds)
         return Turn(
             kind=kind,
@@ -115,7 +117,7 @@ class Session:
             temperature=random_.choice((0.0, 1.0)) if kind != "several" else 1.0,
             grammar=grammar,
             n=random_.randint(2, 3) if kind == "several" else 1,
-            after=random_.random(),
+            after=random_.random() / 2,  # of what the answer takes; by then most are still being written
         )
 
     def keep(self, turn: Turn, tokens: list[int], logprobs: list[float]) -> None:

@@ -115,6 +115,7 @@ def test_a_sound_server_passes_in_time(soak):
     assert found["gap, nats"]["max"] <= NOISE and found["worst token, nats"] <= NOISE
     assert record["commit"] == "c" and record["command"].startswith("python -m benchmarks.soak --model=x")
     assert record["plan"]["pool"] == PLAN.pool
+    assert record["server_env"] == {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "22"}
     assert "passed" in printed.out and "turns" in printed.out
 
 
@@ -140,6 +141,7 @@ def test_what_never_happened_is_a_failure():
     run = SimpleNamespace(server=Fake(), errors=[], replay=Replay("", Bound(1, 1)), flushes=0)
     found = dict.fromkeys(program.MUST_HAPPEN, 3)
     assert program.failures(run, found) == []
+    assert program.failures(run, found | {"rows compared": None}) == []  # nobody asked for checksums
     assert program.failures(run, found | {"retractions": 0}) == ["nothing is shown of retractions: there were none"]
 
 
@@ -154,6 +156,21 @@ def test_sizes_follow_the_context():
         Plan.of(300, 30, 4, 8)
     with pytest.raises(PlanError, match="--parallel 9"):
         Plan.of(768, 30, 9, 8)
+
+
+@pytest.mark.parametrize("context, parallel, sessions", [(576, 6, 12), (768, 12, 24), (4096, 32, 64)])
+def test_a_rush_outgrows_the_cache(context, parallel, sessions):
+    """More often than not, even where those that are aborted or end early hold nothing and nobody takes their place."""
+    plan, text, outgrown = Plan.of(context, 30, parallel, sessions), [*range(8 * context)], 0
+    for seed in range(10):
+        live = sorted((Session(i, seed, plan, text, midway=True) for i in range(sessions)), key=lambda x: len(x.ids))
+        turns = [session.turn(rush=True) for session in live[:parallel]]
+        shared = plan.system * (parallel - len({session.ids[0] for session in live[:parallel]}))
+        assert sum(len(turn.ids) for turn in turns) - shared < 0.9 * plan.pool
+        turns = [turn for turn in turns if turn.kind in ("plain", "several")]
+        held = [sum(len(x.ids) + n * x.n for x in turns if n < x.new) - shared for n in range(0, context, 8)]
+        outgrown += max(held) > plan.pool
+    assert outgrown > 5
 
 
 def test_sessions_share_prompts_and_are_the_same_for_a_seed():
