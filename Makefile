@@ -1,7 +1,7 @@
 # make serve   serve a real model with the packed KV cache, ask it one question, keep serving
 # make quality write quality.md: what each preset costs MODEL, beside bf16 and fp8
 # make test    run the package's tests   make test-benchmarks   those of benchmarks/ and scripts/
-# make lint    ruff                      make clean             remove what make made here
+# make lint    ruff and mypy (make types alone)            make clean   remove what make made here
 #
 # PYTHON=python3.12  interpreter for .venv (3.11 or newer)
 # VENV=FOLDER        use this environment as it is: nothing is installed into it
@@ -27,7 +27,7 @@ export PYTHONSAFEPATH := 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: serve quality test test-benchmarks lint clean
+.PHONY: serve quality test test-benchmarks lint types clean
 
 serve: $(INSTALLED)
 	@set -e; model=$$($(BIN)/python scripts/get_model.py $(if $(MODEL),'$(MODEL)')); \
@@ -49,9 +49,16 @@ test-benchmarks: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	@$(MAKE) --no-print-directory types
+
+# mypy finds modules as imports name them: in a folder where kernels/ and calibrate/ lie in the package, as installed.
+types: $(INSTALLED)
+	@rm -rf build/types && mkdir -p build/types/sglang_blockgtq
+	@ln -s '$(CURDIR)'/sglang_blockgtq/*[!_] '$(CURDIR)'/{kernels,calibrate} build/types/sglang_blockgtq
+	cd build/types && $(abspath $(BIN))/python -m mypy --config-file '$(CURDIR)/pyproject.toml' --cache-dir '$(CURDIR)/.mypy_cache'
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 # Made again when the dependencies change; the code itself is installed editable.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +19,7 @@ from .text import DEFAULT_TOKENS, TextError, check_tokens
 PROGRAM = "python -m sglang_blockgtq.calibrate"
 BAD_INPUT = 2  # exit code
 GRANULARITY_HELP = "block: for paper and product, a width for each RoPE block; default: segment (of 16 channels)"
+NO_PICTURE = "matplotlib is not installed, which draws it; pip install matplotlib"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -137,14 +139,19 @@ def _calibrate(argv: list[str]) -> None:
 
 def _inspect(argv: list[str]) -> None:
     args = _inspect_parser().parse_args(argv)
+    drawn = find_spec("matplotlib") is not None
+    if args.png and not drawn:
+        raise ValueError(f"--png {args.png}: {NO_PICTURE}, or leave --png out")
     table = AllocationTable.load(args.table)
-    from .fingerprint import draw
     from .inspect import summary
 
     png = args.png or args.table.with_suffix(".png")
-    draw(table, png)
+    if drawn:
+        from .fingerprint import draw
+
+        draw(table, png)
     print(summary(table))
-    print(f"\nfingerprint: {png}")
+    print(f"\nfingerprint: {png if drawn else NO_PICTURE}")
 
 
 def main(argv: list[str] | None = None) -> int:

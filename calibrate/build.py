@@ -53,6 +53,8 @@ def page_means(moments: Moments, page: int) -> torch.Tensor:
     Slow is what rotates by at most SLOW within a page, so that one mean serves all of it: the mean key averaged over
     the page's positions. Zero in other blocks, and in layers without frequencies.
     """
+    if moments.theta is None or moments.mean is None:
+        raise ValueError("moments: taken without frequencies and means")
     steps = torch.arange(page, dtype=torch.float64)[:, None, None] * moments.theta.nan_to_num()
     turn = torch.complex(steps.cos().mean(0), steps.sin().mean(0))[:, None]
     slow = (moments.theta * page <= SLOW)[:, None, :, None]  # False for NaN
@@ -107,8 +109,8 @@ def build_table(
     check_budget("k_bits", k_bits, blocks)
     check_budget("v_bits", v_bits, v_head_dim // 2)
 
-    energy, mean = moments.k, None
-    if rule.means and moments.mean is not None and not moments.theta.isnan().all():
+    energy, mean, theta = moments.k, None, moments.theta
+    if rule.means and moments.mean is not None and theta is not None and not theta.isnan().all():
         mean = page_means(moments, page)
         energy = energy - mean.square().sum(-1)
     q, k = _floored(moments.q), _floored(energy)
@@ -161,9 +163,8 @@ def build_table(
         "v_rotation": haar_rotation(v_head_dim, seed + 1).float(),
         **{f"rotation.{n}": haar_rotation(n, seed).float() for n in sorted(sizes)},
     }
-    if mean is not None:
-        theta = moments.theta.nan_to_num()
-        tensors |= {"mean": mean.float(), "theta": theta}
+    if mean is not None and theta is not None:
+        tensors |= {"mean": mean.float(), "theta": theta.nan_to_num()}
     header = TableHeader(
         model_id=model_id,
         config_hash=config_hash,

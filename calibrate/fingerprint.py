@@ -34,7 +34,7 @@ def fingerprint(table: AllocationTable) -> Figure:
     )
 
     layers = range(h.layers)
-    bottom = 0
+    bottom = 0 * shares[:, 0]
     for bits in used:
         color = palette(max(bits - 1, 0))
         left.bar(layers, shares[:, bits], bottom=bottom, width=1.0, color=color, label=width_name(bits), linewidth=0)

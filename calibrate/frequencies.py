@@ -31,9 +31,9 @@ def frequencies(turn: Callable[[torch.Tensor], torch.Tensor], positions: int) ->
     doubling = [1 << i for i in range((positions - 1).bit_length()) if 1 << i < positions]
     if not doubling:
         return None
-    theta = None
-    for position, found in zip(doubling, angles(doubling), strict=True):
-        theta = found if theta is None else theta + _wrap(found - position * theta) / position
+    theta, *further = angles(doubling)
+    for position, found in zip(doubling[1:], further, strict=True):
+        theta = theta + _wrap(found - position * theta) / position
     where = sorted({i * (positions - 1) // SAMPLES for i in range(SAMPLES + 1)})
     gap = _wrap(angles(where) - torch.tensor(where, dtype=torch.float64)[:, None] * theta)
     return theta if bool((gap.abs() < TOLERANCE).all()) else None  # False for NaN

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
+    PreTrainedModel,
 )
 
 from ..kernels.host.attention import causal_attention
@@ -84,15 +85,15 @@ def _attention(take: Take, config: PretrainedConfig, logits: dict[int, tuple[flo
             logits[layer] = scaling, terms
         if read := take(layer, *(x[0].transpose(0, 1) for x in (query, key, value))):
             key, value = (x.transpose(0, 1)[None] for x in read)
-        out = causal_attention(*(x[0].transpose(0, 1) for x in (query, key, value)), scaling, terms)
-        return out[None], None
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return causal_attention(q, k, v, scaling, terms)[None], None
 
     return forward
 
 
 @contextmanager
 def _captured(
-    model: torch.nn.Module, take: Take, logits: dict[int, tuple[float, Terms]] | None = None
+    model: PreTrainedModel, take: Take, logits: dict[int, tuple[float, Terms]] | None = None
 ) -> Iterator[None]:
     """Within the context, ``take(layer, q, k, v)`` sees every layer's tensors ``[T, heads, channels]``.
 
@@ -131,15 +132,15 @@ def _of_pairs(x: torch.Tensor, pairs: int) -> torch.Tensor:
     return x[:, :half] if torch.equal(x[:, :half], x[:, half:]) else x[:, ::2]
 
 
-def model_frequencies(model: torch.nn.Module, rope: Sequence[RopeBlocks]) -> list[torch.Tensor | None]:
+def model_frequencies(model: PreTrainedModel, rope: Sequence[RopeBlocks]) -> list[torch.Tensor | None]:
     """How fast each layer's blocks rotate, by the model's own rotary module; None where it does not tell."""
     device, rotary = next(model.parameters()).device, getattr(model.get_decoder(), "rotary_emb", None)
     parameters = rope_parameters(model.config)
-    kinds = layer_kinds(model.config) or [None] * len(rope)
+    kinds: Sequence[str | None] = layer_kinds(model.config) or [None] * len(rope)
     by_kind = any(kind in parameters for kind in kinds)  # each kind of layer has RoPE of its own
     pairs = max(blocks.rotary_dim for blocks in rope) // 2
 
-    def turn(kind: str | None, positions: torch.Tensor) -> torch.Tensor:
+    def turn(rotary: torch.nn.Module, kind: str | None, positions: torch.Tensor) -> torch.Tensor:
         sides = rotary(torch.zeros(1, device=device), positions[None].to(device), *([kind] if by_kind else []))
         return torch.stack([_of_pairs(x[0], pairs) for x in sides], 1)
 
@@ -149,7 +150,7 @@ def model_frequencies(model: torch.nn.Module, rope: Sequence[RopeBlocks]) -> lis
         if rotary is None or "mrope_section" in mine or mine.get("rope_type") in CHANGING_ROPE:
             return None
         try:
-            return frequencies(partial(turn, kind), _context(model.config))
+            return frequencies(partial(turn, rotary, kind), _context(model.config))
         except (TypeError, ValueError, RuntimeError, IndexError):  # a module of another kind
             logger.warning("%s says no frequencies", type(rotary).__name__)
             return None
@@ -158,7 +159,7 @@ def model_frequencies(model: torch.nn.Module, rope: Sequence[RopeBlocks]) -> lis
 
 
 def check_rope(
-    model: torch.nn.Module, rope: Sequence[RopeBlocks], theta: Sequence[torch.Tensor | None], token: int
+    model: PreTrainedModel, rope: Sequence[RopeBlocks], theta: Sequence[torch.Tensor | None], token: int
 ) -> list[torch.Tensor | None]:
     """ModelError if the model rotates other channel pairs than ``rope`` says (see :mod:`.rope_check`).
 
@@ -167,8 +168,8 @@ def check_rope(
     device = next(model.parameters()).device
     probe = Probe(token, _context(model.config), has_states(model.config))
     with _captured(model, probe.take):
-        for ids, positions in probe.passes:
-            ids, positions = (torch.tensor([x], device=device) for x in (ids, positions))
+        for read in probe.passes:
+            ids, positions = (torch.tensor([x], device=device) for x in read)
             model.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False)
     _check_all_seen(model.config, set(probe.keys))
     swings, drifts = zip(*(probe.found(i, r, theta[i]) for i, r in enumerate(rope)), strict=True)
@@ -178,7 +179,7 @@ def check_rope(
 
 
 def collect(
-    model: torch.nn.Module, sequences: Sequence[Sequence[int]], rope: list[RopeBlocks], progress: bool = True
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], rope: list[RopeBlocks], progress: bool = True
 ) -> Moments:
     """Moments of a transformers causal language model over token sequences; one pass, batch size 1.
 
@@ -207,10 +208,11 @@ def collect(
     return sums.mean(tokens, packed)
 
 
-def measure(model: torch.nn.Module, ids: Sequence[int], table: AllocationTable) -> Quality:
+def measure(model: PreTrainedModel, ids: Sequence[int], table: AllocationTable) -> Quality:
     """What the cache of ``table`` costs on ``ids``, which it was not calibrated on."""
     device = next(model.parameters()).device
-    tokens, logits = torch.tensor([list(ids)], device=device), {}
+    tokens = torch.tensor([list(ids)], device=device)
+    logits: dict[int, tuple[float, Terms]] = {}
 
     def run(hook: Hook, answers: torch.Tensor) -> torch.Tensor:
         with _captured(model, hook, logits):
@@ -236,7 +238,7 @@ def load_config(model_path: str, **options: Any) -> PretrainedConfig:
     return config
 
 
-def _auto_class(config: PretrainedConfig) -> type:
+def _auto_class(config: PretrainedConfig) -> type[AutoModelForImageTextToText] | type[AutoModelForCausalLM]:
     """What loads a model: models with images are not among transformers' causal language models."""
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForImageTextToText
@@ -280,10 +282,10 @@ def calibrate_model(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model = _auto_class(config).from_pretrained(model_path, dtype=dtype, **options)
+        loaded: Any = _auto_class(config).from_pretrained(model_path, dtype=dtype, **options)
     except (OSError, ValueError) as e:
         raise ModelError(f"--model-path {model_path}: its weights cannot be loaded ({_first_line(e)})") from e
-    model = model.to(device).eval()
+    model = loaded.to(device).eval()
     rope = rope_blocks(config, sys.modules[type(model.get_decoder()).__module__])
     if allocator != "uniform" and not any(r.rotary_dim for r in rope):
         logger.warning("no layer of %s has RoPE: there are no blocks to rank, so widths are uniform", model_path)

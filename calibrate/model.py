@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 from types import ModuleType
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -82,7 +83,7 @@ def packed_layers(config: PretrainedConfig) -> list[int]:
 
 def _canonical_rope(rope: dict) -> dict:
     """One spelling for what transformers versions and SGLang write differently."""
-    out = {}
+    out: dict[str, Any] = {}
     for key, value in rope.items():
         if isinstance(value, dict):  # parameters per layer type
             out[key] = _canonical_rope(value)

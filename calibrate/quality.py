@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ class Quality:
     worst_layer_kl: float
     tokens: int
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def line(self) -> str:
@@ -155,6 +156,6 @@ class HeldOut:
             k_read, _ = read(layer, k, v)
             sums.add_attention(layer, attention_divergence(q, k, k_read, self.queries, *self.logits_of[layer]))
         logits = self.run(lambda layer, q, k, v: read(layer, k, v), self.answers)
-        if logits is not None:
+        if self.logits is not None and logits is not None:
             sums.add_answers(divergence(self.logits, logits))
         return sums

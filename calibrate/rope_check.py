@@ -38,7 +38,8 @@ class Probe:
 
     def __init__(self, token: int, context: int, states: bool):
         """context: a model's length. states: whether it has layers with states."""
-        self.states, self.keys = states, {}
+        self.states = states
+        self.keys: dict[int, list[torch.Tensor]] = {}
         self.positions = probe_positions(context - SHIFTED_TOKENS)[::SHIFTS] if states else probe_positions(context)
         starts = [range(a, a + SHIFTED_TOKENS) for a in self.positions] if states else [self.positions]
         self.passes = [([token] * len(where), list(where)) for where in starts]

@@ -53,9 +53,14 @@ class TableHeader:
     granularity: str = "segment"  # what gets a width of its own; "block" only for paper and product
     page: int = 0  # positions of a page of keys' means; 0: keys are coded as they are
     weights_hash: str = ""  # "" when the weights could not be fingerprinted
-    quality: dict[str, float] | None = None  # what it costs: fields of calibrate.quality.Quality; None: not measured
+    quality: dict[str, Any] | None = None  # what it costs: fields of calibrate.quality.Quality; None: not measured
     format_version: int = FORMAT_VERSION
     table_hash: str = ""  # over all tensors and this header without the hash
+
+    @property
+    def kl(self) -> float | None:
+        """Of the answer, nats a token; None where it was not measured."""
+        return None if self.quality is None else self.quality["kl"]
 
     @property
     def bf16_bytes_per_token_head(self) -> int:

@@ -86,9 +86,10 @@ def weights_hash(model_path: str, revision: str | None = None, download_dir: str
     """
     path = Path(model_path)
     if not path.exists():
-        path = _snapshot(model_path, revision, download_dir)
-        if path is None:
+        snapshot = _snapshot(model_path, revision, download_dir)
+        if snapshot is None:
             return ""
+        path = snapshot
     files = [path] if path.is_file() else _files(path)
     if not files:
         return ""

@@ -13,7 +13,7 @@ if __name__ == "kernels":
 
     _here = Path(__file__).resolve().parent.parent
     _spec = PathFinder.find_spec(__name__, [p for p in sys.path if Path(p or ".").resolve() != _here])
-    if _spec is None:
+    if _spec is None or _spec.loader is None:
         # Not installed: whoever found this folder asks for a version next, and must find it too old.
         __version__ = "0"
     else:

@@ -56,7 +56,8 @@ class Checksums:
         self.found = torch.zeros(1, dtype=torch.int64, device=rows.device)
         self._steps = torch.zeros(1, dtype=torch.int32, device=rows.device)
         places = RowPlaces.of(self.layers)
-        self._tables = places and places.tables
+        self._tables = places.tables if places else None
+        self._constants = {"BYTES": places.width, "num_warps": 1} if places else {}
 
     def write(self, slots: torch.Tensor, positions: torch.Tensor) -> None:
         """Of the rows at ``slots [T]``, which hold the tokens at ``positions [T]``."""
@@ -117,10 +118,6 @@ class Checksums:
             return None
         layer, position = divmod(found >> _SLOT_BITS, 1 << _POSITION_BITS)
         return Difference(layer - 1, found & (1 << _SLOT_BITS) - 1, position)
-
-    @property
-    def _constants(self) -> dict[str, int]:
-        return {"BYTES": self._tables[2].shape[1], "num_warps": 1}
 
 
 @triton.jit

@@ -137,7 +137,8 @@ class TritonLayer(PackedLayer):
 
     def bind(self, rows: torch.Tensor) -> None:
         super().bind(rows)
-        self.encoder = Encoder(self.tables, rows) if self.fast else AnyEncoder(self.tables, rows)
+        tables = self.tables
+        self.encoder = Encoder(tables, rows) if isinstance(tables, ColumnTables) else AnyEncoder(tables, rows)
         self.unpacker.bind(rows)
 
     def unbind(self) -> None:
@@ -157,11 +158,12 @@ class TritonLayer(PackedLayer):
             overwrite(mine, theirs)
 
     def encode(self, k, v, loc, positions=None, q=None):
-        if not self.fast:
-            self.encoder(k, v, loc, positions)
+        encoder = self.encoder
+        if isinstance(encoder, AnyEncoder):
+            encoder(k, v, loc, positions)
             return None
         rotated = None if q is None else torch.empty(q.shape, dtype=torch.float32, device=q.device)
-        self.encoder(k, v, loc, positions, q, rotated)
+        encoder(k, v, loc, positions, q, rotated)
         return rotated
 
     def decode(self, q, kv_indptr, kv_indices, sm_scale, **options):
@@ -202,9 +204,11 @@ class TorchLayer(PackedLayer):
         return sum(x.nbytes for x in vars(self.codec).values() if isinstance(x, torch.Tensor))
 
     def encode(self, k, v, loc, positions=None, q=None):
-        few = self.encoder is not None and len(k) <= MOST_TOKENS
-        encode = self.encoder if few else partial(reference.encode, self.codec)
-        self.scatter(loc, encode(k, v, positions))
+        if self.encoder is not None and len(k) <= MOST_TOKENS:
+            rows = self.encoder(k, v, positions)
+        else:
+            rows = reference.encode(self.codec, k, v, positions)
+        self.scatter(loc, rows)
 
     def decode(
         self,

@@ -201,6 +201,8 @@ def page_bias(codec: LayerCodec, q: torch.Tensor, rows: torch.Tensor) -> torch.T
 
     A row's position is its place in the request.
     """
+    if codec.mean is None:
+        raise ValueError("codec: its keys have no page means")
     flags = scales_of(codec, rows)[..., 0] < 0
     pages = torch.arange(len(rows), device=rows.device) // codec.mean.page
     means = codec.mean.first_pages(int(pages.max()) + 1)

@@ -87,8 +87,9 @@ def frequencies_of(model: torch.nn.Module, head_dim: int) -> dict[int, torch.Ten
         rotary = rotaries.get(layer)
         if rotary is not None and id(rotary) not in known:
             cache = getattr(rotary, "cos_sin_cache", None)
-            linear = cache is not None and cache.dim() == 2 and not getattr(rotary, "mrope_section", None)
-            known[id(rotary)] = frequencies(partial(_turns, cache), len(cache)) if linear else None
+            known[id(rotary)] = None
+            if cache is not None and cache.dim() == 2 and not getattr(rotary, "mrope_section", None):
+                known[id(rotary)] = frequencies(partial(_turns, cache), len(cache))
         out[layer] = of_blocks(None if rotary is None else known[id(rotary)], blocks)
     return out
 
@@ -118,8 +119,8 @@ class CaptureBackend(AttentionBackend):
         out = q.new_empty(q.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         start = 0
         for n in forward_batch.extend_seq_lens_cpu:
-            part = [x[start : start + n] for x in (q, k, v)]
-            out[start : start + n] = causal_attention(*part, layer.scaling, terms)
+            own = slice(start, start + n)
+            out[own] = causal_attention(q[own], k[own], v[own], layer.scaling, terms)
             start += n
         return out.flatten(1)
 
@@ -128,7 +129,7 @@ def _batch(runner: Any, ids: list[int], positions: Sequence[int]) -> ForwardBatc
     """An extend batch of one whole sequence, without cache slots behind it."""
     device, n = runner.device, len(ids)
     length = torch.tensor([n], dtype=torch.int64, device=device)
-    positions = torch.tensor(positions, dtype=torch.int64, device=device)
+    where = torch.tensor(positions, dtype=torch.int64, device=device)
     batch = ForwardBatch(
         forward_mode=ForwardMode.EXTEND,
         batch_size=1,
@@ -139,7 +140,7 @@ def _batch(runner: Any, ids: list[int], positions: Sequence[int]) -> ForwardBatc
         orig_seq_lens=length.to(torch.int32),
         out_cache_loc=torch.arange(n, device=device),
         seq_lens_sum=n,
-        positions=positions,
+        positions=where,
         extend_num_tokens=n,
         extend_seq_lens=length.to(torch.int32),
         extend_prefix_lens=torch.zeros(1, dtype=torch.int32, device=device),
@@ -152,7 +153,7 @@ def _batch(runner: Any, ids: list[int], positions: Sequence[int]) -> ForwardBatc
         spec_algorithm=runner.spec_algorithm,
     )
     if runner.model_config.model_is_mrope:
-        batch.mrope_positions = positions.expand(3, n).contiguous()
+        batch.mrope_positions = where.expand(3, n).contiguous()
     return batch
 
 

@@ -67,10 +67,10 @@ def _calibrated(runner: Any, options: KVQuantOptions, given: Plan, make: Make, l
         layers = make(table)
         return Choice(table.with_quality(_measure(exact, layers, table)), "calibrated", layers)
 
-    if options.k_bits is not None:
-        first = attempt((options.k_bits, options.v_bits))
+    if (wanted := options.bits) is not None:
+        first = attempt(wanted)
         if not _within(first.table, options.max_kl):
-            better = (b for b in LADDER if sum(b) > options.k_bits + options.v_bits)
+            better = (b for b in LADDER if sum(b) > sum(wanted))
             tried = (attempt(bits).table for bits in better)
             enough = next((table for table in tried if _within(table, options.max_kl)), None)
             does = "no bits do" if enough is None else f"{_bits(enough)} do"
@@ -85,7 +85,7 @@ def _calibrated(runner: Any, options: KVQuantOptions, given: Plan, make: Make, l
         if _within(choice.table, options.target_kl):
             break
     else:
-        cost = f"KL {choice.table.header.quality['kl']:.4f} is above {options.target_kl:g}"
+        cost = f"KL {choice.table.header.kl:.4f} is above {options.target_kl:g}"
         said = f"{flag('preset')} auto: {cost} with {bits[0]:g} bits, too"
         if options.max_kl is not None:
             raise KVQuantError(f"{said}; allow more, or a wider {flag('bits_range')} than {low:g}-{high:g}")
@@ -117,12 +117,13 @@ def _kept(choice: Choice, given: Plan, options: KVQuantOptions) -> Choice:
 def _within(table: AllocationTable, most: float | None) -> bool:
     """Whether the measured KL is at most ``most``, which NaN is not; true where it was not measured, of which there
     is a warning."""
-    return most is None or table.header.quality is None or table.header.quality["kl"] <= most
+    kl = table.header.kl
+    return most is None or kl is None or kl <= most
 
 
 def _check(table: AllocationTable, options: KVQuantOptions, remedy: str) -> None:
     if not _within(table, options.max_kl):
-        cost = f"{_bits(table)} cost {table.header.quality['kl']:.4f} nats a token"
+        cost = f"{_bits(table)} cost {table.header.kl:.4f} nats a token"
         raise KVQuantError(f"{flag('max_kl')} {options.max_kl:g}: {cost}; {remedy}")
 
 

@@ -296,7 +296,7 @@ def check_resolved(server_args: Any = None) -> None:
         server_args, get = get_context().server_args, get_context().config_leaf
     else:
         get = partial(resolution_result, server_args)
-    _check(get, KVQuantOptions.of(server_args), resolved=" (as SGLang resolves the arguments)")
+    _check(get, KVQuantOptions.required_of(server_args), resolved=" (as SGLang resolves the arguments)")
 
 
 def refuse_model(what: str, reason: str) -> KVQuantError:

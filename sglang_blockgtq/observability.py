@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from . import __version__
+from .backend import require_packed_pool
 from .options import KVQuantOptions
-from .pool import packed_pool
 from .runtime import Runtime, current
 
 
@@ -15,7 +15,7 @@ def server_info(scheduler: Any) -> dict[str, Any] | None:
     if KVQuantOptions.of(scheduler.server_args) is None:
         return None
     runner = scheduler.tp_worker.model_runner
-    pool, info = packed_pool(runner.token_to_kv_pool), current().summary()
+    pool, info = require_packed_pool(runner), current().summary()
     rows = sum(pool.get_kv_size_bytes())
     return {
         **info,

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from .calibrate.allocate import ALLOCATOR_VERSION
 from .calibrate.build import BUILDER_VERSION, build_table, poured_as
@@ -63,11 +63,14 @@ def check_table(table: AllocationTable, path: str, options: KVQuantOptions, conf
 
 def load_named_table(options: KVQuantOptions, config: Any) -> AllocationTable:
     """The table of --kv-quant-table, checked against a model's Hugging Face config. Raises KVQuantError."""
+    path = options.table
+    if path is None:
+        raise ValueError("these options name no table")
     try:
-        table = AllocationTable.load(options.table)
+        table = AllocationTable.load(path)
     except TableError as e:
-        raise KVQuantError(f"{flag('table')} {options.table}: {e}") from None
-    check_table(table, options.table, options, config)
+        raise KVQuantError(f"{flag('table')} {path}: {e}") from None
+    check_table(table, path, options, config)
     return table
 
 
@@ -86,13 +89,14 @@ def calibration_text(
 
 def granularity_of(options: KVQuantOptions) -> str:
     """What gets a width of its own: only some allocators have the choice."""
-    return options.granularity if options.allocator in SEGMENT_ALLOCATORS else "segment"
+    allocator, granularity = options.rule
+    return granularity if allocator in SEGMENT_ALLOCATORS else "segment"
 
 
 def cache_path(options: KVQuantOptions, model_config_hash: str, weights: str, text: str) -> Path:
     """File of a computed table. Tensor parallelism is not in the key: the table is the whole model's."""
     granularity = granularity_of(options)
-    rule = rule_of(options.allocator, granularity)
+    rule = rule_of(options.rule[0], granularity)
     key = "|".join(
         str(x)
         for x in (
@@ -138,8 +142,23 @@ def sweep(folder: Path) -> None:
                 scratch.unlink(missing_ok=True)
 
 
-def effective_rule(rope: list[RopeBlocks], options: KVQuantOptions) -> dict[str, str]:
-    """The allocator that runs and its granularity, as build_table takes them.
+class Rule(TypedDict):
+    """An allocator and its granularity, as build_table takes them."""
+
+    allocator: str
+    granularity: str
+
+
+class Hashes(TypedDict):
+    """What a table was made of, as build_table takes them."""
+
+    config_hash: str
+    text_hash: str
+    weights_hash: str
+
+
+def effective_rule(rope: list[RopeBlocks], options: KVQuantOptions) -> Rule:
+    """The allocator that runs and its granularity.
 
     A model without RoPE has no blocks to rank and gets uniform bits, with a notice.
     """
@@ -151,20 +170,20 @@ def effective_rule(rope: list[RopeBlocks], options: KVQuantOptions) -> dict[str,
             options.allocator,
         )
         return {"allocator": "uniform", "granularity": "segment"}
-    return {"allocator": options.allocator, "granularity": granularity_of(options)}
+    return {"allocator": options.rule[0], "granularity": granularity_of(options)}
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is known before calibration.
 
-    sequences: token ids to calibrate on; held_out: others, to measure on, perhaps none. hashes: as build_table takes
-    them. path: where the table goes once it is made; None to keep it nowhere. table: an earlier one, found there.
+    sequences: token ids to calibrate on; held_out: others, to measure on, perhaps none. path: where the table goes once
+    it is made; None to keep it nowhere. table: an earlier one, found there.
     """
 
     sequences: list[list[int]]
     held_out: list[int]
-    hashes: dict[str, str]
+    hashes: Hashes
     path: Path | None = None
     table: AllocationTable | None = None
 
@@ -173,8 +192,8 @@ def plan(runner: Any, options: KVQuantOptions, kept: bool = True) -> Plan:
     """For a loaded ModelRunner. kept: the weights are those of the files it was started with. Raises KVQuantError."""
     args, config = runner.server_args, runner.model_config
     sequences, held_out = calibration_text(_tokenizer(args), options, config.context_len, runner.device)
-    hashes = {"config_hash": config_hash(config.hf_config), "text_hash": text_hash(sequences)}
-    hashes["weights_hash"] = weights = _weights(args) if kept else ""
+    weights = _weights(args) if kept else ""
+    hashes = Hashes(config_hash=config_hash(config.hf_config), text_hash=text_hash(sequences), weights_hash=weights)
     if not kept:
         return Plan(sequences, held_out, hashes)
     if not weights:

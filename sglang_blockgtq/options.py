@@ -82,6 +82,18 @@ class KVQuantOptions:
     recalibrate: str = "never"
 
     @property
+    def bits(self) -> tuple[float, float] | None:
+        """Of keys and values; None where they are to be chosen, or are a table's."""
+        return None if self.k_bits is None or self.v_bits is None else (self.k_bits, self.v_bits)
+
+    @property
+    def rule(self) -> tuple[str, str]:
+        """The allocator and its granularity of a table that is made here. ValueError where a table says them."""
+        if self.allocator is None or self.granularity is None:
+            raise ValueError("allocator and granularity are those of the named table")
+        return self.allocator, self.granularity
+
+    @property
     def target_kl(self) -> float:
         """Nats a token that chosen bits may cost."""
         return TARGET_KL if self.max_kl is None else self.max_kl
@@ -96,6 +108,14 @@ class KVQuantOptions:
     def of(cls, server_args: Any) -> KVQuantOptions | None:
         """The options a ServerArgs carries, or None when --kv-quant was not asked for."""
         return getattr(server_args, ATTRIBUTE, None)
+
+    @classmethod
+    def required_of(cls, server_args: Any) -> KVQuantOptions:
+        """The options of a ServerArgs that carries some. RuntimeError where it does not."""
+        options = cls.of(server_args)
+        if options is None:
+            raise RuntimeError(f"{NAME}: these server arguments carry no options; --kv-quant was not asked for")
+        return options
 
 
 _arrived = False
@@ -203,7 +223,7 @@ def _refuse_abbreviations(parser: argparse.ArgumentParser) -> None:
                 raise SystemExit(f"error: {name}: these options are not abbreviated; write {' or '.join(meant)}")
         return parse_known_args(args, namespace)
 
-    parser.parse_known_args = checked
+    parser.parse_known_args = checked  # type: ignore[method-assign]  # argparse has no other way
 
 
 def _number(name: str, value: Any) -> float:
@@ -239,7 +259,7 @@ def _range(name: str, value: Any) -> tuple[float, float]:
     return low, high
 
 
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise KVQuantError(f"{flag(name)} {value}: unknown; choose one of {', '.join(choices)}")
     return value

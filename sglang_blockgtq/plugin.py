@@ -49,6 +49,8 @@ def _from_cli_args(orig: Any, cls: type, args: Any, *more: Any, **kwargs: Any) -
 
 def engine_server_args(*args: Any, **kwargs: Any) -> Any:
     """What ``sgl.Engine(**kwargs)`` builds its ServerArgs with. Raises KVQuantError."""
+    if _make_server_args is None:
+        raise RuntimeError(f"{NAME}: Engine's own way to make its ServerArgs is not known: it was not loaded")
     asked = options.parse({name: kwargs.pop(name, None) for name in FLAGS})
     if asked is None:
         return _make_server_args(*args, **kwargs)
@@ -137,7 +139,7 @@ def _alloc_memory_pool(orig: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         from . import runtime
 
         # Tables are in memory before free memory is measured, so the pool is sized around them.
-        runtime.start(self, KVQuantOptions.of(self.server_args))
+        runtime.start(self, KVQuantOptions.required_of(self.server_args))
     return orig(self, *args, **kwargs)
 
 
@@ -149,7 +151,7 @@ def _after_update(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     if result[0]:
         from .recalibrate import weights_replaced
 
-        weights_replaced(KVQuantOptions.of(runner.server_args), says=self.tp_rank == 0)
+        weights_replaced(KVQuantOptions.required_of(runner.server_args), says=self.tp_rank == 0)
 
 
 def _watch_flush(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -181,9 +183,9 @@ def _after_resume(result: Any, self: Any, recv_req: Any, *args: Any, **kwargs: A
 
     runner, tags = self.tp_worker.model_runner, recv_req.tags or GPU_MEMORY_ALL_TYPES
     if _packs(runner) and GPU_MEMORY_TYPE_KV_CACHE in tags and self.memory_saver_adapter.enabled:
-        from .pool import packed_pool
+        from .backend import require_packed_pool
 
-        packed_pool(runner.token_to_kv_pool).clear()
+        require_packed_pool(runner).clear()
         runner.req_to_token_pool.req_to_token[0] = 0  # their row, of slots
 
 
@@ -423,13 +425,14 @@ def _support_triton(orig: Any, backend: str, *args: Any, **kwargs: Any) -> bool:
 
 _MANAGER = "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _FLUSH = "managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper."
+Hooks = dict[str, tuple[str, Callable[..., Any]]]  # by target: when, and what is called
 _UPDATER = "model_executor.model_runner_components.weight_updater.WeightUpdater."
-_OPTION_HOOKS = {
+_OPTION_HOOKS: Hooks = {
     "server_args.ServerArgs.add_cli_args": ("AFTER", _add_cli_args),
     "server_args.ServerArgs.from_cli_args": ("AROUND", _from_cli_args),
     "plugins.load_plugins": ("AFTER", _give_engine_our_factory),
 }
-_HOOKS = {
+_HOOKS: Hooks = {
     "arg_groups.model_hook.handle_model_specific_adjustments": ("AROUND", _handle_model),
     "arg_groups.model_hook.resolved_view": ("AFTER", _resolved_view),
     "server_args.ServerArgs.resolve_once": ("AFTER", _resolve_once),
@@ -474,7 +477,7 @@ _HOOKS = {
 }
 
 
-def _hook(table: dict[str, tuple[str, Callable]]) -> None:
+def _hook(table: Hooks) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
     for target, (kind, function) in table.items():

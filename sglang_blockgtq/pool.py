@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
@@ -16,12 +16,14 @@ from .kernels.layer import PackedLayer
 from .options import NAME, KVQuantError
 from .row_check import RowCheck
 
+Layer = TypeVar("Layer", bound=PackedLayer)
 
-class PackedKVPool(KVCache):
+
+class PackedKVPool(KVCache, Generic[Layer]):
     """The rows of some layers. Not a subclass of MHATokenToKVPool: whatever would copy dense K and V finds no such
     buffer and fails loudly. Rows do not depend on the request, so the radix cache shares slots as ever.
 
-    layers: by layer id; any ids, any shapes. check_rows: as the option.
+    layers: by layer id; any ids, any shapes, of the one kind that the backend reads. check_rows: as the option.
     """
 
     def __init__(
@@ -29,7 +31,7 @@ class PackedKVPool(KVCache):
         size: int,
         page_size: int,
         *,
-        layers: Mapping[int, PackedLayer],
+        layers: Mapping[int, Layer],
         device: str,
         enable_memory_saver: bool,
         start_layer: int,
@@ -38,7 +40,7 @@ class PackedKVPool(KVCache):
     ):
         # uint8 keeps fused kernels away that would write bf16 rows.
         super().__init__(size, page_size, torch.uint8, len(layers), device, enable_memory_saver, start_layer, end_layer)
-        self.layers = dict(layers)
+        self.layers: dict[int, Layer] = dict(layers)
         first = next(iter(self.layers.values()))
         self.head_num, self.head_dim, self.v_head_dim = first.heads, first.head_dim, first.v_head_dim
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):  # what sleep gives back: rows and no more
@@ -51,7 +53,7 @@ class PackedKVPool(KVCache):
         self._probing = False
         self._finalize_allocation_log(size)
 
-    def layer(self, layer_id: int) -> PackedLayer:
+    def layer(self, layer_id: int) -> Layer:
         """To write or read: the device waits until HiCache has loaded the layer's rows, as in SGLang's own getters.
         KVQuantError for a layer that this pool does not hold."""
         if layer_id not in self.layers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from sglang.srt.distributed.parallel_state import get_attn_tp_group, get_pp_group, get_world_group
@@ -13,7 +13,9 @@ from .options import NAME, KVQuantError
 T = TypeVar("T")
 
 
-def reduce(values: torch.Tensor, op: torch.distributed.ReduceOp = torch.distributed.ReduceOp.SUM) -> torch.Tensor:
+def reduce(
+    values: torch.Tensor, op: torch.distributed.ReduceOp.RedOpType = torch.distributed.ReduceOp.SUM
+) -> torch.Tensor:
     """``values`` (CPU) over the ranks that hold parts of the model."""
     for group in (get_attn_tp_group(), get_pp_group()):
         if group.world_size > 1:
@@ -24,7 +26,9 @@ def reduce(values: torch.Tensor, op: torch.distributed.ReduceOp = torch.distribu
 def from_rank_zero(make: Callable[[], T]) -> T:
     """World rank 0's ``make()`` on every rank; where that fails, KVQuantError with its message on every rank."""
     group = get_world_group()
-    value = message = cause = None
+    value: Any = None
+    message: str | None = None
+    cause: Exception | None = None
     if group.rank_in_group == 0:
         try:
             value = make()
@@ -56,7 +60,7 @@ def check_ranks(table_hash: str, cell_size: int) -> None:
     found: list = [None] * group.world_size
     mine = (table_hash, get_pp_group().rank_in_group, cell_size)
     torch.distributed.all_gather_object(found, mine, group=group.cpu_group)
-    stages = {}
+    stages: dict[int, tuple[int, int]] = {}
     for rank, (_, stage, size) in enumerate(found):
         stages.setdefault(stage, (rank, size))
     for rank, (table, stage, size) in enumerate(found):

@@ -58,7 +58,7 @@ def after_flush(scheduler: Any) -> str:
     """
     global _replaced, _failure
     runner, updater = scheduler.tp_worker.model_runner, scheduler.weight_updater
-    options = KVQuantOptions.of(runner.server_args)
+    options = KVQuantOptions.required_of(runner.server_args)
     if not _replaced or options.recalibrate != "flush":
         return ""
     try:
@@ -113,6 +113,6 @@ def recalibrate(runner: Any, options: KVQuantOptions) -> None:
     runtime.set_current(fresh)
     if is_rank_zero():
         logger.info(fresh.line())
-        quality = choice.table.header.quality
-        if options.max_kl is not None and (quality is None or not quality["kl"] <= options.max_kl):
+        kl = choice.table.header.kl
+        if options.max_kl is not None and (kl is None or not kl <= options.max_kl):
             logger.warning("%s: the new table is not within %s %g", NAME, flag("max_kl"), options.max_kl)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -25,6 +25,7 @@ from .terms import terms_of
 
 if TYPE_CHECKING:
     from .backend.buffers import Buffers
+    from .kernels.layer import TritonLayer
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +200,8 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
         from .backend.buffers import Buffers
 
         window = max(terms_of(x, {}).window for x in here)
-        buffers = Buffers.of(layers, runner, here[0].tp_q_head_num, window)
+        of_kernels = cast("dict[int, TritonLayer]", layers)  # as all are on a GPU
+        buffers = Buffers.of(of_kernels, runner, here[0].tp_q_head_num, window)
         torch.cuda.empty_cache()
     runtime = Runtime(
         options=options,

@@ -98,7 +98,9 @@ class Verification:
         return cls(q_len, tree, full_mask=algorithm.is_ngram() and _ngram_masks_are_full())
 
     def warm_up(self, requests: int, page: int, nowhere: int) -> None:
-        """Compile what reads the trees of so many requests."""
+        """Compile what reads the trees of so many requests, if there are any."""
+        if self.tree is None:
+            return
         lengths = torch.zeros(requests, dtype=torch.int64, device=self.tree.bits.device)
         mask = torch.zeros(requests * self.q_len**2, dtype=torch.uint8, device=lengths.device)  # nothing lies before
         self.tree.read(mask, lengths, self.q_len, self.full_mask, page, nowhere)

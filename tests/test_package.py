@@ -36,7 +36,7 @@ def wheel(tmp_path_factory) -> Path:
     """Made as ``python -m build --wheel`` makes it, of a copy: a build leaves files behind."""
     pytest.importorskip("setuptools", minversion="77")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source)
     for top in CODE:
         shutil.copytree(ROOT / top, source / top, ignore=shutil.ignore_patterns("__pycache__"))
@@ -53,8 +53,16 @@ def test_a_wheel_has_all_code_and_nothing_else(wheel):
     assert files == {name for name in code if "__pycache__" not in name}
 
 
+def test_a_wheel_is_typed_and_says_its_licence(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert all(f"sglang_blockgtq/{part}py.typed" in names for part in ("", "kernels/", "calibrate/"))
+    assert {name.rpartition("/")[2] for name in names if ".dist-info/licenses/" in name} == {"LICENSE", "NOTICE"}
+
+
+# What the extras plot and test bring counts as missing: a server needs none of it.
 SAY = """
-import json, sys
+import json, pkgutil, sys
+sys.modules |= dict.fromkeys(("matplotlib", "hypothesis", "mypy", "pytest"))
 import sglang_blockgtq
 from importlib.metadata import version
 from sglang.srt.plugins import load_plugins
@@ -62,11 +70,14 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 load_plugins()
 from sglang_blockgtq import calibrate, kernels
 files = [x.__file__ for x in (sglang_blockgtq, calibrate, kernels)]
+for module in pkgutil.walk_packages(sglang_blockgtq.__path__, "sglang_blockgtq."):
+    if module.name.rpartition(".")[2] not in ("__main__", "fingerprint"):
+        __import__(module.name)
 print(json.dumps([files, version("sglang-blockgtq"), sorted(HookRegistry._hooks)]))
 """
 
 
-def test_an_unpacked_wheel_registers_the_plugin(wheel, tmp_path):
+def test_an_unpacked_wheel_registers_the_plugin_without_the_extras(wheel, tmp_path):
     target = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(target)
     env = {**os.environ, "PYTHONPATH": str(target), "PYTHONSAFEPATH": "1", "SGLANG_PLUGINS": "blockgtq"}

@@ -8,6 +8,7 @@ captured in a CUDA graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -88,8 +89,9 @@ def target_splits(tables: Tables, num_heads: int, q_len: int = 1) -> int:
     """
     rows = num_heads // tables.heads * q_len
     block_m = _block_m(tables, rows)
-    fast = isinstance(tables, ColumnTables)
-    per_sm = _tuning(tables, block_m).warps_per_sm if fast else any_layout.PROGRAMS_PER_SM
+    per_sm = any_layout.PROGRAMS_PER_SM
+    if isinstance(tables, ColumnTables):
+        per_sm = _tuning(tables, block_m).warps_per_sm
     return max(1, _multiprocessors(tables.device) * per_sm // (tables.heads * triton.cdiv(rows, block_m)))
 
 
@@ -178,7 +180,7 @@ def decode_attention(
         return out, lse
     if rotated is None:
         rotated = rotate_queries(tables.k, q, num_heads // tables.heads)
-    attend = _attend if isinstance(tables, ColumnTables) else any_layout.attend
+    attend: Callable[..., None] = _attend if isinstance(tables, ColumnTables) else any_layout.attend
     where = q_len, target, splits, scratch.out, scratch.lse
     attend(tables, rotated, rows, kv_indptr, kv_indices, sm_scale, terms, tree, *where)
     # The tokens that all queries of a request see together.

@@ -112,7 +112,7 @@ def _questions(kernel: triton.runtime.JITFunction) -> dict[str, tuple[int, bool,
 
 def _look(questions: Mapping[str, tuple], values: Mapping[str, Any], placed: list[tuple[int, Any]]) -> tuple:
     """The answers for some arguments, which are put to their places."""
-    answers = []
+    answers: list[Any] = []
     for name, x in values.items():
         place, constant, specialized, aligned = questions[name]
         if constant:

@@ -108,7 +108,7 @@ class CodeSpec:
 
     @classmethod
     def of(cls, layout: CodeLayout) -> CodeSpec:
-        columns = layout.columns
+        columns = layout.require_columns()
         polys = [polynomial(bits) for bits in columns.widths]
         return cls(
             bins=tuple((b.offset, b.words, b.repeat.bit_length() - 1) for b in columns.bins),

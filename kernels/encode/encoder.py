@@ -38,7 +38,7 @@ class Encoder:
         """rows ``[slots, row_bytes]`` uint8, contiguous and interleaved (:mod:`..format.layout`); else ValueError."""
         tables.check_rows(rows)
         self.tables, self.rows = tables, rows
-        self.few_tokens = FEW_CHANNELS // (tables.heads * tables.k.padded)  # most that the kernel for a few takes
+        self.few_tokens = few_tokens(tables)
         self._launches: dict[tuple, Launch] = {}
 
     def __call__(
@@ -69,7 +69,8 @@ class Encoder:
         if not tokens:
             return
         if tokens <= self.few_tokens:
-            few, per_token, spread = True, 0, {}
+            few, per_token = True, 0
+            spread: dict[str, Any] = {}
             parts = tables.k.padded // _channels(tables)
             programs = (2 * tokens + triton.cdiv(tokens * group, QUERY_BLOCK) * parts) * tables.heads
             grid = programs, 1, 1
@@ -78,6 +79,9 @@ class Encoder:
             few, spread = False, {"spread": per_token}
             programs = triton.cdiv(max(tokens * per_token, tokens * group), ROWS)
             grid = programs, tables.heads * (3 if group else 2), 1
+        stride_qt = stride_qh = stride_rt = stride_rh = 0
+        if q is not None and rotated is not None:
+            (stride_qt, stride_qh, _), (stride_rt, stride_rh, _) = q.stride(), rotated.stride()
         key = few, k.dtype, group, per_token > 1
         launch = self._launches.get(key)
         if launch is None:
@@ -97,10 +101,10 @@ class Encoder:
             stride_kh=k.stride(1),
             stride_vt=v.stride(0),
             stride_vh=v.stride(1),
-            stride_qt=q.stride(0) if group else 0,
-            stride_qh=q.stride(1) if group else 0,
-            stride_rt=rotated.stride(0) if group else 0,
-            stride_rh=rotated.stride(1) if group else 0,
+            stride_qt=stride_qt,
+            stride_qh=stride_qh,
+            stride_rt=stride_rt,
+            stride_rh=stride_rh,
             **spread,
         )
 
@@ -218,6 +222,11 @@ def check_inputs(
     if rotated is None or rotated.shape != q.shape or rotated.dtype != torch.float32 or rotated.stride(2) != 1:
         raise ValueError("rotated: a float32 tensor of q's shape with contiguous channels is needed beside q")
     return group
+
+
+def few_tokens(tables: ColumnTables) -> int:
+    """The most that the kernel for a few tokens takes."""
+    return FEW_CHANNELS // (tables.heads * tables.k.padded)
 
 
 def rows_per_token(tables: ColumnTables, tokens: int, device: torch.device) -> int:

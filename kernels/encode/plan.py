@@ -67,7 +67,7 @@ class EncodePlan:
 
         weight ``[H, P]`` and matrix ``[H, P, P]`` (in, out), as Side has them.
         """
-        columns = [layout.columns for layout in layouts]
+        columns = [layout.require_columns() for layout in layouts]
         assert all(c.bins == columns[0].bins for c in columns)
         heads, padded = weight.shape
         bins = tuple((b.offset, b.words, b.repeat) for b in columns[0].bins)

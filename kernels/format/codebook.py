@@ -104,7 +104,7 @@ def levels(bits: int) -> torch.Tensor:
     """The 2^bits levels that codes stand for, ascending, float64 ``[2**bits]``."""
     n = 1 << check_bits(bits)
     y = (torch.arange(n, dtype=torch.float64) - (n - 1) / 2) / (n / 2)
-    return sum(p * y ** (2 * i + 1) for i, p in enumerate(polynomial(bits)))
+    return sum((p * y ** (2 * i + 1) for i, p in enumerate(polynomial(bits))), torch.zeros_like(y))
 
 
 def boundaries(levels: torch.Tensor) -> torch.Tensor:

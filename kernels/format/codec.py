@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -67,7 +68,9 @@ class LayerCodec:
 
     def to(self, device: torch.device | str) -> LayerCodec:
         kinds = torch.Tensor, PageMean
-        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), kinds)}
+        moved: dict[str, Any] = {
+            f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), kinds)
+        }
         return replace(self, **moved)
 
     @classmethod

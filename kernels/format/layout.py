@@ -92,6 +92,12 @@ class CodeLayout:
             return None
         return columns_of(tuple(segment.pop() for segment in segments))
 
+    def require_columns(self) -> Columns:
+        """:attr:`columns`; ValueError where the codes can not lie in columns."""
+        if self.columns is None:
+            raise ValueError(f"widths {self.widths}: these codes can not lie in columns")
+        return self.columns
+
 
 @dataclass(frozen=True)
 class RowLayout:
@@ -165,10 +171,10 @@ class RowLayout:
             return ((0, self.row_bytes),)
         out = []
         for head, layout in enumerate(self.k):
-            out += [(head * self.k_code_bytes + part.offset, part.num_bytes) for part in layout.columns.bins]
+            out += [(head * self.k_code_bytes + part.offset, part.num_bytes) for part in layout.require_columns().bins]
         for head in range(self.heads):
             first = self.v_offset + head * self.v_code_bytes
-            out += [(first + part.offset, part.num_bytes) for part in self.v.columns.bins]
+            out += [(first + part.offset, part.num_bytes) for part in self.v.require_columns().bins]
         scales = self.norms * NORM_BYTES
         out += [(self.norm_offset + head * scales, scales) for head in range(self.heads)]
         if self.row_bytes > self.pad_offset:

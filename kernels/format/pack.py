@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
+
 import torch
 
 from ..any_layout import bits
@@ -36,7 +39,7 @@ def _unpack_columns(columns: Columns, data: torch.Tensor) -> torch.Tensor:
         words = word[..., None, part.offset // 2 : part.offset // 2 + part.words]
         strings.append((words >> _shifts(part, data.device)).flatten(-2))
     codes = [
-        sum((strings[p.bin] >> p.shift & (1 << p.width) - 1) << p.position for p in pieces)
+        reduce(or_, [(strings[p.bin] >> p.shift & (1 << p.width) - 1) << p.position for p in pieces])
         for pieces in columns.segments
     ]
     return torch.cat(codes, -1).to(torch.uint8)
@@ -48,9 +51,9 @@ def pack(layout: CodeLayout, codes: torch.Tensor, in_columns: bool) -> torch.Ten
     in_columns: as :attr:`.layout.RowLayout.in_columns` says of the row.
     """
     codes = codes.to(torch.int32)
-    return _pack_columns(layout.columns, codes) if in_columns else bits.pack(layout, codes)
+    return _pack_columns(layout.require_columns(), codes) if in_columns else bits.pack(layout, codes)
 
 
 def unpack(layout: CodeLayout, data: torch.Tensor, in_columns: bool) -> torch.Tensor:
     """Bytes ``[..., >= code_bytes]`` uint8 to codes ``[..., dim]`` uint8; inverse of :func:`pack`."""
-    return _unpack_columns(layout.columns, data) if in_columns else bits.unpack(layout, data)
+    return _unpack_columns(layout.require_columns(), data) if in_columns else bits.unpack(layout, data)

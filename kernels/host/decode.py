@@ -83,7 +83,8 @@ class Dequantizer:
     """
 
     def __init__(self, layout: CodeLayout):
-        self.bins, self.lookups = layout.columns.bins, _lookups(layout.columns)
+        columns = layout.require_columns()
+        self.bins, self.lookups = columns.bins, _lookups(columns)
         parts = []
         for lookup in self.lookups:
             left = list(lookup.segments)
@@ -108,10 +109,9 @@ class Dequantizer:
         parts = [self._part(codes, lookup, *field) for field in lookup.fields]
         if len(parts) == 2 and all(part.dtype == torch.uint8 for part in parts) and lookup.fields[0][2] == 8:
             return torch.stack(parts, -1).view(torch.int16).squeeze(-1).int()  # one byte above the other
-        index, at = None, 0
-        for part, (_, _, bits) in zip(parts, lookup.fields, strict=True):
-            index = part.int() if index is None else index | part.int() << at
-            at += bits
+        index, at = parts[0].int(), lookup.fields[0][2]
+        for part, (_, _, bits) in zip(parts[1:], lookup.fields[1:], strict=True):
+            index, at = index | part.int() << at, at + bits
         return index
 
     def _part(self, codes: torch.Tensor, lookup: _Lookup, b: int, shift: int, bits: int) -> torch.Tensor:

@@ -26,7 +26,7 @@ class _Vectors:
         for bits in widths.unique().tolist():
             edges[bits, : (1 << bits) - 1] = boundaries(books[bits, : 1 << bits])
         self.edges, self.first, self.levels = edges[widths], widths * MAX_LEVELS, books.flatten()
-        columns = [layout.columns for layout in layouts]
+        columns = [layout.require_columns() for layout in layouts]
         bins, channel = max(len(c.bins) for c in columns), torch.arange(widths.shape[1])
         self.move = torch.zeros(len(layouts), bins, len(channel), dtype=torch.int32)
         self.word = torch.zeros(len(layouts), bins, len(channel), dtype=torch.int64)
@@ -86,9 +86,8 @@ class HostEncoder:
             mean = torch.einsum("thd,hed->the", self.mean.at(positions).double(), self.k_in).float()
             ys[0][:, : row.heads], flags = residual(ys[0][:, : row.heads], mean, self.k_weight)
         coded = [vectors(y) for vectors, y in zip(self.vectors, ys, strict=True)]
-        if together:
-            coded = zip(*(x.split(row.heads, 1) for x in coded[0]), strict=True)
-        (k_codes, k_scales), (v_codes, v_scales) = coded
+        sides = zip(*(x.split(row.heads, 1) for x in coded[0]), strict=True) if together else coded
+        (k_codes, k_scales), (v_codes, v_scales) = sides
         if self.mean is not None:
             k_scales = signed(k_scales, flags)
         parts = [k_codes[..., : row.k_code_bytes].flatten(1), v_codes[..., : row.v_code_bytes].flatten(1)]

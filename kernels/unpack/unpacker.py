@@ -79,14 +79,12 @@ class Unpacker:
             stride_cvh=stride_vh,
         )
 
-    def _chunk_strides(self, task: UnpackTask, name: str, x: torch.Tensor, side: int) -> tuple[int, int]:
-        *strides, channel = x.stride()
-        if x.shape != (task.chunk, *self._shapes[side]) or channel != 1 or x.dtype != task.dtypes[side]:
-            raise ValueError(
-                f"{name} of the chunk {tuple(x.shape)} {x.dtype} with strides {x.stride()}: "
-                f"{(task.chunk, *self._shapes[side])} {task.dtypes[side]} with contiguous channels is needed"
-            )
-        return strides
+    def _chunk_strides(self, task: UnpackTask, name: str, x: torch.Tensor | None, side: int) -> tuple[int, int]:
+        shape, dtype = (task.chunk, *self._shapes[side]), task.dtypes[side]
+        if x is None or x.shape != shape or x.stride(2) != 1 or x.dtype != dtype:
+            found = x if x is None else f"{tuple(x.shape)} {x.dtype} with strides {x.stride()}"
+            raise ValueError(f"{name} of the chunk {found}: {shape} {dtype} with contiguous channels is needed")
+        return x.stride(0), x.stride(1)
 
 
 def _launch_columns(tables: ColumnTables, k: UnpackMatrix, v: UnpackMatrix, rows: torch.Tensor) -> Launch:

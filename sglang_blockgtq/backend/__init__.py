@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..pool import PackedKVPool
 
 
 def create(runner: Any):
@@ -18,7 +21,7 @@ def create(runner: Any):
     return Backend(runner)
 
 
-def require_packed_pool(runner: Any):
+def require_packed_pool(runner: Any) -> PackedKVPool:
     """The runner's PackedKVPool. RuntimeError when the pool hook did not run."""
     from ..pool import packed_pool
 

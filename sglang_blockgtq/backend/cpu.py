@@ -17,18 +17,28 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from ..kernels.layer import PackedLayer
+    from ..kernels.layer import TorchLayer
+    from ..pool import PackedKVPool
 
 
 class TorchPackedBackend(AttentionBackend):
-    """forward_decode reads codes; forward_extend rotates a prefix back once a layer."""
+    """forward_decode reads codes; forward_extend rotates a prefix back once a layer.
+
+    Of a step: kv_indices, the slots that are read, read, the same as a slice where they lie together, and their
+    positions; kv_indptr, each request's part.
+    """
+
+    kv_indptr: torch.Tensor
+    kv_indices: torch.Tensor
+    read: torch.Tensor | slice
+    positions: torch.Tensor
 
     def __init__(self, runner: Any):
         super().__init__()
-        self.token_to_kv_pool = self.pool = require_packed_pool(runner)
+        self.pool: PackedKVPool[TorchLayer] = require_packed_pool(runner)
+        self.token_to_kv_pool = self.pool
         self.req_to_token_pool = runner.req_to_token_pool
         self.quantized_chunk = current().options.chunk_attention == "quantized"
-        self.kv_indptr = self.kv_indices = self.read = self.positions = None
         self.verification: dict[str, Any] = {}  # how the queries of a step that verifies drafts are read
 
     def support_triton(self) -> bool:
@@ -63,7 +73,7 @@ class TorchPackedBackend(AttentionBackend):
             self.pool.check.sample(self.kv_indptr, self.kv_indices, fresh=fresh)
             self.pool.check.poll()
 
-    def _encode(self, k, v, layer: RadixAttention, forward_batch, save_kv_cache: bool) -> PackedLayer:
+    def _encode(self, k, v, layer: RadixAttention, forward_batch, save_kv_cache: bool) -> TorchLayer:
         packed = self.pool.layer(layer.layer_id)
         if save_kv_cache:
             k = k.view(-1, packed.heads, packed.head_dim)

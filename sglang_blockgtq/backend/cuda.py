@@ -28,6 +28,11 @@ from .extend import ExtendPlan
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
 
+    from ..kernels.decode.attention import DecodeScratch
+    from ..kernels.layer import TritonLayer
+    from ..pool import PackedKVPool
+    from ..speculation import Verification
+
 logger = logging.getLogger(__name__)
 
 
@@ -41,7 +46,7 @@ class TritonPackedBackend(TritonAttnBackend):
         with pool.probing():
             super().__init__(runner, *args, **kwargs)
         self.v_head_dim = pool.v_head_dim
-        self.pool = pool
+        self.pool: PackedKVPool[TritonLayer] = pool
         self.first_layer = next(iter(pool.layers))
         first = pool.layers[self.first_layer]
         self.pages = (first.tables.means.page, first.tables.means.nowhere) if first.has_means else (0, 0)
@@ -53,7 +58,10 @@ class TritonPackedBackend(TritonAttnBackend):
 
     def _buffers(self, runner: Any) -> Buffers:
         """Those that were taken before the cache was sized."""
-        return current().buffers
+        buffers = current().buffers
+        if buffers is None:
+            raise RuntimeError(f"{NAME}: no buffers were taken before the cache was sized")
+        return buffers
 
     def _new_verify_mask(self, runner: Any) -> VerifyMask | None:
         """What a draft's workers write their trees to: without what lies before them, which every query sees."""
@@ -69,9 +77,9 @@ class TritonPackedBackend(TritonAttnBackend):
         started, layers = time.monotonic(), list(self.pool.layers.values())
         most = runner.req_to_token_pool.size
         todo = warm_up.jobs(layers[0], self.buffers.scratch, self.num_head, runner.dtype, most)
-        if verification := self.buffers.verification:
+        if self.buffers.verification:
+            verification, scratch = self._verifying()
             q_len, tree = verification.q_len, verification.tree
-            scratch = self.buffers.verify_scratch
             todo += warm_up.verify_jobs(layers[0], scratch, self.num_head, runner.dtype, most, q_len, tree)
             if tree is not None:  # it is read, and the rows of an accepted branch are moved
                 todo += [partial(verification.warm_up, n, *self.pages) for n in warm_up.batch_sizes(most)]
@@ -160,21 +168,26 @@ class TritonPackedBackend(TritonAttnBackend):
         own = {"kv_indptr": indptr, "kv_indices": kv_indices, "max_extend_len": self._queries(forward_batch)}
         return ForwardMetadata(**{**dict.fromkeys(names), **own})
 
+    def _verifying(self) -> tuple[Verification, DecodeScratch]:
+        verification, scratch = self.buffers.verification, self.buffers.verify_scratch
+        if verification is None or scratch is None:
+            raise RuntimeError(f"{NAME}: drafts are to be verified, but the server was started without speculation")
+        return verification, scratch
+
     def _read_tree(self, forward_batch: Any) -> None:
         if forward_batch.forward_mode.is_target_verify():
-            self.buffers.verification.read(forward_batch, *self.pages)
+            self._verifying()[0].read(forward_batch, *self.pages)
 
     def forward_decode(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):
         terms, scratch = terms_of(layer, kwargs), self.buffers.scratch
         return self._step(q, k, v, layer, forward_batch, forward_batch.positions, save_kv_cache, scratch, terms=terms)
 
     def _verify(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache, terms):
-        verification, positions = self.buffers.verification, forward_batch.positions
+        (verification, scratch), positions = self._verifying(), forward_batch.positions
         options = {"q_len": verification.q_len, "terms": terms}
         if verification.tree is not None:
             tree = verification.tree.first(len(q))
             positions, options["tree"] = tree.positions, tree.bits
-        scratch = self.buffers.verify_scratch
         return self._step(q, k, v, layer, forward_batch, positions, save_kv_cache, scratch, **options)
 
     def _step(self, q, k, v, layer: RadixAttention, forward_batch, positions, save_kv_cache, scratch, **options):

@@ -218,8 +218,8 @@ class Workspace:
         """Have every kernel compiled before the first request waits for it; slot 0 is read."""
         slot = torch.zeros(1, dtype=torch.int64, device=self.k.device)
         chunk = torch.zeros_like(self.k[:1]), torch.zeros_like(self.v[:1])
-        task = partial(UnpackTask, slot, self.k, self.v, positions=slot)
-        alone, with_chunk = task(), [task(chunk=1), task(dest=slot, chunk=1, chunk_dest=slot + 1)]
+        of = partial(UnpackTask, slot, self.k, self.v, positions=slot)
+        alone, with_chunk = of(), [of(chunk=1), of(dest=slot, chunk=1, chunk_dest=slot + 1)]
         for layer in layers:
             layer.unpacker(alone)
             for task in with_chunk:

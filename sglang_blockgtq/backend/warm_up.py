@@ -12,7 +12,8 @@ from ..kernels.decode.attention import DecodeScratch
 from ..kernels.decode.gather import gather_slots
 from ..kernels.decode.splits import request_block
 from ..kernels.decode.tree import Tree
-from ..kernels.encode.encoder import rows_per_token
+from ..kernels.device.tables import ColumnTables
+from ..kernels.encode.encoder import few_tokens, rows_per_token
 from ..kernels.layer import TritonLayer
 from .buffers import SLOT
 
@@ -59,10 +60,11 @@ def verify_jobs(
 
 def encoded_at_once(layer: TritonLayer) -> set[int]:
     """A number of tokens for each binary of the encode kernels."""
-    if not layer.fast:
+    tables = layer.tables
+    if not isinstance(tables, ColumnTables):
         return {1}
-    several = most = layer.encoder.few_tokens + 1
-    while rows_per_token(layer.tables, most, layer.rows.device) > 1:
+    several = most = few_tokens(tables) + 1
+    while rows_per_token(tables, most, layer.rows.device) > 1:
         most *= 2
     return {1, several, most}
 

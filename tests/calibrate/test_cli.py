@@ -202,6 +202,19 @@ def test_inspect_in_a_process_of_its_own(made, tmp_path):
     assert done.stdout == ""
 
 
+def test_inspect_without_matplotlib(made, monkeypatch, capsys):
+    """A server's installation has none: the summary is there all the same, and what is missing is said."""
+    made.with_suffix(".png").unlink(missing_ok=True)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "sglang_blockgtq.calibrate.fingerprint")
+    assert main(["inspect", str(made)]) == 0
+    out = capsys.readouterr().out
+    assert summary(AllocationTable.load(made)) in out and "pip install matplotlib" in out
+    assert main(["inspect", str(made), "--png", "x.png"]) == 2
+    assert "error: --png x.png: matplotlib is not installed" in capsys.readouterr().err
+    assert not made.with_suffix(".png").exists()
+
+
 def test_the_picture_shows_the_shares(make_moments):
     rope = [RopeBlocks(64, 64)] * 5
     table = build_table(make_moments(layers=5), rope, k_bits=3, v_bits=3, allocator="product", granularity="block")
