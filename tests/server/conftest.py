@@ -80,7 +80,8 @@ class Server:
         return [top[0][0] - lp for (lp, *_), top in zip(chosen, best, strict=True)]
 
     def flush(self) -> None:
-        requests.post(self.url + "/flush_cache", timeout=60).raise_for_status()
+        """Once nothing runs: the last request may still be ending."""
+        requests.post(self.url + "/flush_cache?timeout=60", timeout=90).raise_for_status()
 
     def records(self) -> list[dict]:
         return [json.loads(line) for line in self.record.read_text().splitlines()]

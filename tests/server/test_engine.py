@@ -65,7 +65,7 @@ def test_mixed_chunks_answer_like_separate_ones(launch, token_ids):
     answers += [answer["output_ids"] for answer in server.generate(together, max_new_tokens=8)]
     batches = [new for line in server.records()[begin:] if (new := line.get("new"))]
     assert any(sum(n > 1 for n in new) > 1 for new in batches), batches
-    requests.post(server.url + "/flush_cache?timeout=60", timeout=90).raise_for_status()  # once nothing runs
+    server.flush()
     behind = [server.behind_best(p, a) for p, a in zip(prompts, answers, strict=True)]
     server.stop()
     assert not [r for r in server.records() if "corrupt" in r]
