@@ -107,8 +107,9 @@ def attention_divergence(
 
 
 def _divergence(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Of log-probabilities, over the last dimension; what ``a`` never gives counts nothing."""
-    return torch.where(a == -torch.inf, 0.0, a.exp() * (a - b)).sum(-1)
+    """Of log-probabilities, over the last dimension; what ``a`` never gives counts nothing. Rounding makes nothing less
+    than nothing of it."""
+    return torch.where(a == -torch.inf, 0.0, a.exp() * (a - b)).sum(-1).clamp(min=0)
 
 
 class HeldOut:

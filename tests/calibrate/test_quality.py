@@ -47,6 +47,13 @@ def test_tokens_that_are_never_answered_cost_nothing():
     torch.testing.assert_close(divergence(true, other), want)
 
 
+def test_divergence_of_next_to_nothing_is_not_negative():
+    logits = torch.randn(64, 5000, generator=torch.Generator().manual_seed(0)) * 1e-3
+    found = divergence(logits, logits * (1 + 1e-5))
+    assert bool((found >= 0).all()) and float(found.max()) < 1e-6
+    assert bool(divergence(logits * torch.nan, logits).isnan().all())
+
+
 def test_attention_divergence():
     generator = torch.Generator().manual_seed(0)
     k, k_read = torch.randn(2, 9, HEADS, DIM, generator=generator)
