@@ -166,8 +166,8 @@ class Row:
     values: dict
 
     def fields(self) -> dict:
-        shown = {name: self.values.get(name, "") for name in COLUMNS}
-        return {name: f"{x:.5g}" if isinstance(x, float) else x for name, x in shown.items()}
+        cells = {name: self.values.get(name, "") for name in COLUMNS}
+        return {name: f"{x:.5g}" if isinstance(x, float) else x for name, x in cells.items()}
 
 
 @contextmanager

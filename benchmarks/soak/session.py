@@ -101,14 +101,13 @@ class Session:
                 break
             draw -= share
         long = random_.random() < ESSAYS or kind in ("abort", "timeout")
-        bounds = self.plan.essay if long else self.plan.answer
+        user, bounds = self.plan.user, self.plan.essay if long else self.plan.answer
+        if rush:
+            words = max(user[1], self.plan.context // 2 - len(self.ids))
+            rest = self.plan.context - len(self.ids) - words
+            user, bounds = (words, words), (rest, rest)
         grammar = random_.choice(sorted(GRAMMARS)) if kind == "grammar" else None
-        user = self.plan.user
-        if rush:
-            user = 2 * (max(user[1], self.plan.context // 2 - len(self.ids)),)
         ids = self.ids + self._cut(user)
-        if rush:
-            bounds = 2 * (self.plan.context - len(ids),)
         new = GRAMMAR_TOKENS if grammar else random_.randint(*bounds)
         return Turn(
             kind=kind,
