@@ -1,7 +1,7 @@
-"""Decode attention over packed rows in Triton. Definition: :func:`..reference.decode_attention`.
+"""Decode attention over packed rows. Definition: :func:`..reference.decode_attention`.
 
 Three launches: the query is rotated to the stored channels; split-KV flash attention decodes tiles of codes in
-registers; the splits are merged and the output rotated back. No dequantized key or value is ever written to memory,
+registers, by the CUDA kernel (:mod:`..cuda`) where it serves a layer and by Triton elsewhere; the splits are merged and the output rotated back. No dequantized key or value is ever written to memory,
 nothing synchronises with the host, and neither a grid nor an allocation depends on a sequence length, so decode can be
 captured in a CUDA graph.
 """
@@ -17,6 +17,7 @@ import triton
 
 from ..any_layout import attention as any_layout
 from ..any_layout.tables import AnyTables
+from ..cuda import attention as cuda
 from ..device.dependent import dependent
 from ..device.rotate import rotate_queries
 from ..device.tables import ColumnTables, Tables
@@ -88,6 +89,9 @@ def target_splits(tables: Tables, num_heads: int, q_len: int = 1) -> int:
     A constant of the device and the model, so that it can stand in a CUDA graph.
     """
     rows = num_heads // tables.heads * q_len
+    if isinstance(tables, ColumnTables) and cuda.lacks(tables) is None:
+        per_sm, programs = cuda.programs(tables, rows)
+        return max(1, cuda.multiprocessors(tables.device) * per_sm // (tables.heads * programs))
     block_m = _block_m(tables, rows)
     per_sm = any_layout.PROGRAMS_PER_SM
     if isinstance(tables, ColumnTables):
@@ -180,7 +184,9 @@ def decode_attention(
         return out, lse
     if rotated is None:
         rotated = rotate_queries(tables.k, q, num_heads // tables.heads)
-    attend: Callable[..., None] = _attend if isinstance(tables, ColumnTables) else any_layout.attend
+    attend: Callable[..., None] = any_layout.attend
+    if isinstance(tables, ColumnTables):
+        attend = cuda.attend if cuda.lacks(tables) is None else _attend
     where = q_len, target, splits, scratch.out, scratch.lse
     attend(tables, rotated, rows, kv_indptr, kv_indices, sm_scale, terms, tree, *where)
     # The tokens that all queries of a request see together.

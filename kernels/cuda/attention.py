@@ -1,0 +1,196 @@
+"""Launches of the CUDA kernel. Definition: :func:`..reference.decode_attention`; caller: ``decode/attention.py``."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+
+from ..device.tables import CodeSpec, ColumnTables
+from ..terms import Terms
+from . import compile as nvrtc
+from .operands import MAX_BITS, bits_of
+from .source import ROWS, Shape, source, text_of
+
+#: Whether it is used where it can be.
+ENABLED = True
+MAX_ROW_TILES = 2  # of ROWS query rows, that a program serves
+_LOG2E = 1.4426950408889634
+_TYPES = "P" * 10 + "iiifii"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Choices measured on an H200 (docs/kernels.md). programs: of a multiprocessor, at a time; they leave each thread
+    65,536 / 32 / programs registers. stages: tiles in shared memory, of which one is read."""
+
+    programs: int
+    stages: int = 3
+
+
+def _tuning(tables: ColumnTables, row_tiles: int) -> Tuning:
+    sums = len(tables.v_spec.segments) * row_tiles
+    return Tuning(16 if sums <= 8 else 12 if sums <= 16 else 8)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _values_lack(spec: CodeSpec) -> str | None:
+    return f"values of more than {MAX_BITS} bits" if max(map(bits_of, spec.segments)) > MAX_BITS else None
+
+
+@cache
+def device_lacks(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return "it is written for compute capability 9.0"
+    return nvrtc.unavailable(device)
+
+
+def lacks(tables: ColumnTables) -> str | None:
+    """Why this kernel does not serve a layer, or None."""
+    if not ENABLED:
+        return "it is switched off"
+    return _values_lack(tables.v_spec) or device_lacks(tables.device)
+
+
+def row_tiles(rows: int) -> int:
+    """Tiles of ROWS that a program has, for ``rows`` query rows of a KV head."""
+    return min(-(-rows // ROWS), MAX_ROW_TILES)
+
+
+def programs(tables: ColumnTables, rows: int) -> tuple[int, int]:
+    """Programs that a multiprocessor runs at a time, and how many serve a split of a KV head."""
+    tiles = row_tiles(rows)
+    return _tuning(tables, tiles).programs, -(-rows // (ROWS * tiles))
+
+
+def shape_of(
+    tables: ColumnTables,
+    group: int,
+    q_len: int,
+    terms: Terms,
+    tree: bool,
+    indptr64: bool,
+    slots64: bool,
+    tuning: Tuning | None = None,
+) -> Shape:
+    """What a binary is compiled for."""
+    row, tiles = tables.row, row_tiles(group * q_len)
+    tuning = tuning or _tuning(tables, tiles)
+    return Shape(
+        row_bytes=row.row_bytes,
+        k_stride=row.k_code_bytes,
+        v_stride=row.v_code_bytes,
+        v_offset=row.v_offset,
+        norm_offset=row.norm_offset,
+        heads=tables.heads,
+        group=group,
+        queries=q_len,
+        dim=tables.k.dim,
+        v_dim=tables.v.dim,
+        page=tables.means.page if tables.means else 0,
+        padded=tables.k.padded,
+        window=terms.window,
+        cap=terms.cap,
+        tree=tree,
+        row_tiles=tiles,
+        stages=tuning.stages,
+        programs=tuning.programs,
+        indptr64=indptr64,
+        slots64=slots64,
+        keys=tables.k_templates,
+        values=tables.v_spec,
+    )
+
+
+@cache
+def kernel_of(shape: Shape, device: torch.device) -> nvrtc.Kernel:
+    """Compiled, or from the cache on disk."""
+    text = nvrtc.joined({"hopper.cu": text_of("hopper.cu"), "decode.cu": source(shape)})
+    with torch.cuda.device(device):
+        cubin = nvrtc.compile(text, "decode", defines={"MIN_BLOCKS": shape.programs})
+        return nvrtc.Kernel(cubin, "decode", _TYPES, device)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What stays the same from call to call."""
+
+    tables: weakref.ref[ColumnTables]
+    shape: Shape
+    kernel: nvrtc.Kernel
+    fixed: tuple[int, int, int]  # addresses of kinds, order and means
+
+
+_launches: dict[tuple, _Launch] = {}
+
+
+def _launch_of(tables: ColumnTables, group: int, q_len: int, terms: Terms, tree: bool, wide: tuple[bool, bool]) -> _Launch:
+    key = id(tables), group, q_len, terms.window, terms.cap, tree, wide
+    found = _launches.get(key)
+    if found is None or found.tables() is not tables:
+        shape = shape_of(tables, group, q_len, replace(terms, sinks=None), tree, *wide)
+        several = len(tables.k_templates) > 1
+        fixed = (
+            tables.k_kinds.data_ptr() if several else 0,
+            tables.k_order.data_ptr() if several else 0,
+            tables.means.stored.data_ptr() if tables.means else 0,
+        )
+        found = _Launch(weakref.ref(tables), shape, kernel_of(shape, tables.device), fixed)
+        _launches[key] = found
+    return found
+
+
+def grid_of(shape: Shape, splits: int) -> tuple[int, int]:
+    rows = shape.group * shape.queries
+    return shape.heads * -(-rows // (ROWS * shape.row_tiles)), splits
+
+
+def attend(
+    tables: ColumnTables,
+    rotated: torch.Tensor,
+    rows: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    sm_scale: float,
+    terms: Terms,
+    tree: torch.Tensor | None,
+    q_len: int,
+    target: int,
+    splits: int,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Partial results of all splits into out ``[splits, q_len, Hq, Dv]`` float16 and lse ``[splits, q_len, Hq]`` float32.
+
+    rotated ``[B * q_len, Hq, D]`` float32; the others as decode_attention has them.
+    """
+    group = rotated.shape[1] // tables.heads
+    wide = kv_indptr.dtype == torch.int64, kv_indices.dtype == torch.int64
+    launch = _launch_of(tables, group, q_len, terms, tree is not None, wide)
+    kinds, order, means = launch.fixed
+    args = (
+        rotated.data_ptr(),
+        rows.data_ptr(),
+        kv_indptr.data_ptr(),
+        kv_indices.data_ptr(),
+        kinds,
+        order,
+        means,
+        0 if tree is None else tree.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        kv_indptr.shape[0] - 1,
+        target,
+        multiprocessors(tables.device),
+        sm_scale * _LOG2E,
+        rotated.stride(0),
+        rotated.stride(1),
+    )
+    launch.kernel.launch(grid_of(launch.shape, splits), launch.shape.shared_bytes, args, dependent=True)

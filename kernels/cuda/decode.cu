@@ -1,0 +1,516 @@
+// Decode attention over rows in columns on integer tensor cores. Definition: reference.py, decode_attention.
+//
+// One warp is one program: a split of a request's tokens, for one KV head and 4 or 8 query rows. Lanes are numbered as
+// tensor cores have them: lane = 4 g + t. A tile is 32 tokens, four octets: a lane has the logits of token g of each
+// octet, for query rows t and t + 4.
+//
+// Queries and weights have 16 bits, as two signed bytes: 256 high + low. A product of eight columns has both of four rows,
+// one beside the other, so that a lane finds both parts of its sum.
+//
+// Weights are probabilities times the scales of values, whole numbers below 2^15 of a unit that each row has for a while:
+// 2^unit. A tile whose greatest weight would not fit, or would have fewer than ten bits, changes the unit, and what was
+// summed up so far goes to shared memory as float32. That is rare, so sums stay integers in registers.
+
+typedef unsigned short u16;
+
+#define LN2 0.6931471805599453f
+#define LOG2E 1.4426950408889634f
+#define SPAN (WINDOW > 0 ? WINDOW + QUERIES - 1 : 0)
+#define PROGRAM_ROWS (4 * ROW_TILES)
+#define QUERY_ROWS (QUERIES * GROUP)
+#define HEAD_TILES ((QUERY_ROWS + PROGRAM_ROWS - 1) / PROGRAM_ROWS)
+#define TILE 32
+#define BLOCK_SLOTS 16
+#define SPLIT_UNIT 32     // as in decode/splits.py, the next two, too
+#define SPLIT_TRIES 6
+#define SPLIT_ALIGN 64
+
+struct alignas(8) Pair { float x, y; };
+
+struct Lane {
+  u32 lane, g, t;
+};
+
+struct From {  // where a tile's rows lie in memory
+  const char* token;    // of the lane's token: the block's bytes from the head's codes on
+  u32 within;           // its number in the block
+  const char* wide[2];  // the same of tokens lane / 2 and 16 + lane / 2, of which the lane copies one half of a wide bin
+};
+
+union Word {
+  float number;
+  u32 bits;
+};
+
+DEVICE u32 bits_of(float x) { Word w; w.number = x; return w.bits; }
+DEVICE float float_of(u32 x) { Word w; w.bits = x; return w.number; }
+DEVICE float max_of(float a, float b) { return a > b ? a : b; }
+DEVICE float min_of(float a, float b) { return a < b ? a : b; }
+DEVICE int max_of(int a, int b) { return a > b ? a : b; }
+DEVICE int min_of(int a, int b) { return a < b ? a : b; }
+DEVICE float abs_of(float x) { return x < 0 ? -x : x; }
+DEVICE float dot2(Pair a, Pair b) { return a.x * b.x + a.y * b.y; }
+DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+DEVICE float larger(float so_far, Pair x, float factor) {
+  return max_of(so_far, max_of(abs_of(x.x), abs_of(x.y)) * factor);
+}
+
+template <int BY> DEVICE u32 spread_upper(u32 x, u32 low, u32 high) { return (x & low) | ((x >> BY) & high); }
+
+// Eight codes of two selectors looked up in eight bytes, and multiplied.
+DEVICE void look_up(u32 low, u32 high, u32 z0, u32 z1, int (&c)[ROW_TILES][4], const u32 (&b0)[ROW_TILES],
+                    const u32 (&b1)[ROW_TILES]) {
+  const u32 a0 = prmt(low, high, z0), a1 = prmt(low, high, z1), a2 = prmt(low, high, z0 >> 16), a3 = prmt(low, high, z1 >> 16);
+#pragma unroll
+  for (int n = 0; n < ROW_TILES; n++) imma(c[n], a0, a1, a2, a3, b0[n], b1[n]);
+}
+
+// A wide bin's row of 32 bytes is two halves of 16 bytes, which change places every four tokens: reads meet no bank twice.
+DEVICE u32 wide_at(u32 token, u32 half) { return token * 32 + ((half ^ (token >> 2)) & 1) * 16; }
+
+DEVICE void copy_wide(u32 to, const From& from, int byte, int which, u32 lane) {
+  copy_async<16>(to + wide_at((lane >> 1) + 16 * which, lane & 1), from.wide[which] + byte);
+}
+
+// A narrow bin's row is repeated until it fills 16 bytes.
+template <int BYTES> DEVICE void copy_narrow(u32 to, const From& from, int byte, u32 lane) {
+#pragma unroll
+  for (int i = 0; i < 16 / BYTES; i++) copy_async<BYTES>(to + lane * 16 + i * BYTES, from.token + byte + from.within * BYTES);
+}
+
+DEVICE void load_wide_keys(u32 (&low)[4], u32 (&high)[4], u32 bin, const Lane& at) {
+#pragma unroll
+  for (u32 m = 0; m < 2; m++) {
+    u32 r[4];
+    ldmatrix4(r, bin + wide_at(16 * m + (at.lane & 15), at.lane >> 4));
+    low[2 * m] = r[0], low[2 * m + 1] = r[1], high[2 * m] = r[2], high[2 * m + 1] = r[3];
+  }
+}
+
+DEVICE void load_wide_values(u32 (&low)[4], u32 (&high)[4], u32 bin, const Lane& at) {
+  ldmatrix4_trans(low, bin + wide_at(at.lane, 0));
+  ldmatrix4_trans(high, bin + wide_at(at.lane, 1));
+}
+
+template <int WIDTH> MEMBER void multiply(int (&c)[ROW_TILES][4], u32 z0, u32 z1, const u32 (&b0)[ROW_TILES],
+                                          const u32 (&b1)[ROW_TILES], const struct Tables& tables);
+
+// GENERATED
+
+// What a program does: a split of a request for a head.
+struct Program {
+  const float* q;
+  const unsigned char* rows;
+  const Slot* slots;
+  const float* means;
+  const int* tree;
+  u16* out;
+  float* lse;
+  float to_log2;
+  int stride_qt, stride_qh, head, first_row, split, request, begin, end, length;
+};
+
+template <class Keys> struct Queries {
+  u32 b0[Keys::SELECTORS + 1][ROW_TILES], b1[Keys::SELECTORS + 1][ROW_TILES];
+  u32 h0[Keys::LEVELLED + 1][ROW_TILES], h1[Keys::LEVELLED + 1][ROW_TILES];
+  u32 part;  // 0: the high bytes, 1: the low ones
+
+  MEMBER u32 byte(float x) const {
+    const u32 shifted = (u32)(round_int(x) + 128);
+    return (part ? shifted ^ 0x80 : shifted >> 8) & 0xFF;
+  }
+  MEMBER u32 bytes(float a, float b, float c, float d) const {
+    return byte(a) | byte(b) << 8 | byte(c) << 16 | byte(d) << 24;
+  }
+  // float16 in place of the high bytes, and what it leaves in place of the low ones.
+  MEMBER u32 halves(float a, float b) const {
+    const u32 high = pack_f16x2(a, b);
+    return part ? pack_f16x2(a - f16(high & 0xFFFF), b - f16(high >> 16)) : high;
+  }
+};
+
+struct Logits {
+  int integers[2][ROW_TILES][4];
+  float levels[2][ROW_TILES][4];
+};
+
+struct Sums {
+  int of[Values::SEGMENTS][ROW_TILES][4];
+};
+
+DEVICE const float* query_row(const Program& p, int row) {
+  const int last = min_of(p.first_row + row, QUERY_ROWS - 1);
+  const i64 token = (i64)p.request * QUERIES + last / GROUP;
+  return p.q + token * p.stride_qt + (i64)(p.head * GROUP + last % GROUP) * p.stride_qh;
+}
+
+template <class Keys> DEVICE void start_tile(const Program& p, u32 stage, u32 slot, const Lane& at) {
+  const u32 low = shfl(slot, at.lane >> 1), high = shfl(slot, 16 + (at.lane >> 1));
+  const char* rows = (const char*)p.rows;
+  const u64 bytes = (u64)ROW_BYTES * BLOCK_SLOTS;
+  const char *one = rows + (slot >> 4) * bytes, *first = rows + (low >> 4) * bytes + (at.lane & 1) * 16 + (low & 15) * 32,
+             *second = rows + (high >> 4) * bytes + (at.lane & 1) * 16 + (high & 15) * 32;
+  const u32 keys = (u32)p.head * (K_STRIDE * BLOCK_SLOTS), values = (V_OFFSET + (u32)p.head * V_STRIDE) * BLOCK_SLOTS;
+  const From k = {one + keys, slot & 15, {first + keys, second + keys}};
+  const From v = {one + values, slot & 15, {first + values, second + values}};
+  Keys::copy(stage, k, at.lane);
+  Values::copy(stage + VALUES_AT, v, at.lane);
+  copy_async<4>(stage + SCALES_AT + at.lane * 4, one + (NORM_OFFSET + 4 * (u32)p.head) * BLOCK_SLOTS + (slot & 15) * 4);
+}
+
+DEVICE u32 slot_of(const Program& p, int token) { return (u32)p.slots[min_of(token, p.end - 1)]; }
+
+// What the page's mean gives to the lane's rows, in base 2.
+template <class Keys> DEVICE void page_bias(const Program& p, int token, const Lane& at, float (&bias)[ROW_TILES]) {
+  const Pair* mean = (const Pair*)(p.means + ((i64)(token / PAGE_OR_ONE) * HEADS + p.head) * PADDED) + at.t;
+#pragma unroll
+  for (int n = 0; n < ROW_TILES; n++) {
+    float sum = Keys::dot((const Pair*)query_row(p, 4 * n + (at.g >> 1)) + at.t, mean, at.g & 1);
+    sum += shfl_xor(sum, 1);
+    sum += shfl_xor(sum, 2);
+    sum += shfl_xor(sum, 4);
+    bias[n] = shfl(sum, 8 * at.t) * p.to_log2;
+  }
+}
+
+template <class Keys> DEVICE void attend(const Program& p) {
+  const u32 number = lane();
+  const Lane at = {number, number >> 2, number & 3};
+  char* shared = shared_memory();
+  const u32 tiles = shared_address(shared);
+  float* kept = (float*)(shared + STAGES * STAGE_BYTES) + at.lane;  // 32 lanes, one after the other
+  const Tables tables;
+
+  u32 slot = slot_of(p, p.begin + (int)at.lane);
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; s++) {
+    if (p.begin + s * TILE < p.end) start_tile<Keys>(p, tiles + s * STAGE_BYTES, slot, at);
+    copy_commit();
+    slot = slot_of(p, p.begin + (s + 1) * TILE + (int)at.lane);
+  }
+
+  // Queries as operands: column g of a product is a part of row g / 2. A lane has channels 2 t, 2 t + 1 and 8 more.
+  Queries<Keys> q;
+  q.part = at.g & 1;
+  float by_integers[ROW_TILES], by_levels[ROW_TILES], bias[ROW_TILES];
+#pragma unroll
+  for (int n = 0; n < ROW_TILES; n++) {
+    const Pair* row = (const Pair*)query_row(p, 4 * n + (at.g >> 1)) + at.t;
+    float integers = 0, levels = 0;
+    Keys::largest(row, integers, levels);
+#pragma unroll
+    for (int i = 1; i < 4; i *= 2) {
+      integers = max_of(integers, shfl_xor(integers, i));
+      levels = max_of(levels, shfl_xor(levels, i));
+    }
+    integers = integers > 0 ? integers : 1;
+    levels = levels > 0 ? levels : 1;
+    Keys::operands(row, q, n, 32512.0f / integers, 1.0f / levels);
+    by_integers[n] = shfl(integers, 8 * at.t) * (p.to_log2 / 32512.0f);
+    by_levels[n] = shfl(levels, 8 * at.t) * p.to_log2;
+    bias[n] = 0;
+  }
+
+  Sums sums;
+  float unit[ROW_TILES], least[ROW_TILES], total[ROW_TILES];
+#pragma unroll
+  for (int n = 0; n < ROW_TILES; n++) {
+    unit[n] = 0, least[n] = -1e30f, total[n] = 0;
+#pragma unroll
+    for (int s = 0; s < Values::SEGMENTS; s++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) sums.of[s][n][i] = 0;
+      kept[(2 * (s * ROW_TILES + n)) * 32] = 0, kept[(2 * (s * ROW_TILES + n) + 1) * 32] = 0;
+    }
+  }
+
+  const float magic = 8388608.0f + 128.0f;  // a sum with it ends in the bits of the whole number and 128
+  int stage = 0, count = 0;
+#pragma unroll 1
+  for (int from = p.begin; from < p.end; from += TILE, count++) {
+    copy_wait<STAGES - 2>();
+    syncwarp();
+    {
+      const int next = stage == 0 ? STAGES - 1 : stage - 1, ahead = from + (STAGES - 1) * TILE;
+      if (ahead < p.end) start_tile<Keys>(p, tiles + next * STAGE_BYTES, slot, at);
+      copy_commit();
+      slot = slot_of(p, ahead + TILE + (int)at.lane);
+    }
+    const u32 tile = tiles + stage * STAGE_BYTES;
+    const u32* scale_words = (const u32*)(shared + stage * STAGE_BYTES + SCALES_AT) + at.g;
+    stage = stage == STAGES - 1 ? 0 : stage + 1;
+    if (PAGE > 0 && (count == 0 || from % PAGE_OR_ONE == 0)) page_bias<Keys>(p, from, at, bias);
+
+    Logits logits;
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+      for (int n = 0; n < ROW_TILES; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) logits.integers[m][n][i] = 0, logits.levels[m][n][i] = 0;
+    Keys::multiply(tile, at, tables, q, logits);
+
+    float x[ROW_TILES][4], v_scale[4];  // logits in base 2, less the unit
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const u32 word = scale_words[8 * j];
+      const float k_scale = f16(word & 0xFFFF);
+      v_scale[j] = max_of(f16(word >> 16), 5.9604645e-8f);  // so that no probability is out of all proportion
+#pragma unroll
+      for (int n = 0; n < ROW_TILES; n++) {
+        const int* c = &logits.integers[j >> 1][n][2 * (j & 1)];
+        float logit = (float)(c[0] * 256 + c[1]) * (k_scale * by_integers[n]);
+        if (Keys::LEVELLED > 0) {
+          const float* f = &logits.levels[j >> 1][n][2 * (j & 1)];
+          logit += (f[0] + f[1]) * (k_scale * by_levels[n]);
+        }
+        if (PAGE > 0) logit += k_scale < 0 ? bias[n] : 0.0f;
+        if (CAPPED) logit = (1.0f - 2.0f * rcp(exp2f_(logit * (2.0f / CAP_OR_ONE)) + 1.0f)) * (CAP * LOG2E);
+        x[n][j] = logit - unit[n];
+      }
+    }
+    if (from + TILE > p.end || (QUERIES > 1 && from + TILE > p.length - QUERIES) || (WINDOW > 0 && from < p.length - WINDOW)) {
+#pragma unroll
+      for (int n = 0; n < ROW_TILES; n++) {
+        const int query = min_of(p.first_row + 4 * n + (int)at.t, QUERY_ROWS - 1) / GROUP, first = p.length - QUERIES;
+        const u32 bits = TREE ? (u32)p.tree[p.request * QUERIES + query] : 0;
+        int seen = first + 1 + query;
+        if (TREE) {
+          seen = first;
+#pragma unroll 1
+          for (int i = 0; i < QUERIES; i++) seen += bits >> i & 1;
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const int token = from + 8 * j + (int)at.g;
+          bool live = token < p.end;
+          if (TREE) live = live && (token < first || (bits >> (token - first) & 1));
+          else if (QUERIES > 1) live = live && token < seen;
+          if (WINDOW > 0) live = live && token >= seen - WINDOW;
+          if (!live) x[n][j] = -1e30f;
+        }
+      }
+    }
+
+    // Weights as the last bits of floats, which a fused operation with the magic number leaves.
+    float weight[ROW_TILES][4], shares[ROW_TILES];
+    bool over = (count & 2047) == 2047;  // integers have no more room
+    u32 enough = 15;
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; n++) {
+      shares[n] = 0;
+      float most = 0;
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const float probability = exp2f_(x[n][j]);
+        shares[n] += probability;
+        weight[n][j] = probability * v_scale[j] + magic;
+        most = max_of(most, weight[n][j]);
+      }
+      over = over || !(most < magic + 32512.0f);
+      u32 high = ballot(most >= magic + 1024.0f || unit[n] <= least[n]);
+      high |= high >> 16;
+      high |= high >> 8;
+      enough &= high | high >> 4;
+    }
+    if (any(over) || enough != 15) {
+#pragma unroll
+      for (int n = 0; n < ROW_TILES; n++) {
+        float most = -1e30f;
+#pragma unroll
+        for (int j = 0; j < 4; j++) most = max_of(most, x[n][j] + log2f_(v_scale[j]));
+#pragma unroll
+        for (int i = 4; i < 32; i *= 2) most = max_of(most, shfl_xor(most, i));
+        float now = unit[n];
+        if (most > -1e29f) {  // some token is seen
+          now = max_of((float)round_int(unit[n] + most - 13.0f), least[n]);
+          least[n] = max_of(least[n], now - 40.0f);  // weights below are nothing beside what there was
+        }
+        const float by = unit[n] - now, factor = exp2f_(max_of(min_of(by, 126.0f), -126.0f));
+        unit[n] = now;
+        total[n] *= factor;
+        shares[n] = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          x[n][j] += by;
+          const float probability = exp2f_(x[n][j]);
+          shares[n] += probability;
+          weight[n][j] = probability * v_scale[j] + magic;
+        }
+#pragma unroll
+        for (int s = 0; s < Values::SEGMENTS; s++)
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            int* c = &sums.of[s][n][2 * i];
+            float* sum = kept + (2 * (s * ROW_TILES + n) + i) * 32;
+            *sum = (*sum + (float)c[0] * 256.0f + (float)c[1]) * factor;
+            c[0] = 0, c[1] = 0;
+          }
+      }
+    }
+
+    u32 b0[ROW_TILES], b1[ROW_TILES];
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; n++) {
+      total[n] += shares[n];
+      // Bytes of two octets, high ones for an even column and low ones, which are signed, for an odd one.
+      const u32 first = movmatrix(prmt(bits_of(weight[n][0]), bits_of(weight[n][1]), 0x4051) ^ 0x80800000u);
+      const u32 second = movmatrix(prmt(bits_of(weight[n][2]), bits_of(weight[n][3]), 0x4051) ^ 0x80800000u);
+      b0[n] = prmt(first, second, 0x5410);
+      b1[n] = prmt(first, second, 0x7632);
+    }
+    Values::multiply(tile + VALUES_AT, at, tables, b0, b1, sums);
+  }
+  copy_wait<0>();
+
+#pragma unroll
+  for (int n = 0; n < ROW_TILES; n++) {
+#pragma unroll
+    for (int i = 4; i < 32; i *= 2) total[n] += shfl_xor(total[n], i);
+    const int row = p.first_row + 4 * n + (int)at.t;
+    if (row >= QUERY_ROWS) continue;
+    const i64 to = ((i64)p.split * QUERIES + row / GROUP) * (HEADS * GROUP) + p.head * GROUP + row % GROUP;
+    const float inverse = total[n] > 0 ? 1.0f / total[n] : 0.0f;
+#pragma unroll
+    for (int s = 0; s < Values::SEGMENTS; s++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int* c = &sums.of[s][n][2 * i];
+        const float sum = kept[(2 * (s * ROW_TILES + n) + i) * 32] + (float)c[0] * 256.0f + (float)c[1];
+        p.out[to * V_DIM + 16 * s + 8 * i + at.g] = (u16)pack_f16x2(sum * inverse * Values::level(s), 0);
+      }
+    if (at.g == 0) p.lse[to] = total[n] > 0 ? (unit[n] + log2f_(total[n])) * LN2 : float_of(0xFF800000u);
+  }
+}
+
+// As decode/splits.py, whose request_splits and find_split say what this is.
+DEVICE int unit_of(int tokens) { return max_of(ceil_div(tokens, SPLIT_UNIT), 1) * SPLIT_UNIT; }
+DEVICE int unseen(int length) { return SPAN > 0 ? max_of(length - SPAN, 0) / SPLIT_ALIGN * SPLIT_ALIGN : 0; }
+
+DEVICE int length_of(const Indptr* kv_indptr, int request, int num_requests) {
+  if (request >= num_requests) return 0;
+  const int length = (int)(kv_indptr[request + 1] - kv_indptr[request]);
+  return length - unseen(length);
+}
+
+DEVICE int sum_of(int x) {
+  for (int i = 1; i < 32; i *= 2) x += shfl_xor(x, i);
+  return x;
+}
+
+DEVICE int split_size(const Indptr* kv_indptr, int num_requests, int target) {
+  int total = 0, most = 0;
+  for (int base = 0; base < num_requests; base += 32) {
+    const int length = length_of(kv_indptr, base + (int)lane(), num_requests);
+    total += length;
+    most = max_of(most, length);
+  }
+  total = sum_of(total);
+  for (int i = 1; i < 32; i *= 2) most = max_of(most, shfl_xor(most, i));
+  const int ideal = ceil_div(total, target);
+  int size = total;
+  if (target > num_requests) size = min_of(ceil_div(total, target - num_requests), ceil_div(most, target / num_requests));
+  size = unit_of(size);
+  const int room = size - ideal;
+  int trial[SPLIT_TRIES], splits[SPLIT_TRIES];
+#pragma unroll
+  for (int i = 0; i < SPLIT_TRIES; i++) {
+    trial[i] = unit_of(ideal + room * (SPLIT_TRIES - 1 - i) / SPLIT_TRIES);
+    splits[i] = 0;
+  }
+  for (int base = 0; base < num_requests; base += 32) {
+    const int length = length_of(kv_indptr, base + (int)lane(), num_requests);
+#pragma unroll
+    for (int i = 0; i < SPLIT_TRIES; i++) splits[i] += ceil_div(length, trial[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < SPLIT_TRIES; i++)
+    if (sum_of(splits[i]) <= target) size = trial[i];
+  return size;
+}
+
+// The number of requests whose splits end up to ``split``, and all their splits. ``all``: those of all requests.
+DEVICE int find_request(const Indptr* kv_indptr, int num_requests, int size, int split, int& first, int& all) {
+  int request = 0;
+  first = 0, all = 0;
+  for (int base = 0; base < num_requests; base += 32) {
+    const int r = base + (int)lane();
+    int upto = ceil_div(length_of(kv_indptr, r, num_requests), size);
+    for (u32 i = 1; i < 32; i *= 2) {
+      const int before = shfl_up(upto, i);
+      if (lane() >= i) upto += before;
+    }
+    upto += all;
+    const u32 ahead = ballot(r < num_requests && upto <= split);
+    int found = 0;
+#pragma unroll 1
+    for (u32 left = ahead; left; left &= left - 1) found++;
+    if (found) first = (int)shfl((u32)upto, (u32)(found - 1));
+    request += found;
+    all = (int)shfl((u32)upto, 31);
+  }
+  return request;
+}
+
+// Numbers so that the programs of a multiprocessor get numbers in a row: splits.py, by_multiprocessor.
+DEVICE int by_multiprocessor(int program, int total, int count) {
+  const int share = total / count, more = total % count, first = program % count;
+  return first * share + min_of(first, more) + program / count;
+}
+
+KERNEL decode(const float* q,                // [B * QUERIES, Hq, dim], rotated
+                   const unsigned char* rows,     // [slots, ROW_BYTES]
+                   const Indptr* kv_indptr,       // [B + 1]
+                   const Slot* kv_indices,
+                   const int* k_kinds,            // [H], each head's template
+                   const int* k_order,            // [H], the heads by their templates
+                   const float* means,            // [pages, H, PADDED], in stored channels
+                   const int* tree,               // [B * QUERIES]: decode/tree.py
+                   u16* partial_out,              // float16 [splits, QUERIES, Hq, V_DIM]
+                   float* partial_lse,            // [splits, QUERIES, Hq]
+                   int num_requests, int target, int num_multiprocessors, float to_log2, int stride_qt, int stride_qh) {
+  const int size = split_size(kv_indptr, num_requests, target);
+  int head = (int)block_x() % HEADS, row_tile = (int)block_x() / HEADS, split = (int)block_y(), kind = 0, first, all;
+  if (KINDS > 1) {
+    find_request(kv_indptr, num_requests, size, 0, first, all);
+    const int splits = max_of(all, 1), programs = (int)grid_x(), tiles = programs / HEADS;
+    const int program = (int)block_y() * programs + (int)block_x(), total = splits * programs;
+    const int place = by_multiprocessor(program, total, num_multiprocessors);
+    head = k_order[min_of(place / (splits * tiles), HEADS - 1)];
+    kind = k_kinds[head];
+    row_tile = place / splits % tiles;
+    split = program < total ? place % splits : 1 << 30;
+  }
+  const int request = find_request(kv_indptr, num_requests, size, split, first, all);
+  // What has nothing to do makes room for what waits. One program always waits, and with it the next kernel.
+  if (request >= num_requests) {
+    if (block_x() + block_y() == 0) {
+      wait_ahead();
+      release_next();
+    }
+    return;
+  }
+  const i64 start = kv_indptr[request];
+  const int length = (int)(kv_indptr[request + 1] - start);
+  int begin = (split - first) * size, end = begin + size;
+  begin += unseen(length), end = min_of(end + unseen(length), length);
+  const Program program = {q, rows, kv_indices + start, means, tree, partial_out, partial_lse, to_log2, stride_qt, stride_qh,
+                           head, row_tile * PROGRAM_ROWS, split, request, begin, end, length};
+  // Slots are as old as lengths, and so are all rows but the newest token's, of which the cache stays true.
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; s++) {
+    const int token = begin + s * TILE + (int)lane();
+    if (token >= end) break;
+    const u32 slot = slot_of(program, token);
+    const char* block = (const char*)rows + (slot >> 4) * ((u64)ROW_BYTES * BLOCK_SLOTS);
+    const From k = {block + (u32)head * (K_STRIDE * BLOCK_SLOTS), slot & 15, {0, 0}};
+    const From v = {block + (V_OFFSET + (u32)head * V_STRIDE) * BLOCK_SLOTS, slot & 15, {0, 0}};
+    Keys0::prefetch(k);
+    Values::prefetch(v);
+    prefetch_l2(block + (NORM_OFFSET + 4 * (u32)head) * BLOCK_SLOTS + (slot & 15) * 4);
+  }
+  wait_ahead();
+  release_next();
+  // EACH KIND
+}

@@ -1,0 +1,335 @@
+"""The text of the decode kernel for one structure of rows: constants, and functions that turn codes to operands.
+
+What is written here is what depends on the layout of codes; the rest is in ``decode.cu``, whose beginning says how the
+two meet. A template of keys is a class with static functions, values are another one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ..device.dequant import depressed
+from ..device.tables import CodeSpec
+from ..format.columns import COLUMNS
+from .operands import (
+    MAX_BITS,
+    KeySelector,
+    bits_of,
+    code_of,
+    integers_per_level,
+    key_selectors,
+    signed_bytes,
+    value_selectors,
+)
+
+TILE = 32  # tokens
+ROWS = 4  # query rows that one product serves: the two bytes of each are columns of its eight
+_WIDE_BIN = 2 * COLUMNS * TILE  # bytes of a tile in shared memory
+_NARROW_BIN = COLUMNS * TILE
+_SCALES = 4 * TILE
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that a binary is compiled for. row_tiles: of ROWS query rows, in one program."""
+
+    row_bytes: int
+    k_stride: int
+    v_stride: int
+    v_offset: int
+    norm_offset: int
+    heads: int
+    group: int
+    queries: int
+    dim: int
+    v_dim: int
+    page: int
+    padded: int
+    window: int
+    cap: float
+    tree: bool
+    row_tiles: int
+    stages: int
+    programs: int
+    indptr64: bool
+    slots64: bool
+    keys: tuple[CodeSpec, ...]
+    values: CodeSpec
+
+    @property
+    def stage_bytes(self) -> int:
+        """Of a tile in shared memory."""
+        return max(map(_tile_bytes, self.keys)) + _tile_bytes(self.values) + _SCALES
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a program: tiles under way, and its sums."""
+        return self.stages * self.stage_bytes + len(self.values.segments) * self.row_tiles * 2 * 4 * 32
+
+
+def _bin_bytes(repeat: int) -> int:
+    return _WIDE_BIN if repeat == 1 else _NARROW_BIN
+
+
+def _tile_bytes(spec: CodeSpec) -> int:
+    return sum(map(_bin_bytes, spec.repeat))
+
+
+def _bins(spec: CodeSpec) -> list[tuple[int, int, int]]:
+    """(byte within a head's codes, columns per word, first byte of a tile in shared memory) of each bin."""
+    out, at = [], 0
+    for (byte, _, _), repeat in zip(spec.bins, spec.repeat, strict=True):
+        out.append((byte, repeat, at))
+        at += _bin_bytes(repeat)
+    return out
+
+
+def _copies(spec: CodeSpec) -> list[str]:
+    """A tile's words to shared memory. ``wide[i]`` and ``narrow`` are where tokens' codes begin in memory."""
+    lines = []
+    for byte, repeat, at in _bins(spec):
+        if repeat == 1:
+            lines += [f"copy_wide(to + {at}, from, {byte * 16}, {i}, lane);" for i in (0, 1)]
+        else:
+            lines.append(f"copy_narrow<{32 // repeat}>(to + {at}, from, {byte * 16}, lane);")
+    return lines
+
+
+def _prefetches(spec: CodeSpec) -> list[str]:
+    return [f"prefetch_l2(from.token + {byte * 16} + from.within * {32 // repeat});" for byte, repeat, _ in _bins(spec)]
+
+
+def _tables(widths: set[int]) -> list[str]:
+    """Members of Tables and their values."""
+    lines = []
+    for bits in sorted(widths):
+        data = [x & 0xFF for x in signed_bytes(bits)]
+        if bits == MAX_BITS:  # see decode.cu: the positive half is read one too low
+            data[8:] = [x + 1 for x in data[8:]]
+        data += [0] * (-len(data) % 4)
+        for i in range(0, len(data), 4):
+            word = sum(x << 8 * j for j, x in enumerate(data[i : i + 4]))
+            lines.append(f"u32 of_{bits}_{i // 4} = opaque({word:#010x}u);")
+    return lines
+
+
+def _pair(x: float) -> str:
+    """Twice the bits of ``x`` as a float16."""
+    import torch
+
+    return f"{(int(torch.tensor(x).half().view(torch.int16)) & 0xFFFF) * 0x10001:#010x}u"
+
+
+def _level_text(spec: CodeSpec, segment: int, half: int) -> list[str]:
+    """Statements that leave ``t``, levels of a segment of many bits less its slope, two columns' float16.
+
+    As in device/dequant.py: the code is put under the exponent of a float16 and centred, its polynomial follows.
+    """
+    bits = bits_of(spec.segments[segment])
+    at = 1
+    top = (15 + 10 - at - (bits - 1)) << 10
+    lines = [f"u32 t = {top * 0x10001:#010x}u;"]
+    for piece in code_of(spec, segment, half, "k"):
+        by, to = piece.shift - at - piece.position, at + piece.position
+        source = f"{piece.register}[i]"
+        source = f"({source} >> {by})" if by > 0 else f"({source} << {-by})" if by < 0 else source
+        lines.append(f"t |= {source} & {(((1 << piece.width) - 1) << to) * 0x10001:#010x}u;")
+    middle = (top | (((1 << bits) - 1) << (at - 1))) * 0x10001
+    lines.append(f"t = sub_f16x2(t, {middle:#010x}u);")
+    h, rest, _ = depressed(spec.poly[segment])
+    lines += [f"const u32 s = fma_f16x2(t, t, {_pair(h)});", "u32 y = s;"]
+    lines += [f"y = fma_f16x2(y, s, {_pair(r)});" for r in rest]
+    return [*lines, "t = mul_f16x2(y, t);"]
+
+
+def _key_class(kind: int, spec: CodeSpec) -> str:
+    selectors = key_selectors(spec)
+    levelled = [s for s, pieces in enumerate(spec.segments) if bits_of(pieces) > MAX_BITS]
+    lines = [
+        f"struct Keys{kind} {{",
+        f"static constexpr int SELECTORS = {len(selectors)}, LEVELLED = {len(levelled)};",
+        "static MEMBER void copy(u32 to, const From& from, u32 lane) {",
+        *_copies(spec),
+        "}",
+        "static MEMBER void prefetch(const From& from) {",
+        *_prefetches(spec),
+        "}",
+        # The largest number of a lane's channels, as the operands of integers and of levels have them.
+        "static MEMBER void largest(const Pair* q, float& integers, float& levels) {",
+        *_largest(spec, selectors, levelled),
+        "}",
+        "template <class Q> static MEMBER void operands(const Pair* q, Q& out, int n, float integers, float levels) {",
+        *_operands(spec, selectors, levelled),
+        "}",
+        "static MEMBER float dot(const Pair* q, const Pair* mean, u32 part) {",
+        "float sum = 0;",
+        *(
+            f"if (part == {s % 2}) sum += dot2(q[{8 * s}], mean[{8 * s}]) + dot2(q[{8 * s + 4}], mean[{8 * s + 4}]);"
+            for s in range(len(spec.segments))
+        ),
+        "return sum;",
+        "}",
+        "template <class Q, class L> static MEMBER void multiply(u32 tile, const Lane& at, const Tables& tables,"
+        " const Q& q, L& logits) {",
+        *_key_loads(spec),
+        *_key_products(spec, selectors, levelled),
+        "}",
+        "};",
+    ]
+    return "\n".join(lines)
+
+
+def _largest(spec: CodeSpec, selectors: tuple[KeySelector, ...], levelled: list[int]) -> list[str]:
+    lines = []
+    for selector in selectors:
+        for segment in sorted({segment for segment, _ in selector.codes}):
+            factor = 1 / integers_per_level(selector.width)
+            lines += [f"integers = larger(integers, q[{8 * segment + i}], {factor:.9e}f);" for i in (0, 4)]
+    for segment in levelled:
+        lines += [f"levels = larger(levels, q[{8 * segment + i}], {spec.slope[segment]:.9e}f);" for i in (0, 4)]
+    return lines
+
+
+def _operands(spec: CodeSpec, selectors: tuple[KeySelector, ...], levelled: list[int]) -> list[str]:
+    lines = []
+    for j, selector in enumerate(selectors):
+        lines.append(f"{{ const float by = integers * {1 / integers_per_level(selector.width):.9e}f;")
+        pairs = [f"q[{8 * s + 4 * half}]" for s, half in selector.codes] + ["Pair{0, 0}"] * (4 - len(selector.codes))
+        for b, part in (("b0", "x"), ("b1", "y")):
+            numbers = ", ".join(f"{pair}.{part} * by" for pair in pairs)
+            lines.append(f"out.{b}[{j}][n] = out.bytes({numbers});")
+        lines.append("}")
+    for j, segment in enumerate(levelled):
+        lines.append(f"{{ const float by = levels * {spec.slope[segment]:.9e}f;")
+        for b, i in (("h0", 0), ("h1", 4)):
+            lines.append(f"out.{b}[{j}][n] = out.halves(q[{8 * segment + i}].x * by, q[{8 * segment + i}].y * by);")
+        lines.append("}")
+    return lines
+
+
+def _key_loads(spec: CodeSpec) -> list[str]:
+    lines = []
+    for i, (_, repeat, at) in enumerate(_bins(spec)):
+        if repeat == 1:
+            lines.append(f"u32 k{i}_0[4], k{i}_1[4]; load_wide_keys(k{i}_0, k{i}_1, tile + {at}, at);")
+        else:
+            lines.append(f"u32 k{i}[4]; ldmatrix4(k{i}, tile + {at} + at.lane * 16);")
+            if repeat > 2:
+                lines.append(f"for (int j = 0; j < 4; j++) k{i}[j] >>= {'4 * (at.t >> 1)' if repeat == 4 else '2 * at.t'};")
+    return lines
+
+
+def _key_products(spec: CodeSpec, selectors: tuple[KeySelector, ...], levelled: list[int]) -> list[str]:
+    lines = []
+    for j, selector in enumerate(selectors):
+        lines.append("for (int m = 0; m < 2; m++) {")
+        for name, index in (("z0", "2 * m"), ("z1", "2 * m + 1")):
+            lines.append(f"const u32 {name} = {selector.text.replace('{i}', index)};")
+        lines.append(f"::multiply<{selector.width}>(logits.integers[m], z0, z1, q.b0[{j}], q.b1[{j}], tables);")
+        lines.append("}")
+    for j, segment in enumerate(levelled):
+        lines.append("for (int m = 0; m < 2; m++) { u32 a[4];")
+        for place, (index, half) in enumerate((("2 * m", 0), ("2 * m + 1", 0), ("2 * m", 1), ("2 * m + 1", 1))):
+            lines += ["{", f"const int i = {index};", *_level_text(spec, segment, half), f"a[{place}] = t;", "}"]
+        lines.append(f"for (int n = 0; n < ROW_TILES; n++) hmma(logits.levels[m][n], a[0], a[1], a[2], a[3], q.h0[{j}][n], q.h1[{j}][n]);")
+        lines.append("}")
+    return lines
+
+
+def _value_class(spec: CodeSpec) -> str:
+    lines = [
+        "struct Values {",
+        f"static constexpr int SEGMENTS = {len(spec.segments)};",
+        "static MEMBER void copy(u32 to, const From& from, u32 lane) {",
+        *_copies(spec),
+        "}",
+        "static MEMBER void prefetch(const From& from) {",
+        *_prefetches(spec),
+        "}",
+        "static MEMBER float level(int segment) {",
+        *(
+            f"if (segment == {s}) return {1 / integers_per_level(bits_of(pieces)):.9e}f;"
+            for s, pieces in enumerate(spec.segments)
+        ),
+        "return 0;",
+        "}",
+        "template <class S> static MEMBER void multiply(u32 tile, const Lane& at, const Tables& tables,"
+        " const u32 (&b0)[ROW_TILES], const u32 (&b1)[ROW_TILES], S& sums) {",
+    ]
+    for i, (_, repeat, first) in enumerate(_bins(spec)):
+        if repeat == 1:
+            lines.append(f"u32 v{i}_0[4], v{i}_1[4]; load_wide_values(v{i}_0, v{i}_1, tile + {first}, at);")
+        else:
+            lines.append(f"u32 v{i}[4]; ldmatrix4_trans(v{i}, tile + {first} + at.lane * 16);")
+            if repeat > 2:
+                lines.append(f"for (int j = 0; j < 4; j++) v{i}[j] >>= {'4 * (at.g >> 2)' if repeat == 4 else '2 * (at.g >> 1)'};")
+    for selector in value_selectors(spec):
+        lines += [
+            *selector.statements,
+            f"::multiply<{selector.width}>(sums.of[{selector.segment}], {selector.selectors[0]}, {selector.selectors[1]}, b0, b1, tables);",
+        ]
+    return "\n".join([*lines, "}", "};"])
+
+
+@cache
+def text_of(name: str) -> str:
+    """A file of this folder."""
+    return (Path(__file__).parent / name).read_text()
+
+
+def source(shape: Shape) -> str:
+    """The kernel ``decode`` without its primitives, which are ``hopper.cu``'s."""
+    kinds = range(len(shape.keys))
+    numbers = {
+        "ROW_BYTES": shape.row_bytes,
+        "K_STRIDE": shape.k_stride,
+        "V_STRIDE": shape.v_stride,
+        "V_OFFSET": shape.v_offset,
+        "NORM_OFFSET": shape.norm_offset,
+        "HEADS": shape.heads,
+        "GROUP": shape.group,
+        "QUERIES": shape.queries,
+        "V_DIM": shape.v_dim,
+        "PAGE": shape.page,
+        "PAGE_OR_ONE": max(shape.page, 1),
+        "PADDED": shape.padded,
+        "WINDOW": shape.window,
+        "CAP": f"{shape.cap:.9e}f",
+        "CAP_OR_ONE": f"{shape.cap or 1.0:.9e}f",
+        "CAPPED": int(shape.cap > 0),
+        "TREE": int(shape.tree),
+        "ROW_TILES": shape.row_tiles,
+        "STAGES": shape.stages,
+        "KINDS": len(shape.keys),
+        "VALUES_AT": max(map(_tile_bytes, shape.keys)),
+        "SCALES_AT": shape.stage_bytes - _SCALES,
+        "STAGE_BYTES": shape.stage_bytes,
+    }
+    widths = {bits_of(p) for spec in (*shape.keys, shape.values) for p in spec.segments}
+    head = [f"#define {name} {value}" for name, value in numbers.items()]
+    head += [f"typedef {'i64' if wide else 'int'} {name};" for name, wide in (("Indptr", shape.indptr64), ("Slot", shape.slots64))]
+    body, _, rest = text_of("decode.cu").partition("// GENERATED\n")
+    tables = "\n".join(["struct Tables {", *_tables({w for w in widths if w <= MAX_BITS}), "};"])
+    lookups = "\n".join(_lookup(w) for w in sorted(widths) if w <= MAX_BITS)
+    kinds_text = "\n".join(_key_class(kind, shape.keys[kind]) for kind in kinds)
+    calls = "\n".join(f"if (KINDS == 1 || kind == {kind}) attend<Keys{kind}>(program);" for kind in kinds)
+    parts = ["\n".join(head), body, tables, lookups, kinds_text, _value_class(shape.values)]
+    return "\n\n".join([*parts, rest.replace("// EACH KIND\n", calls + "\n")])
+
+
+def _lookup(bits: int) -> str:
+    """multiply<bits>: what two selectors say, times a query or weights."""
+    t = [f"tables.of_{bits}_{i}" for i in range(max((1 << bits) // 4, 1))]
+    head = (
+        f"template <> MEMBER void multiply<{bits}>(int (&c)[ROW_TILES][4], u32 z0, u32 z1, const u32 (&b0)[ROW_TILES],"
+        " const u32 (&b1)[ROW_TILES], const Tables& tables) {"
+    )
+    if bits < MAX_BITS:
+        return f"{head}\nlook_up({t[0]}, {t[-1]}, z0, z1, c, b0, b1);\n}}"
+    flip = "0x88888888u"
+    return (
+        f"{head}\nlook_up({t[0]}, {t[1]}, z0, z1, c, b0, b1);\n"
+        f"look_up({t[2]}, {t[3]}, z0 ^ {flip}, z1 ^ {flip}, c, b0, b1);\n}}"
+    )

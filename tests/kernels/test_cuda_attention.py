@@ -1,0 +1,105 @@
+"""The CUDA decode kernel against the reference: on a GPU, and its own text on a CPU (cuda_on_cpu)."""
+
+import ctypes
+
+import pytest
+import torch
+
+from sglang_blockgtq.kernels.cuda import attention as cuda
+from sglang_blockgtq.kernels.cuda import source
+from sglang_blockgtq.kernels.decode.attention import decode_attention
+from sglang_blockgtq.kernels.decode.splits import num_splits
+from sglang_blockgtq.kernels.terms import PLAIN, Terms
+
+from . import cuda_on_cpu
+from .matrix import DEVICE, IN_COLUMNS, LARGE, MEAN_CASES, MEANS, OTHER_HEADS, TEMPLATE, TEMPLATES, WIDE, Case, assert_same
+from .matrix import data, decode_queries, over
+from .test_attention import expected, scratch_of, with_q_len
+
+_TYPES = {"P": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
+
+
+def tolerance(case: Case) -> float:
+    """Bytes for levels are 0.14 % off at 3 bits and 0.31 % at 4, of keys and of values; outputs are rounded."""
+    layout = data(case).codec.layout
+    exact = 4 not in {*layout.v.widths, *(width for head in layout.k for width in head.widths)}
+    return 8e-3 if case.dtype == "bfloat16" else 3e-3 if exact else 6e-3
+
+
+
+def served(cases: list[Case]) -> list[Case]:
+    return [case for case in cases if case.v_bits <= 4 and case.allocator != "paper"]
+
+
+class _OnCpu:
+    """A compiled kernel in place of that of a GPU. tensors: all that it may read and write."""
+
+    tensors: list[torch.Tensor] = []
+
+    def __init__(self, shape: source.Shape, _device: torch.device):
+        self.emulated = cuda_on_cpu.compile(source.source(shape), "decode")
+
+    def launch(self, grid, shared_bytes, args, *, dependent):
+        typed = [_TYPES[t](x or None) if t == "P" else _TYPES[t](x) for t, x in zip(cuda._TYPES, args, strict=True)]
+        calls = self.emulated.launch(grid, shared_bytes, typed, self.tensors)
+        assert calls.wait_ahead == calls.release_next > 0
+
+
+@pytest.fixture(autouse=True)
+def _emulated(monkeypatch):
+    if DEVICE == "cuda":
+        return
+    if reason := cuda_on_cpu.missing():
+        pytest.skip(reason)
+    monkeypatch.setattr(cuda, "device_lacks", lambda device: None)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(cuda, "kernel_of", _OnCpu)
+    monkeypatch.setattr(cuda, "_launches", {})
+    attend = cuda.attend
+
+    def watched(tables, *args):
+        mine = [x for x in (*vars(tables).values(), *args) if isinstance(x, torch.Tensor)]
+        _OnCpu.tensors = mine + ([tables.means.stored] if tables.means else [])
+        return attend(tables, *args)
+
+    monkeypatch.setattr(cuda, "attend", watched)
+
+
+def decode(case: Case, q_len: int = 1, target: int = 8, **options):
+    d, q = data(case), decode_queries(case, q_len)
+    assert cuda.lacks(d.tables) is None
+    scratch = scratch_of(case, q_len, num_splits(len(case.lengths), target), torch.float16)
+    return decode_attention(
+        d.tables, q, d.rows, d.kv_indptr, d.kv_indices, d.sm_scale, q_len=q_len, target=target, scratch=scratch, **options
+    )
+
+
+@over(served([*IN_COLUMNS, *OTHER_HEADS, *LARGE]))
+def test_decode_matches_reference(case):
+    for target in (1, 8) if case not in LARGE else (1, 9, 1000, sum(case.lengths) + 5):
+        assert_same(decode(case, target=target), expected(case), tolerance(case))
+
+
+@with_q_len((TEMPLATE, 2), (TEMPLATE, 8), (TEMPLATES[1], 3), (MEANS, 4), (LARGE[0], 8), (LARGE[7], 3), (LARGE[8], 3))
+def test_several_queries_of_a_request(case, q_len):
+    assert_same(decode(case, q_len), expected(case, q_len), tolerance(case))
+
+
+@with_q_len((TEMPLATE, 12), (TEMPLATES[1], 3), (MEANS, 4), (LARGE[0], 32), (LARGE[8], 8))
+def test_trees(case, q_len):
+    rows = [1]
+    for i in range(1, q_len):
+        rows.append(rows[max(i - 2, 0)] | 1 << i)
+    tree = torch.tensor([x - (x >> 31 << 32) for x in rows] * len(case.lengths), dtype=torch.int32, device=DEVICE)
+    for terms in (PLAIN, Terms(20, 2.0)):
+        want = expected(case, q_len, terms, tree)
+        assert_same(decode(case, q_len, tree=tree, terms=terms), want, 2 * tolerance(case))
+
+
+@with_q_len(*((case, 1) for case in (TEMPLATE, WIDE, TEMPLATES[2], MEANS, MEAN_CASES[1], LARGE[0])), (TEMPLATE, 3), (MEANS, 3))
+def test_windows_caps_and_sinks(case, q_len):
+    sinks = torch.linspace(-2, 3, case.heads * case.group, device=DEVICE)
+    for terms in (Terms(1), Terms(20), Terms(70, 2.0, sinks), Terms(cap=0.5), Terms(sinks=sinks)):
+        want = expected(case, q_len, terms)
+        for target in (1, 8):
+            assert_same(decode(case, q_len, terms=terms, target=target), want, 2 * tolerance(case))
