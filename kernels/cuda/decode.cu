@@ -31,10 +31,10 @@ struct Lane {
   u32 lane, g, t;
 };
 
-struct From {  // where a tile's rows lie in memory
-  const char* token;    // of the lane's token: the block's bytes from the head's codes on
-  u32 within;           // its number in the block
-  const char* wide[2];  // the same of tokens lane / 2 and 16 + lane / 2, of which the lane copies one half of a wide bin
+struct From {  // addresses of a tile's codes, of the head's first byte for tokens of bins by their bytes
+  u64 block;    // of the lane's token, its block
+  u32 within;   // its number in the block
+  u64 wide[2];  // of a wide bin, the half that the lane copies of tokens lane / 2 and 16 + lane / 2
 };
 
 union Word {
@@ -44,16 +44,11 @@ union Word {
 
 DEVICE u32 bits_of(float x) { Word w; w.number = x; return w.bits; }
 DEVICE float float_of(u32 x) { Word w; w.bits = x; return w.number; }
-DEVICE float max_of(float a, float b) { return a > b ? a : b; }
-DEVICE float min_of(float a, float b) { return a < b ? a : b; }
-DEVICE int max_of(int a, int b) { return a > b ? a : b; }
-DEVICE int min_of(int a, int b) { return a < b ? a : b; }
-DEVICE float abs_of(float x) { return x < 0 ? -x : x; }
 DEVICE float dot2(Pair a, Pair b) { return a.x * b.x + a.y * b.y; }
 DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-DEVICE float larger(float so_far, Pair x, float factor) {
-  return max_of(so_far, max_of(abs_of(x.x), abs_of(x.y)) * factor);
+DEVICE float largest(float so_far, Pair x, float factor) {
+  return larger(so_far, larger(larger(x.x, -x.x), larger(x.y, -x.y)) * factor);
 }
 
 template <int BY> DEVICE u32 spread_upper(u32 x, u32 low, u32 high) { return (x & low) | ((x >> BY) & high); }
@@ -70,13 +65,14 @@ DEVICE void look_up(u32 low, u32 high, u32 z0, u32 z1, int (&c)[ROW_TILES][4], c
 DEVICE u32 wide_at(u32 token, u32 half) { return token * 32 + ((half ^ (token >> 2)) & 1) * 16; }
 
 DEVICE void copy_wide(u32 to, const From& from, int byte, int which, u32 lane) {
-  copy_async<16>(to + wide_at((lane >> 1) + 16 * which, lane & 1), from.wide[which] + byte);
+  copy_async<16>(to + wide_at((lane >> 1) + 16 * which, lane & 1), (const void*)(from.wide[which] + byte));
 }
 
 // A narrow bin's row is repeated until it fills 16 bytes.
 template <int BYTES> DEVICE void copy_narrow(u32 to, const From& from, int byte, u32 lane) {
 #pragma unroll
-  for (int i = 0; i < 16 / BYTES; i++) copy_async<BYTES>(to + lane * 16 + i * BYTES, from.token + byte + from.within * BYTES);
+  for (int i = 0; i < 16 / BYTES; i++)
+    copy_async<BYTES>(to + lane * 16 + i * BYTES, (const void*)(mad_wide(from.within, BYTES, from.block) + byte));
 }
 
 DEVICE void load_wide_keys(u32 (&low)[4], u32 (&high)[4], u32 bin, const Lane& at) {
@@ -101,7 +97,8 @@ template <int WIDTH> MEMBER void multiply(int (&c)[ROW_TILES][4], u32 z0, u32 z1
 // What a program does: a split of a request for a head.
 struct Program {
   const float* q;
-  const unsigned char* rows;
+  u64 keys, scales;  // addresses of the head's in the first block
+  u32 to_values;     // from its keys
   const Slot* slots;
   const float* means;
   const int* tree;
@@ -140,26 +137,28 @@ struct Sums {
 };
 
 DEVICE const float* query_row(const Program& p, int row) {
-  const int last = min_of(p.first_row + row, QUERY_ROWS - 1);
+  const int last = smaller(p.first_row + row, QUERY_ROWS - 1);
   const i64 token = (i64)p.request * QUERIES + last / GROUP;
   return p.q + token * p.stride_qt + (i64)(p.head * GROUP + last % GROUP) * p.stride_qh;
 }
 
-template <class Keys> DEVICE void start_tile(const Program& p, u32 stage, u32 slot, const Lane& at) {
-  const u32 low = shfl(slot, at.lane >> 1), high = shfl(slot, 16 + (at.lane >> 1));
-  const char* rows = (const char*)p.rows;
-  const u64 bytes = (u64)ROW_BYTES * BLOCK_SLOTS;
-  const char *one = rows + (slot >> 4) * bytes, *first = rows + (low >> 4) * bytes + (at.lane & 1) * 16 + (low & 15) * 32,
-             *second = rows + (high >> 4) * bytes + (at.lane & 1) * 16 + (high & 15) * 32;
-  const u32 keys = (u32)p.head * (K_STRIDE * BLOCK_SLOTS), values = (V_OFFSET + (u32)p.head * V_STRIDE) * BLOCK_SLOTS;
-  const From k = {one + keys, slot & 15, {first + keys, second + keys}};
-  const From v = {one + values, slot & 15, {first + values, second + values}};
-  Keys::copy(stage, k, at.lane);
-  Values::copy(stage + VALUES_AT, v, at.lane);
-  copy_async<4>(stage + SCALES_AT + at.lane * 4, one + (NORM_OFFSET + 4 * (u32)p.head) * BLOCK_SLOTS + (slot & 15) * 4);
+// Of the head's codes in the block of a slot, and a number of bytes for each row before it there.
+DEVICE u64 row_at(u64 base, u32 slot, u32 bytes) {
+  return mad_wide(slot, bytes, mad_wide(slot >> 4, (ROW_BYTES - bytes) * BLOCK_SLOTS, base));
 }
 
-DEVICE u32 slot_of(const Program& p, int token) { return (u32)p.slots[min_of(token, p.end - 1)]; }
+template <class Keys> DEVICE void start_tile(const Program& p, u32 stage, u32 slot, const Lane& at) {
+  const u32 low = shfl(slot, at.lane >> 1), high = shfl(slot, 16 + (at.lane >> 1));
+  const u64 half = p.keys + (at.lane & 1) * 16;
+  const u64 first = row_at(half, low, 32), second = row_at(half, high, 32);
+  const u64 block = mad_wide(slot >> 4, ROW_BYTES * BLOCK_SLOTS, p.keys);
+  Keys::copy(stage, From{block, slot & 15, {first, second}}, at.lane);
+  const u32 to_values = p.to_values;
+  Values::copy(stage + VALUES_AT, From{block + to_values, slot & 15, {first + to_values, second + to_values}}, at.lane);
+  copy_async<4>(stage + SCALES_AT + at.lane * 4, (const void*)row_at(p.scales, slot, 4));
+}
+
+DEVICE u32 slot_of(const Program& p, int token) { return (u32)p.slots[smaller(token, p.end - 1)]; }
 
 // What the page's mean gives to the lane's rows, in base 2.
 template <class Keys> DEVICE void page_bias(const Program& p, int token, const Lane& at, float (&bias)[ROW_TILES]) {
@@ -198,11 +197,11 @@ template <class Keys> DEVICE void attend(const Program& p) {
   for (int n = 0; n < ROW_TILES; n++) {
     const Pair* row = (const Pair*)query_row(p, 4 * n + (at.g >> 1)) + at.t;
     float integers = 0, levels = 0;
-    Keys::largest(row, integers, levels);
+    Keys::sizes(row, integers, levels);
 #pragma unroll
     for (int i = 1; i < 4; i *= 2) {
-      integers = max_of(integers, shfl_xor(integers, i));
-      levels = max_of(levels, shfl_xor(levels, i));
+      integers = larger(integers, shfl_xor(integers, i));
+      levels = larger(levels, shfl_xor(levels, i));
     }
     integers = integers > 0 ? integers : 1;
     levels = levels > 0 ? levels : 1;
@@ -256,7 +255,7 @@ template <class Keys> DEVICE void attend(const Program& p) {
     for (int j = 0; j < 4; j++) {
       const u32 word = scale_words[8 * j];
       const float k_scale = f16(word & 0xFFFF);
-      v_scale[j] = max_of(f16(word >> 16), 5.9604645e-8f);  // so that no probability is out of all proportion
+      v_scale[j] = larger(f16(word >> 16), 5.9604645e-8f);  // so that no probability is out of all proportion
 #pragma unroll
       for (int n = 0; n < ROW_TILES; n++) {
         const int* c = &logits.integers[j >> 1][n][2 * (j & 1)];
@@ -273,7 +272,7 @@ template <class Keys> DEVICE void attend(const Program& p) {
     if (from + TILE > p.end || (QUERIES > 1 && from + TILE > p.length - QUERIES) || (WINDOW > 0 && from < p.length - WINDOW)) {
 #pragma unroll
       for (int n = 0; n < ROW_TILES; n++) {
-        const int query = min_of(p.first_row + 4 * n + (int)at.t, QUERY_ROWS - 1) / GROUP, first = p.length - QUERIES;
+        const int query = smaller(p.first_row + 4 * n + (int)at.t, QUERY_ROWS - 1) / GROUP, first = p.length - QUERIES;
         const u32 bits = TREE ? (u32)p.tree[p.request * QUERIES + query] : 0;
         int seen = first + 1 + query;
         if (TREE) {
@@ -306,7 +305,7 @@ template <class Keys> DEVICE void attend(const Program& p) {
         const float probability = exp2f_(x[n][j]);
         shares[n] += probability;
         weight[n][j] = probability * v_scale[j] + magic;
-        most = max_of(most, weight[n][j]);
+        most = larger(most, weight[n][j]);
       }
       over = over || !(most < magic + 32512.0f);
       u32 high = ballot(most >= magic + 1024.0f || unit[n] <= least[n]);
@@ -319,15 +318,15 @@ template <class Keys> DEVICE void attend(const Program& p) {
       for (int n = 0; n < ROW_TILES; n++) {
         float most = -1e30f;
 #pragma unroll
-        for (int j = 0; j < 4; j++) most = max_of(most, x[n][j] + log2f_(v_scale[j]));
+        for (int j = 0; j < 4; j++) most = larger(most, x[n][j] + log2f_(v_scale[j]));
 #pragma unroll
-        for (int i = 4; i < 32; i *= 2) most = max_of(most, shfl_xor(most, i));
+        for (int i = 4; i < 32; i *= 2) most = larger(most, shfl_xor(most, i));
         float now = unit[n];
         if (most > -1e29f) {  // some token is seen
-          now = max_of((float)round_int(unit[n] + most - 13.0f), least[n]);
-          least[n] = max_of(least[n], now - 40.0f);  // weights below are nothing beside what there was
+          now = larger((float)round_int(unit[n] + most - 13.0f), least[n]);
+          least[n] = larger(least[n], now - 40.0f);  // weights below are nothing beside what there was
         }
-        const float by = unit[n] - now, factor = exp2f_(max_of(min_of(by, 126.0f), -126.0f));
+        const float by = unit[n] - now, factor = exp2f_(larger(smaller(by, 126.0f), -126.0f));
         unit[n] = now;
         total[n] *= factor;
         shares[n] = 0;
@@ -385,8 +384,8 @@ template <class Keys> DEVICE void attend(const Program& p) {
 }
 
 // As decode/splits.py, whose request_splits and find_split say what this is.
-DEVICE int unit_of(int tokens) { return max_of(ceil_div(tokens, SPLIT_UNIT), 1) * SPLIT_UNIT; }
-DEVICE int unseen(int length) { return SPAN > 0 ? max_of(length - SPAN, 0) / SPLIT_ALIGN * SPLIT_ALIGN : 0; }
+DEVICE int unit_of(int tokens) { return larger(ceil_div(tokens, SPLIT_UNIT), 1) * SPLIT_UNIT; }
+DEVICE int unseen(int length) { return SPAN > 0 ? larger(length - SPAN, 0) / SPLIT_ALIGN * SPLIT_ALIGN : 0; }
 
 DEVICE int length_of(const Indptr* kv_indptr, int request, int num_requests) {
   if (request >= num_requests) return 0;
@@ -394,23 +393,19 @@ DEVICE int length_of(const Indptr* kv_indptr, int request, int num_requests) {
   return length - unseen(length);
 }
 
-DEVICE int sum_of(int x) {
-  for (int i = 1; i < 32; i *= 2) x += shfl_xor(x, i);
-  return x;
-}
-
 DEVICE int split_size(const Indptr* kv_indptr, int num_requests, int target) {
   int total = 0, most = 0;
+#pragma unroll 1
   for (int base = 0; base < num_requests; base += 32) {
     const int length = length_of(kv_indptr, base + (int)lane(), num_requests);
     total += length;
-    most = max_of(most, length);
+    most = larger(most, length);
   }
-  total = sum_of(total);
-  for (int i = 1; i < 32; i *= 2) most = max_of(most, shfl_xor(most, i));
+  total = sum_of_all(total);
+  most = largest_of_all(most);
   const int ideal = ceil_div(total, target);
   int size = total;
-  if (target > num_requests) size = min_of(ceil_div(total, target - num_requests), ceil_div(most, target / num_requests));
+  if (target > num_requests) size = smaller(ceil_div(total, target - num_requests), ceil_div(most, target / num_requests));
   size = unit_of(size);
   const int room = size - ideal;
   int trial[SPLIT_TRIES], splits[SPLIT_TRIES];
@@ -419,6 +414,7 @@ DEVICE int split_size(const Indptr* kv_indptr, int num_requests, int target) {
     trial[i] = unit_of(ideal + room * (SPLIT_TRIES - 1 - i) / SPLIT_TRIES);
     splits[i] = 0;
   }
+#pragma unroll 1
   for (int base = 0; base < num_requests; base += 32) {
     const int length = length_of(kv_indptr, base + (int)lane(), num_requests);
 #pragma unroll
@@ -426,7 +422,7 @@ DEVICE int split_size(const Indptr* kv_indptr, int num_requests, int target) {
   }
 #pragma unroll
   for (int i = 0; i < SPLIT_TRIES; i++)
-    if (sum_of(splits[i]) <= target) size = trial[i];
+    if (sum_of_all(splits[i]) <= target) size = trial[i];
   return size;
 }
 
@@ -434,6 +430,7 @@ DEVICE int split_size(const Indptr* kv_indptr, int num_requests, int target) {
 DEVICE int find_request(const Indptr* kv_indptr, int num_requests, int size, int split, int& first, int& all) {
   int request = 0;
   first = 0, all = 0;
+#pragma unroll 1
   for (int base = 0; base < num_requests; base += 32) {
     const int r = base + (int)lane();
     int upto = ceil_div(length_of(kv_indptr, r, num_requests), size);
@@ -456,7 +453,7 @@ DEVICE int find_request(const Indptr* kv_indptr, int num_requests, int size, int
 // Numbers so that the programs of a multiprocessor get numbers in a row: splits.py, by_multiprocessor.
 DEVICE int by_multiprocessor(int program, int total, int count) {
   const int share = total / count, more = total % count, first = program % count;
-  return first * share + min_of(first, more) + program / count;
+  return first * share + smaller(first, more) + program / count;
 }
 
 KERNEL decode(const float* q,                // [B * QUERIES, Hq, dim], rotated
@@ -474,10 +471,10 @@ KERNEL decode(const float* q,                // [B * QUERIES, Hq, dim], rotated
   int head = (int)block_x() % HEADS, row_tile = (int)block_x() / HEADS, split = (int)block_y(), kind = 0, first, all;
   if (KINDS > 1) {
     find_request(kv_indptr, num_requests, size, 0, first, all);
-    const int splits = max_of(all, 1), programs = (int)grid_x(), tiles = programs / HEADS;
+    const int splits = larger(all, 1), programs = (int)grid_x(), tiles = programs / HEADS;
     const int program = (int)block_y() * programs + (int)block_x(), total = splits * programs;
     const int place = by_multiprocessor(program, total, num_multiprocessors);
-    head = k_order[min_of(place / (splits * tiles), HEADS - 1)];
+    head = k_order[smaller(place / (splits * tiles), HEADS - 1)];
     kind = k_kinds[head];
     row_tile = place / splits % tiles;
     split = program < total ? place % splits : 1 << 30;
@@ -494,8 +491,11 @@ KERNEL decode(const float* q,                // [B * QUERIES, Hq, dim], rotated
   const i64 start = kv_indptr[request];
   const int length = (int)(kv_indptr[request + 1] - start);
   int begin = (split - first) * size, end = begin + size;
-  begin += unseen(length), end = min_of(end + unseen(length), length);
-  const Program program = {q, rows, kv_indices + start, means, tree, partial_out, partial_lse, to_log2, stride_qt, stride_qh,
+  begin += unseen(length), end = smaller(end + unseen(length), length);
+  const u64 keys = (u64)rows + (u32)head * (K_STRIDE * BLOCK_SLOTS);
+  const u64 scales = (u64)rows + (NORM_OFFSET + 4 * (u32)head) * BLOCK_SLOTS;
+  const u32 to_values = (V_OFFSET + (u32)head * V_STRIDE - (u32)head * K_STRIDE) * BLOCK_SLOTS;
+  const Program program = {q, keys, scales, to_values, kv_indices + start, means, tree, partial_out, partial_lse, to_log2, stride_qt, stride_qh,
                            head, row_tile * PROGRAM_ROWS, split, request, begin, end, length};
   // Slots are as old as lengths, and so are all rows but the newest token's, of which the cache stays true.
 #pragma unroll
@@ -503,12 +503,10 @@ KERNEL decode(const float* q,                // [B * QUERIES, Hq, dim], rotated
     const int token = begin + s * TILE + (int)lane();
     if (token >= end) break;
     const u32 slot = slot_of(program, token);
-    const char* block = (const char*)rows + (slot >> 4) * ((u64)ROW_BYTES * BLOCK_SLOTS);
-    const From k = {block + (u32)head * (K_STRIDE * BLOCK_SLOTS), slot & 15, {0, 0}};
-    const From v = {block + (V_OFFSET + (u32)head * V_STRIDE) * BLOCK_SLOTS, slot & 15, {0, 0}};
-    Keys0::prefetch(k);
-    Values::prefetch(v);
-    prefetch_l2(block + (NORM_OFFSET + 4 * (u32)head) * BLOCK_SLOTS + (slot & 15) * 4);
+    const u64 block = mad_wide(slot >> 4, ROW_BYTES * BLOCK_SLOTS, keys);
+    Keys0::prefetch(From{block, slot & 15, {0, 0}});
+    Values::prefetch(From{block + to_values, slot & 15, {0, 0}});
+    prefetch_l2((const void*)row_at(scales, slot, 4));
   }
   wait_ahead();
   release_next();

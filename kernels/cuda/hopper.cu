@@ -48,6 +48,18 @@ DEVICE u32 select_bits(u32 mask, u32 a, u32 b) {
 // x, which no compiler knows to be a constant, so that it stays in a register: blocks have one row.
 DEVICE u32 opaque(u32 x) { return x ^ (blockDim.y - 1); }
 
+// a b + c, one instruction.
+DEVICE u64 mad_wide(u32 a, u32 b, u64 c) {
+  u64 d;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(d) : "r"(a), "r"(b), "l"(c));
+  return d;
+}
+
+DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+DEVICE float smaller(float a, float b) { return fminf(a, b); }
+DEVICE int larger(int a, int b) { return a > b ? a : b; }
+DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+
 // Products of tiles: c += a b.
 
 DEVICE void imma(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -124,6 +136,18 @@ SHUFFLES(shfl_xor, "bfly", "0x1f")
 SHUFFLES(shfl_up, "up", "0x0")  // lanes below by keep theirs
 #undef SHUFFLES
 #undef SHUFFLE
+
+DEVICE int sum_of_all(int x) {
+  int d;
+  asm volatile("redux.sync.add.s32 %0, %1, 0xffffffff;" : "=r"(d) : "r"(x));
+  return d;
+}
+
+DEVICE int largest_of_all(int x) {
+  int d;
+  asm volatile("redux.sync.max.s32 %0, %1, 0xffffffff;" : "=r"(d) : "r"(x));
+  return d;
+}
 
 DEVICE u32 ballot(bool p) {
   u32 d;

@@ -98,7 +98,10 @@ def _copies(spec: CodeSpec) -> list[str]:
 
 
 def _prefetches(spec: CodeSpec) -> list[str]:
-    return [f"prefetch_l2(from.token + {byte * 16} + from.within * {32 // repeat});" for byte, repeat, _ in _bins(spec)]
+    return [
+        f"prefetch_l2((const void*)(mad_wide(from.within, {32 // repeat}, from.block) + {byte * 16}));"
+        for byte, repeat, _ in _bins(spec)
+    ]
 
 
 def _tables(widths: set[int]) -> list[str]:
@@ -157,7 +160,7 @@ def _key_class(kind: int, spec: CodeSpec) -> str:
         *_prefetches(spec),
         "}",
         # The largest number of a lane's channels, as the operands of integers and of levels have them.
-        "static MEMBER void largest(const Pair* q, float& integers, float& levels) {",
+        "static MEMBER void sizes(const Pair* q, float& integers, float& levels) {",
         *_largest(spec, selectors, levelled),
         "}",
         "template <class Q> static MEMBER void operands(const Pair* q, Q& out, int n, float integers, float levels) {",
@@ -186,9 +189,9 @@ def _largest(spec: CodeSpec, selectors: tuple[KeySelector, ...], levelled: list[
     for selector in selectors:
         for segment in sorted({segment for segment, _ in selector.codes}):
             factor = 1 / integers_per_level(selector.width)
-            lines += [f"integers = larger(integers, q[{8 * segment + i}], {factor:.9e}f);" for i in (0, 4)]
+            lines += [f"integers = largest(integers, q[{8 * segment + i}], {factor:.9e}f);" for i in (0, 4)]
     for segment in levelled:
-        lines += [f"levels = larger(levels, q[{8 * segment + i}], {spec.slope[segment]:.9e}f);" for i in (0, 4)]
+        lines += [f"levels = largest(levels, q[{8 * segment + i}], {spec.slope[segment]:.9e}f);" for i in (0, 4)]
     return lines
 
 

@@ -30,6 +30,11 @@ inline u32 for_both(Function function) {
 }  // namespace emulator
 
 DEVICE u32 opaque(u32 x) { return x; }
+DEVICE u64 mad_wide(u32 a, u32 b, u64 c) { return u64(a) * b + c; }
+DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+DEVICE float smaller(float a, float b) { return fminf(a, b); }
+DEVICE int larger(int a, int b) { return a > b ? a : b; }
+DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 
 // PTX prmt.b32 without a mode: a nibble of the selector names a byte of b:a, or with its bit 3 that byte's sign.
 DEVICE u32 prmt(u32 a, u32 b, u32 selector) {

@@ -57,6 +57,28 @@ EXCHANGE(shfl_up, int, by_up)
 EXCHANGE(shfl_up, float, by_up)
 #undef EXCHANGE
 
+namespace emulator {
+
+// All lanes get what joining makes of all their x.
+template <class Join>
+inline int reduced(const char* kind, int line, int x, Join join) {
+    Lane& me = self(line);
+    me.in[0] = u32(x);
+    if (last_to_arrive(kind, line)) {
+        int all = int(warp.lanes[0].in[0]);
+        for (int i = 1; i < LANES; i++) all = join(all, int(warp.lanes[i].in[0]));
+        for (Lane& taker : warp.lanes) taker.out[0] = u32(all);
+    }
+    return int(me.out[0]);
+}
+
+inline int sum(int a, int b) { return int(u32(a) + u32(b)); }
+inline int greater(int a, int b) { return a > b ? a : b; }
+
+}  // namespace emulator
+
+DEVICE int sum_of_all(int x, LINE) { return emulator::reduced("sum_of_all", line, x, emulator::sum); }
+DEVICE int largest_of_all(int x, LINE) { return emulator::reduced("largest_of_all", line, x, emulator::greater); }
 DEVICE u32 ballot(bool x, LINE) { return emulator::vote("ballot", line, x); }
 DEVICE bool any(bool x, LINE) { return emulator::vote("any", line, x) != 0; }
 DEVICE bool all(bool x, LINE) { return emulator::vote("all", line, x) == ~0u; }
