@@ -45,11 +45,19 @@ union Word {
 DEVICE u32 bits_of(float x) { Word w; w.number = x; return w.bits; }
 DEVICE float float_of(u32 x) { Word w; w.bits = x; return w.number; }
 DEVICE float dot2(Pair a, Pair b) { return a.x * b.x + a.y * b.y; }
-DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-DEVICE float largest(float so_far, Pair x, float factor) {
-  return larger(so_far, larger(larger(x.x, -x.x), larger(x.y, -x.y)) * factor);
+// a / b of numbers from 0 to 2^30, b not 0: what a reciprocal leaves is divided again, and then one is right.
+DEVICE int divided(int a, int b) {
+  const float inverse = rcp((float)b);
+  int quotient = (int)((float)a * inverse);
+  quotient += (int)((float)(a - quotient * b) * inverse);
+  const int rest = a - quotient * b;
+  return quotient + (rest >= b) - (rest < 0);
 }
+
+DEVICE int ceil_div(int a, int b) { return divided(a + b - 1, b); }
+
+DEVICE float largest(float so_far, Pair x) { return larger(so_far, larger(larger(x.x, -x.x), larger(x.y, -x.y))); }
 
 template <int BY> DEVICE u32 spread_upper(u32 x, u32 low, u32 high) { return (x & low) | ((x >> BY) & high); }
 
@@ -113,12 +121,13 @@ template <class Keys> struct Queries {
   u32 h0[Keys::LEVELLED + 1][ROW_TILES], h1[Keys::LEVELLED + 1][ROW_TILES];
   u32 part;  // 0: the high bytes, 1: the low ones
 
-  MEMBER u32 byte(float x) const {
-    const u32 shifted = (u32)(round_int(x) + 128);
-    return (part ? shifted ^ 0x80 : shifted >> 8) & 0xFF;
-  }
+  // Of numbers up to 2^15: a sum with the magic number ends in the bits of the whole number, 2^15 and 128. Each byte of
+  // these is 128 more than the part.
   MEMBER u32 bytes(float a, float b, float c, float d) const {
-    return byte(a) | byte(b) << 8 | byte(c) << 16 | byte(d) << 24;
+    const float magic = 8388608.0f + 32768.0f + 128.0f;
+    const u32 which = part ? 0x40 : 0x51;
+    const u32 low = prmt(bits_of(a + magic), bits_of(b + magic), which), high = prmt(bits_of(c + magic), bits_of(d + magic), which);
+    return prmt(low, high, 0x5410) ^ 0x80808080u;
   }
   // float16 in place of the high bytes, and what it leaves in place of the low ones.
   MEMBER u32 halves(float a, float b) const {
@@ -220,12 +229,12 @@ template <class Keys> DEVICE void attend(const Program& p) {
     for (int s = 0; s < Values::SEGMENTS; s++) {
 #pragma unroll
       for (int i = 0; i < 4; i++) sums.of[s][n][i] = 0;
-      kept[(2 * (s * ROW_TILES + n)) * 32] = 0, kept[(2 * (s * ROW_TILES + n) + 1) * 32] = 0;
     }
   }
 
   const float magic = 8388608.0f + 128.0f;  // a sum with it ends in the bits of the whole number and 128
   int stage = 0, count = 0;
+  bool any_kept = false;
 #pragma unroll 1
   for (int from = p.begin; from < p.end; from += TILE, count++) {
     copy_wait<STAGES - 2>();
@@ -313,7 +322,7 @@ template <class Keys> DEVICE void attend(const Program& p) {
       high |= high >> 8;
       enough &= high | high >> 4;
     }
-    if (any(over) || enough != 15) {
+    if (any(over) || enough != 15 || count == 0) {
 #pragma unroll
       for (int n = 0; n < ROW_TILES; n++) {
         float most = -1e30f;
@@ -337,16 +346,19 @@ template <class Keys> DEVICE void attend(const Program& p) {
           shares[n] += probability;
           weight[n][j] = probability * v_scale[j] + magic;
         }
+        if (count == 0) continue;
 #pragma unroll
         for (int s = 0; s < Values::SEGMENTS; s++)
 #pragma unroll
           for (int i = 0; i < 2; i++) {
             int* c = &sums.of[s][n][2 * i];
             float* sum = kept + (2 * (s * ROW_TILES + n) + i) * 32;
-            *sum = (*sum + (float)c[0] * 256.0f + (float)c[1]) * factor;
+            const float before = any_kept ? *sum : 0.0f;
+            *sum = (before + (float)c[0] * 256.0f + (float)c[1]) * factor;
             c[0] = 0, c[1] = 0;
           }
       }
+      any_kept = count > 0;
     }
 
     u32 b0[ROW_TILES], b1[ROW_TILES];
@@ -376,7 +388,8 @@ template <class Keys> DEVICE void attend(const Program& p) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const int* c = &sums.of[s][n][2 * i];
-        const float sum = kept[(2 * (s * ROW_TILES + n) + i) * 32] + (float)c[0] * 256.0f + (float)c[1];
+        const float before = any_kept ? kept[(2 * (s * ROW_TILES + n) + i) * 32] : 0.0f;
+        const float sum = before + (float)c[0] * 256.0f + (float)c[1];
         p.out[to * V_DIM + 16 * s + 8 * i + at.g] = (u16)pack_f16x2(sum * inverse * Values::level(s), 0);
       }
     if (at.g == 0) p.lse[to] = total[n] > 0 ? (unit[n] + log2f_(total[n])) * LN2 : float_of(0xFF800000u);
@@ -384,7 +397,7 @@ template <class Keys> DEVICE void attend(const Program& p) {
 }
 
 // As decode/splits.py, whose request_splits and find_split say what this is.
-DEVICE int unit_of(int tokens) { return larger(ceil_div(tokens, SPLIT_UNIT), 1) * SPLIT_UNIT; }
+DEVICE int unit_of(int tokens) { return larger((tokens + SPLIT_UNIT - 1) / SPLIT_UNIT, 1) * SPLIT_UNIT; }
 DEVICE int unseen(int length) { return SPAN > 0 ? larger(length - SPAN, 0) / SPLIT_ALIGN * SPLIT_ALIGN : 0; }
 
 DEVICE int length_of(const Indptr* kv_indptr, int request, int num_requests) {
@@ -405,24 +418,25 @@ DEVICE int split_size(const Indptr* kv_indptr, int num_requests, int target) {
   most = largest_of_all(most);
   const int ideal = ceil_div(total, target);
   int size = total;
-  if (target > num_requests) size = smaller(ceil_div(total, target - num_requests), ceil_div(most, target / num_requests));
+  if (target > num_requests) size = smaller(ceil_div(total, target - num_requests), ceil_div(most, divided(target, num_requests)));
   size = unit_of(size);
   const int room = size - ideal;
-  int trial[SPLIT_TRIES], splits[SPLIT_TRIES];
-#pragma unroll
-  for (int i = 0; i < SPLIT_TRIES; i++) {
-    trial[i] = unit_of(ideal + room * (SPLIT_TRIES - 1 - i) / SPLIT_TRIES);
-    splits[i] = 0;
-  }
+  // Greater sizes never take more splits, so the least that fits is found by halving. The one above is sure to.
+  int fits = -1, fails = SPLIT_TRIES;
 #pragma unroll 1
-  for (int base = 0; base < num_requests; base += 32) {
-    const int length = length_of(kv_indptr, base + (int)lane(), num_requests);
-#pragma unroll
-    for (int i = 0; i < SPLIT_TRIES; i++) splits[i] += ceil_div(length, trial[i]);
+  while (fails - fits > 1) {
+    const int i = (fits + fails) / 2, trial = unit_of(ideal + room * (SPLIT_TRIES - 1 - i) / SPLIT_TRIES);
+    int splits = 0;
+#pragma unroll 1
+    for (int base = 0; base < num_requests; base += 32) {
+      splits += ceil_div(length_of(kv_indptr, base + (int)lane(), num_requests), trial);
+    }
+    if (sum_of_all(splits) <= target) {
+      fits = i, size = trial;
+    } else {
+      fails = i;
+    }
   }
-#pragma unroll
-  for (int i = 0; i < SPLIT_TRIES; i++)
-    if (sum_of_all(splits[i]) <= target) size = trial[i];
   return size;
 }
 

@@ -161,7 +161,7 @@ def _key_class(kind: int, spec: CodeSpec) -> str:
         "}",
         # The largest number of a lane's channels, as the operands of integers and of levels have them.
         "static MEMBER void sizes(const Pair* q, float& integers, float& levels) {",
-        *_largest(spec, selectors, levelled),
+        *_sizes(spec, selectors, levelled),
         "}",
         "template <class Q> static MEMBER void operands(const Pair* q, Q& out, int n, float integers, float levels) {",
         *_operands(spec, selectors, levelled),
@@ -184,14 +184,19 @@ def _key_class(kind: int, spec: CodeSpec) -> str:
     return "\n".join(lines)
 
 
-def _largest(spec: CodeSpec, selectors: tuple[KeySelector, ...], levelled: list[int]) -> list[str]:
-    lines = []
+def _sizes(spec: CodeSpec, selectors: tuple[KeySelector, ...], levelled: list[int]) -> list[str]:
+    """Of the channels of a width, or of a slope, the largest, times what the query is multiplied with."""
+    groups: dict[tuple[str, float], set[int]] = {}
     for selector in selectors:
-        for segment in sorted({segment for segment, _ in selector.codes}):
-            factor = 1 / integers_per_level(selector.width)
-            lines += [f"integers = largest(integers, q[{8 * segment + i}], {factor:.9e}f);" for i in (0, 4)]
+        segments = groups.setdefault(("integers", 1 / integers_per_level(selector.width)), set())
+        segments.update(segment for segment, _ in selector.codes)
     for segment in levelled:
-        lines += [f"levels = largest(levels, q[{8 * segment + i}], {spec.slope[segment]:.9e}f);" for i in (0, 4)]
+        groups.setdefault(("levels", spec.slope[segment]), set()).add(segment)
+    lines = []
+    for (name, factor), segments in groups.items():
+        lines.append("{ float most = 0;")
+        lines += [f"most = largest(most, q[{8 * segment + i}]);" for segment in sorted(segments) for i in (0, 4)]
+        lines.append(f"{name} = larger({name}, most * {factor:.9e}f); }}")
     return lines
 
 
