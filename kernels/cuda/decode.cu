@@ -59,14 +59,32 @@ DEVICE int ceil_div(int a, int b) { return divided(a + b - 1, b); }
 
 DEVICE float largest(float so_far, Pair x) { return larger(so_far, larger(larger(x.x, -x.x), larger(x.y, -x.y))); }
 
-template <int BY> DEVICE u32 spread_upper(u32 x, u32 low, u32 high) { return (x & low) | ((x >> BY) & high); }
+// Shifts as products, by numbers in constant memory so that no compiler makes shifts of them again: what looks codes up
+// keeps the pipe of logic and shifts busy, and that of products idle.
+#ifndef SHIFTS
+#define SHIFTS 1
+#endif
+template <int BY> DEVICE u32 right(u32 x) {
+  if (SHIFTS == 0 || (SHIFTS == 2 && BY != 16)) return x >> BY;
+  return mul_high(x, power<32 - BY>());
+}
+template <int BY> DEVICE u32 left(u32 x) {
+  if (SHIFTS == 0 || SHIFTS == 2) return x << BY;
+  return x * power<BY>();
+}
+
+template <int BY> DEVICE u32 spread_upper(u32 x, u32 low, u32 high) { return (x & low) | (right<BY>(x) & high); }
+
+DEVICE void products(int (&c)[ROW_TILES][4], u32 a0, u32 a1, u32 a2, u32 a3, const u32 (&b0)[ROW_TILES],
+                     const u32 (&b1)[ROW_TILES]) {
+#pragma unroll
+  for (int n = 0; n < ROW_TILES; n++) imma(c[n], a0, a1, a2, a3, b0[n], b1[n]);
+}
 
 // Eight codes of two selectors looked up in eight bytes, and multiplied.
 DEVICE void look_up(u32 low, u32 high, u32 z0, u32 z1, int (&c)[ROW_TILES][4], const u32 (&b0)[ROW_TILES],
                     const u32 (&b1)[ROW_TILES]) {
-  const u32 a0 = prmt(low, high, z0), a1 = prmt(low, high, z1), a2 = prmt(low, high, z0 >> 16), a3 = prmt(low, high, z1 >> 16);
-#pragma unroll
-  for (int n = 0; n < ROW_TILES; n++) imma(c[n], a0, a1, a2, a3, b0[n], b1[n]);
+  products(c, prmt(low, high, z0), prmt(low, high, z1), prmt(low, high, right<16>(z0)), prmt(low, high, right<16>(z1)), b0, b1);
 }
 
 // A wide bin's row of 32 bytes is two halves of 16 bytes, which change places every four tokens: reads meet no bank twice.
@@ -118,8 +136,10 @@ struct Program {
 
 template <class Keys> struct Queries {
   u32 b0[Keys::SELECTORS + 1][ROW_TILES], b1[Keys::SELECTORS + 1][ROW_TILES];
+  u32 d0[Keys::PAIRS + 1][ROW_TILES], d1[Keys::PAIRS + 1][ROW_TILES];
   u32 h0[Keys::LEVELLED + 1][ROW_TILES], h1[Keys::LEVELLED + 1][ROW_TILES];
-  u32 part;  // 0: the high bytes, 1: the low ones
+  int start[ROW_TILES][4];  // logits of keys in the middle
+  u32 part;                 // 0: the high bytes, 1: the low ones
 
   // Of numbers up to 2^15: a sum with the magic number ends in the bits of the whole number, 2^15 and 128. Each byte of
   // these is 128 more than the part.
@@ -214,6 +234,7 @@ template <class Keys> DEVICE void attend(const Program& p) {
     }
     integers = integers > 0 ? integers : 1;
     levels = levels > 0 ? levels : 1;
+    for (int i = 0; i < 4; i++) q.start[n][i] = 0;
     Keys::operands(row, q, n, 32512.0f / integers, 1.0f / levels);
     by_integers[n] = shfl(integers, 8 * at.t) * (p.to_log2 / 32512.0f);
     by_levels[n] = shfl(levels, 8 * at.t) * p.to_log2;
@@ -256,7 +277,7 @@ template <class Keys> DEVICE void attend(const Program& p) {
 #pragma unroll
       for (int n = 0; n < ROW_TILES; n++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) logits.integers[m][n][i] = 0, logits.levels[m][n][i] = 0;
+        for (int i = 0; i < 4; i++) logits.integers[m][n][i] = q.start[n][i & 1], logits.levels[m][n][i] = 0;
     Keys::multiply(tile, at, tables, q, logits);
 
     float x[ROW_TILES][4], v_scale[4];  // logits in base 2, less the unit
@@ -264,6 +285,7 @@ template <class Keys> DEVICE void attend(const Program& p) {
     for (int j = 0; j < 4; j++) {
       const u32 word = scale_words[8 * j];
       const float k_scale = f16(word & 0xFFFF);
+      const float flag = k_scale < 0 ? 1.0f : 0.0f;
       v_scale[j] = larger(f16(word >> 16), 5.9604645e-8f);  // so that no probability is out of all proportion
 #pragma unroll
       for (int n = 0; n < ROW_TILES; n++) {
@@ -273,7 +295,7 @@ template <class Keys> DEVICE void attend(const Program& p) {
           const float* f = &logits.levels[j >> 1][n][2 * (j & 1)];
           logit += (f[0] + f[1]) * (k_scale * by_levels[n]);
         }
-        if (PAGE > 0) logit += k_scale < 0 ? bias[n] : 0.0f;
+        if (PAGE > 0) logit += flag * bias[n];
         if (CAPPED) logit = (1.0f - 2.0f * rcp(exp2f_(logit * (2.0f / CAP_OR_ONE)) + 1.0f)) * (CAP * LOG2E);
         x[n][j] = logit - unit[n];
       }
@@ -361,17 +383,15 @@ template <class Keys> DEVICE void attend(const Program& p) {
       any_kept = count > 0;
     }
 
-    u32 b0[ROW_TILES], b1[ROW_TILES];
+    u32 first[ROW_TILES], second[ROW_TILES];
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++) {
       total[n] += shares[n];
       // Bytes of two octets, high ones for an even column and low ones, which are signed, for an odd one.
-      const u32 first = movmatrix(prmt(bits_of(weight[n][0]), bits_of(weight[n][1]), 0x4051) ^ 0x80800000u);
-      const u32 second = movmatrix(prmt(bits_of(weight[n][2]), bits_of(weight[n][3]), 0x4051) ^ 0x80800000u);
-      b0[n] = prmt(first, second, 0x5410);
-      b1[n] = prmt(first, second, 0x7632);
+      first[n] = movmatrix(prmt(bits_of(weight[n][0]), bits_of(weight[n][1]), 0x4051) ^ 0x80800000u);
+      second[n] = movmatrix(prmt(bits_of(weight[n][2]), bits_of(weight[n][3]), 0x4051) ^ 0x80800000u);
     }
-    Values::multiply(tile + VALUES_AT, at, tables, b0, b1, sums);
+    Values::multiply(tile + VALUES_AT, at, tables, first, second, sums);
   }
   copy_wait<0>();
 

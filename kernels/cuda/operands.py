@@ -6,6 +6,9 @@ of its low and of its high half, which are operands of ``mma.m16n8k32`` as they 
 columns (keys) or tokens (values) lie in the halves of a register; this module says by which shifts and masks the codes
 of four such registers come to the nibbles of one. Both halves are treated alike.
 
+Codes of 1 and 2 bits have levels in equal steps and need no table: where four of them lie at one place of a register's
+bytes, a shift and a mask make an operand of them (:class:`Quad`), and a second product takes the middle off.
+
 The order of a product's terms is free as long as both operands have the same: keys put two segments into a selector,
 in the order that costs least, and the query follows it.
 """
@@ -21,6 +24,8 @@ from ..format.codebook import levels
 MAX_BITS = 4  # of a code that is looked up
 #: Positive levels as signed bytes: at 1 and 2 bits exact, at 3 bits to 0.14 %, at 4 bits to 0.31 % of a level's RMS.
 INTEGERS = {1: (50,), 2: (25, 75), 3: (12, 38, 69, 109), 4: (6, 18, 30, 43, 57, 74, 95, 124)}
+#: Of a code that is an operand as it is: the bit of a byte at which it lies, and what the middle of its numbers is.
+DIRECT = {1: (6, 32), 2: (5, 48)}
 _HALVES = 0x10001
 
 
@@ -31,6 +36,11 @@ def integers_per_level(bits: int) -> float:
     mass = [math.erf(b / math.sqrt(2)) - math.erf(a / math.sqrt(2)) for a, b in zip(edges, edges[1:], strict=False)]
     weighted = list(zip(mass, positive, INTEGERS[bits], strict=True))
     return sum(p * i * i for p, _, i in weighted) / sum(p * x * i for p, x, i in weighted)
+
+
+def direct_per_level(bits: int) -> float:
+    """The same of :data:`DIRECT`."""
+    return (1 << DIRECT[bits][0]) / 2 / float(levels(bits)[1 << (bits - 1)])
 
 
 def signed_bytes(bits: int) -> tuple[int, ...]:
@@ -80,7 +90,7 @@ def code_of(spec: CodeSpec, segment: int, half: int, prefix: str) -> Code:
 def _shifted(register: str, right: int) -> str:
     if right == 0:
         return register
-    return f"({register} >> {right})" if right > 0 else f"({register} << {-right})"
+    return f"right<{right}>({register})" if right > 0 else f"left<{-right}>({register})"
 
 
 def _mask(bits: int) -> str:
@@ -122,6 +132,18 @@ def _fits(low: int, high: int, width: int) -> bool:
 
 
 @dataclass(frozen=True)
+class Quad:
+    """Four codes at the same place of a register's bytes. text: of an octet of tokens, whose index is ``{i}`` in it.
+
+    codes: the (segment, half) of a half's lower and upper byte.
+    """
+
+    text: str
+    width: int
+    codes: tuple[tuple[int, int], tuple[int, int]]
+
+
+@dataclass(frozen=True)
 class KeySelector:
     """text: of an octet of tokens, whose index is ``{i}`` in it. codes: the (segment, half) at each nibble."""
 
@@ -130,11 +152,40 @@ class KeySelector:
     codes: tuple[tuple[int, int], ...]
 
 
+def _quad(register: str, shift: int, width: int) -> str:
+    """The codes at bits ``shift`` of all bytes."""
+    to = DIRECT[width][0]
+    return f"{_shifted(register, shift - to)} & {_mask(((1 << width) - 1 << to) * 0x101)}"
+
+
+def key_quads(spec: CodeSpec, prefix: str = "k") -> tuple[Quad, ...]:
+    """All that there are; of a wide bin both halves' one after another."""
+    out, fields = [], {}
+    for segment, pieces in enumerate(spec.segments):
+        width = bits_of(pieces)
+        codes = [code_of(spec, segment, half, prefix) for half in (0, 1)]
+        if width not in DIRECT or len(codes[0]) > 1:
+            continue
+        (low,), (high,) = codes
+        if low.register == high.register:
+            text = _quad(low.register + "[{i}]", low.shift, width)
+            out.append(Quad(text, width, ((segment, 0), (segment, 1))))
+        else:
+            fields[low.register, low.shift, width] = segment, high.register
+    for (register, shift, width), (segment, upper) in fields.items():
+        partner = fields.get((register, shift + 8, width))
+        if shift + width <= 8 and partner:
+            for half, name in ((0, register), (1, upper)):
+                out.append(Quad(_quad(name + "[{i}]", shift, width), width, ((segment, half), (partner[0], half))))
+    return tuple(out)
+
+
 def key_selectors(spec: CodeSpec, prefix: str = "k") -> tuple[KeySelector, ...]:
-    """Selectors for all segments of up to MAX_BITS bits, two a selector, by the pairs that cost least."""
+    """Selectors for all segments of up to MAX_BITS bits that are in no quad, two a selector, by the pairs that cost least."""
+    direct = {segment for quad in key_quads(spec, prefix) for segment, _ in quad.codes}
     by_width: dict[int, list[int]] = {}
     for segment, pieces in enumerate(spec.segments):
-        if bits_of(pieces) <= MAX_BITS:
+        if bits_of(pieces) <= MAX_BITS and segment not in direct:
             by_width.setdefault(bits_of(pieces), []).append(segment)
     out = []
     for width, segments in sorted(by_width.items()):
@@ -195,14 +246,45 @@ class ValueSelector:
     selectors: tuple[str, str]
 
 
+@dataclass(frozen=True)
+class ValueQuads:
+    """Of a segment whose codes are operands as they are: the texts of four registers, for columns 0 to 7 and 8 to 15 of the
+    first two octets of tokens, then of the others. Their order within a register is that of a transposed weight's bytes."""
+
+    segment: int
+    width: int
+    texts: tuple[str, str, str, str]
+
+
+def value_quads(spec: CodeSpec, prefix: str = "v") -> tuple[ValueQuads, ...]:
+    """All that there are. Bytes of two octets come together by permutations that segments share."""
+    out = []
+    for segment, pieces in enumerate(spec.segments):
+        width = bits_of(pieces)
+        codes = [code_of(spec, segment, half, prefix) for half in (0, 1)]
+        if width not in DIRECT or len(codes[0]) > 1 or any(code[0].shift % 8 + width > 8 for code in codes):
+            continue
+        texts = []
+        for j in (0, 2):
+            for (piece,) in codes:
+                pair = f"{piece.register}[{j}], {piece.register}[{j + 1}]"
+                selector = "0x7351" if piece.shift >= 8 else "0x6240"
+                texts.append(_quad(f"prmt({pair}, {selector})", piece.shift % 8, width))
+        out.append(ValueQuads(segment, width, (texts[0], texts[1], texts[2], texts[3])))
+    return tuple(out)
+
+
 def value_selectors(spec: CodeSpec, prefix: str = "v") -> tuple[ValueSelector, ...]:
-    """Selectors of four octets of tokens, one at each nibble, for every segment, those that share statements together."""
+    """Selectors of four octets of tokens, one at each nibble, for every segment without quads, those that share statements
+    together."""
+    direct = {quads.segment for quads in value_quads(spec, prefix)}
     texts: dict[tuple[int, int], str] = {}
     statements: dict[int, list[str]] = {}
     place = list(range(len(spec.segments)))
     fields: dict[str, list[tuple[int, int, int]]] = {}  # by register: (shift, segment, half)
     for segment in range(len(spec.segments)):
-        width = bits_of(spec.segments[segment])
+        if segment in direct:
+            continue
         for half in (0, 1):
             code = code_of(spec, segment, half, prefix)
             if len(code) > 1:
@@ -236,6 +318,7 @@ def value_selectors(spec: CodeSpec, prefix: str = "v") -> tuple[ValueSelector, .
     return tuple(
         ValueSelector(s, bits_of(pieces), tuple(statements.get(s, ())), (texts[s, 0], texts[s, 1]))
         for s, pieces in sorted(enumerate(spec.segments), key=lambda item: (place[item[0]], item[0]))
+        if s not in direct
     )
 
 

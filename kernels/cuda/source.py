@@ -14,13 +14,18 @@ from ..device.dequant import depressed
 from ..device.tables import CodeSpec
 from ..format.columns import COLUMNS
 from .operands import (
+    DIRECT,
     MAX_BITS,
     KeySelector,
+    Quad,
     bits_of,
     code_of,
+    direct_per_level,
     integers_per_level,
+    key_quads,
     key_selectors,
     signed_bytes,
+    value_quads,
     value_selectors,
 )
 
@@ -137,7 +142,7 @@ def _level_text(spec: CodeSpec, segment: int, half: int) -> list[str]:
     for piece in code_of(spec, segment, half, "k"):
         by, to = piece.shift - at - piece.position, at + piece.position
         source = f"{piece.register}[i]"
-        source = f"({source} >> {by})" if by > 0 else f"({source} << {-by})" if by < 0 else source
+        source = f"right<{by}>({source})" if by > 0 else f"left<{-by}>({source})" if by < 0 else source
         lines.append(f"t |= {source} & {(((1 << piece.width) - 1) << to) * 0x10001:#010x}u;")
     middle = (top | (((1 << bits) - 1) << (at - 1))) * 0x10001
     lines.append(f"t = sub_f16x2(t, {middle:#010x}u);")
@@ -148,11 +153,11 @@ def _level_text(spec: CodeSpec, segment: int, half: int) -> list[str]:
 
 
 def _key_class(kind: int, spec: CodeSpec) -> str:
-    selectors = key_selectors(spec)
+    selectors, quads = key_selectors(spec), _in_pairs(key_quads(spec))
     levelled = [s for s, pieces in enumerate(spec.segments) if bits_of(pieces) > MAX_BITS]
     lines = [
         f"struct Keys{kind} {{",
-        f"static constexpr int SELECTORS = {len(selectors)}, LEVELLED = {len(levelled)};",
+        f"static constexpr int SELECTORS = {len(selectors)}, PAIRS = {len(quads)}, LEVELLED = {len(levelled)};",
         "static MEMBER void copy(u32 to, const From& from, u32 lane) {",
         *_copies(spec),
         "}",
@@ -161,10 +166,10 @@ def _key_class(kind: int, spec: CodeSpec) -> str:
         "}",
         # The largest number of a lane's channels, as the operands of integers and of levels have them.
         "static MEMBER void sizes(const Pair* q, float& integers, float& levels) {",
-        *_sizes(spec, selectors, levelled),
+        *_sizes(spec, selectors, quads, levelled),
         "}",
         "template <class Q> static MEMBER void operands(const Pair* q, Q& out, int n, float integers, float levels) {",
-        *_operands(spec, selectors, levelled),
+        *_operands(spec, selectors, quads, levelled),
         "}",
         "static MEMBER float dot(const Pair* q, const Pair* mean, u32 part) {",
         "float sum = 0;",
@@ -177,19 +182,32 @@ def _key_class(kind: int, spec: CodeSpec) -> str:
         "template <class Q, class L> static MEMBER void multiply(u32 tile, const Lane& at, const Tables& tables,"
         " const Q& q, L& logits) {",
         *_key_loads(spec),
-        *_key_products(spec, selectors, levelled),
+        *_key_products(spec, selectors, quads, levelled),
         "}",
         "};",
     ]
     return "\n".join(lines)
 
 
-def _sizes(spec: CodeSpec, selectors: tuple[KeySelector, ...], levelled: list[int]) -> list[str]:
+def _in_pairs(quads: tuple[Quad, ...]) -> list[tuple[Quad, ...]]:
+    """Two for each product, the last one alone if they are odd."""
+    return [quads[i : i + 2] for i in range(0, len(quads), 2)]
+
+
+def _middle(width: int) -> str:
+    """What takes the middle off, four bytes."""
+    return f"{(-DIRECT[width][1] & 0xFF) * 0x01010101:#010x}u"
+
+
+def _sizes(spec: CodeSpec, selectors: tuple[KeySelector, ...], quads: list[tuple[Quad, ...]], levelled: list[int]) -> list[str]:
     """Of the channels of a width, or of a slope, the largest, times what the query is multiplied with."""
     groups: dict[tuple[str, float], set[int]] = {}
     for selector in selectors:
         segments = groups.setdefault(("integers", 1 / integers_per_level(selector.width)), set())
         segments.update(segment for segment, _ in selector.codes)
+    for quad in (quad for pair in quads for quad in pair):
+        segments = groups.setdefault(("integers", 1 / direct_per_level(quad.width)), set())
+        segments.update(segment for segment, _ in quad.codes)
     for segment in levelled:
         groups.setdefault(("levels", spec.slope[segment]), set()).add(segment)
     lines = []
@@ -200,7 +218,7 @@ def _sizes(spec: CodeSpec, selectors: tuple[KeySelector, ...], levelled: list[in
     return lines
 
 
-def _operands(spec: CodeSpec, selectors: tuple[KeySelector, ...], levelled: list[int]) -> list[str]:
+def _operands(spec: CodeSpec, selectors: tuple[KeySelector, ...], quads: list[tuple[Quad, ...]], levelled: list[int]) -> list[str]:
     lines = []
     for j, selector in enumerate(selectors):
         lines.append(f"{{ const float by = integers * {1 / integers_per_level(selector.width):.9e}f;")
@@ -209,6 +227,16 @@ def _operands(spec: CodeSpec, selectors: tuple[KeySelector, ...], levelled: list
             numbers = ", ".join(f"{pair}.{part} * by" for pair in pairs)
             lines.append(f"out.{b}[{j}][n] = out.bytes({numbers});")
         lines.append("}")
+    for j, pair in enumerate(quads):
+        for b, quad in zip(("d0", "d1"), pair, strict=False):
+            at = [f"q[{8 * segment + 4 * half}]" for segment, half in quad.codes]
+            numbers = ", ".join(f"{name}.{part} * by" for part in "xy" for name in at)
+            lines.append(f"{{ const float by = integers * {1 / direct_per_level(quad.width):.9e}f;")
+            lines.append(f"out.{b}[{j}][n] = out.bytes({numbers}); }}")
+        if len(pair) == 1:
+            lines.append(f"out.d1[{j}][n] = 0;")
+        low, high = _middle(pair[0].width), _middle(pair[-1].width)
+        lines.append(f"imma(out.start[n], {low}, {low}, {high}, {high}, out.d0[{j}][n], out.d1[{j}][n]);")
     for j, segment in enumerate(levelled):
         lines.append(f"{{ const float by = levels * {spec.slope[segment]:.9e}f;")
         for b, i in (("h0", 0), ("h1", 4)):
@@ -229,7 +257,7 @@ def _key_loads(spec: CodeSpec) -> list[str]:
     return lines
 
 
-def _key_products(spec: CodeSpec, selectors: tuple[KeySelector, ...], levelled: list[int]) -> list[str]:
+def _key_products(spec: CodeSpec, selectors: tuple[KeySelector, ...], quads: list[tuple[Quad, ...]], levelled: list[int]) -> list[str]:
     lines = []
     for j, selector in enumerate(selectors):
         lines.append("for (int m = 0; m < 2; m++) {")
@@ -237,6 +265,10 @@ def _key_products(spec: CodeSpec, selectors: tuple[KeySelector, ...], levelled: 
             lines.append(f"const u32 {name} = {selector.text.replace('{i}', index)};")
         lines.append(f"::multiply<{selector.width}>(logits.integers[m], z0, z1, q.b0[{j}], q.b1[{j}], tables);")
         lines.append("}")
+    for j, pair in enumerate(quads):
+        a = [quad.text.replace("{i}", index) for quad in pair for index in ("2 * m", "2 * m + 1")]
+        a += ["0"] * (4 - len(a))
+        lines.append(f"for (int m = 0; m < 2; m++) products(logits.integers[m], {', '.join(a)}, q.d0[{j}], q.d1[{j}]);")
     for j, segment in enumerate(levelled):
         lines.append("for (int m = 0; m < 2; m++) { u32 a[4];")
         for place, (index, half) in enumerate((("2 * m", 0), ("2 * m + 1", 0), ("2 * m", 1), ("2 * m + 1", 1))):
@@ -247,6 +279,10 @@ def _key_products(spec: CodeSpec, selectors: tuple[KeySelector, ...], levelled: 
 
 
 def _value_class(spec: CodeSpec) -> str:
+    quads = value_quads(spec)
+    direct = {quad.segment for quad in quads}
+    widths = [bits_of(pieces) for pieces in spec.segments]
+    per_levels = [(direct_per_level if s in direct else integers_per_level)(w) for s, w in enumerate(widths)]
     lines = [
         "struct Values {",
         f"static constexpr int SEGMENTS = {len(spec.segments)};",
@@ -257,14 +293,11 @@ def _value_class(spec: CodeSpec) -> str:
         *_prefetches(spec),
         "}",
         "static MEMBER float level(int segment) {",
-        *(
-            f"if (segment == {s}) return {1 / integers_per_level(bits_of(pieces)):.9e}f;"
-            for s, pieces in enumerate(spec.segments)
-        ),
+        *(f"if (segment == {s}) return {1 / per_level:.9e}f;" for s, per_level in enumerate(per_levels)),
         "return 0;",
         "}",
         "template <class S> static MEMBER void multiply(u32 tile, const Lane& at, const Tables& tables,"
-        " const u32 (&b0)[ROW_TILES], const u32 (&b1)[ROW_TILES], S& sums) {",
+        " const u32 (&first)[ROW_TILES], const u32 (&second)[ROW_TILES], S& sums) {",
     ]
     for i, (_, repeat, first) in enumerate(_bins(spec)):
         if repeat == 1:
@@ -273,7 +306,15 @@ def _value_class(spec: CodeSpec) -> str:
             lines.append(f"u32 v{i}[4]; ldmatrix4_trans(v{i}, tile + {first} + at.lane * 16);")
             if repeat > 2:
                 lines.append(f"for (int j = 0; j < 4; j++) v{i}[j] >>= {'4 * (at.g >> 2)' if repeat == 4 else '2 * (at.g >> 1)'};")
-    for selector in value_selectors(spec):
+    for quad in quads:
+        middle = _middle(quad.width)
+        lines.append(f"products(sums.of[{quad.segment}], {', '.join(quad.texts)}, first, second);")
+        lines.append(f"products(sums.of[{quad.segment}], {', '.join([middle] * 4)}, first, second);")
+    selectors = value_selectors(spec)
+    if selectors:  # all octets' first tokens, then the second ones
+        lines.append("u32 b0[ROW_TILES], b1[ROW_TILES];")
+        lines.append("for (int n = 0; n < ROW_TILES; n++) b0[n] = prmt(first[n], second[n], 0x5410), b1[n] = prmt(first[n], second[n], 0x7632);")
+    for selector in selectors:
         lines += [
             *selector.statements,
             f"::multiply<{selector.width}>(sums.of[{selector.segment}], {selector.selectors[0]}, {selector.selectors[1]}, b0, b1, tables);",
