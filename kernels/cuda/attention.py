@@ -27,12 +27,11 @@ class Tuning:
     65,536 / 32 / programs registers. stages: tiles in shared memory, of which one is read."""
 
     programs: int
-    stages: int = 3
+    stages: int = 2
 
 
 def _tuning(tables: ColumnTables, row_tiles: int) -> Tuning:
-    sums = len(tables.v_spec.segments) * row_tiles
-    return Tuning(16 if sums <= 8 else 12 if sums <= 16 else 8)
+    return Tuning(16 if len(tables.v_spec.segments) * row_tiles <= 8 else 8)
 
 
 @cache

@@ -59,21 +59,7 @@ DEVICE int ceil_div(int a, int b) { return divided(a + b - 1, b); }
 
 DEVICE float largest(float so_far, Pair x) { return larger(so_far, larger(larger(x.x, -x.x), larger(x.y, -x.y))); }
 
-// Shifts as products, by numbers in constant memory so that no compiler makes shifts of them again: what looks codes up
-// keeps the pipe of logic and shifts busy, and that of products idle.
-#ifndef SHIFTS
-#define SHIFTS 1
-#endif
-template <int BY> DEVICE u32 right(u32 x) {
-  if (SHIFTS == 0 || (SHIFTS == 2 && BY != 16)) return x >> BY;
-  return mul_high(x, power<32 - BY>());
-}
-template <int BY> DEVICE u32 left(u32 x) {
-  if (SHIFTS == 0 || SHIFTS == 2) return x << BY;
-  return x * power<BY>();
-}
-
-template <int BY> DEVICE u32 spread_upper(u32 x, u32 low, u32 high) { return (x & low) | (right<BY>(x) & high); }
+template <int BY> DEVICE u32 spread_upper(u32 x, u32 low, u32 high) { return (x & low) | ((x >> BY) & high); }
 
 DEVICE void products(int (&c)[ROW_TILES][4], u32 a0, u32 a1, u32 a2, u32 a3, const u32 (&b0)[ROW_TILES],
                      const u32 (&b1)[ROW_TILES]) {
@@ -84,7 +70,7 @@ DEVICE void products(int (&c)[ROW_TILES][4], u32 a0, u32 a1, u32 a2, u32 a3, con
 // Eight codes of two selectors looked up in eight bytes, and multiplied.
 DEVICE void look_up(u32 low, u32 high, u32 z0, u32 z1, int (&c)[ROW_TILES][4], const u32 (&b0)[ROW_TILES],
                     const u32 (&b1)[ROW_TILES]) {
-  products(c, prmt(low, high, z0), prmt(low, high, z1), prmt(low, high, right<16>(z0)), prmt(low, high, right<16>(z1)), b0, b1);
+  products(c, prmt(low, high, z0), prmt(low, high, z1), prmt(low, high, z0 >> 16), prmt(low, high, z1 >> 16), b0, b1);
 }
 
 // A wide bin's row of 32 bytes is two halves of 16 bytes, which change places every four tokens: reads meet no bank twice.
@@ -307,9 +293,7 @@ template <class Keys> DEVICE void attend(const Program& p) {
         const u32 bits = TREE ? (u32)p.tree[p.request * QUERIES + query] : 0;
         int seen = first + 1 + query;
         if (TREE) {
-          seen = first;
-#pragma unroll 1
-          for (int i = 0; i < QUERIES; i++) seen += bits >> i & 1;
+          seen = first + bits_set(bits & (~0u >> (32 - QUERIES)));
         }
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -420,25 +404,33 @@ template <class Keys> DEVICE void attend(const Program& p) {
 DEVICE int unit_of(int tokens) { return larger((tokens + SPLIT_UNIT - 1) / SPLIT_UNIT, 1) * SPLIT_UNIT; }
 DEVICE int unseen(int length) { return SPAN > 0 ? larger(length - SPAN, 0) / SPLIT_ALIGN * SPLIT_ALIGN : 0; }
 
-DEVICE int length_of(const Indptr* kv_indptr, int request, int num_requests) {
-  if (request >= num_requests) return 0;
-  const int length = (int)(kv_indptr[request + 1] - kv_indptr[request]);
-  return length - unseen(length);
-}
+// Lengths of requests, 32 at a time, the first of which stay in a register.
+struct Lengths {
+  const Indptr* kv_indptr;
+  int num_requests, first;
 
-DEVICE int split_size(const Indptr* kv_indptr, int num_requests, int target) {
+  MEMBER int load(int base) const {
+    const int request = base + (int)lane();
+    if (request >= num_requests) return 0;
+    const int length = (int)(kv_indptr[request + 1] - kv_indptr[request]);
+    return length - unseen(length);
+  }
+  MEMBER int from(int base) const { return base ? load(base) : first; }
+};
+
+DEVICE int split_size(const Lengths& lengths, int target) {
   int total = 0, most = 0;
 #pragma unroll 1
-  for (int base = 0; base < num_requests; base += 32) {
-    const int length = length_of(kv_indptr, base + (int)lane(), num_requests);
+  for (int base = 0; base < lengths.num_requests; base += 32) {
+    const int length = lengths.from(base);
     total += length;
     most = larger(most, length);
   }
   total = sum_of_all(total);
   most = largest_of_all(most);
-  const int ideal = ceil_div(total, target);
+  const int ideal = ceil_div(total, target), requests = lengths.num_requests;
   int size = total;
-  if (target > num_requests) size = smaller(ceil_div(total, target - num_requests), ceil_div(most, divided(target, num_requests)));
+  if (target > requests) size = smaller(ceil_div(total, target - requests), ceil_div(most, divided(target, requests)));
   size = unit_of(size);
   const int room = size - ideal;
   // Greater sizes never take more splits, so the least that fits is found by halving. The one above is sure to.
@@ -448,9 +440,7 @@ DEVICE int split_size(const Indptr* kv_indptr, int num_requests, int target) {
     const int i = (fits + fails) / 2, trial = unit_of(ideal + room * (SPLIT_TRIES - 1 - i) / SPLIT_TRIES);
     int splits = 0;
 #pragma unroll 1
-    for (int base = 0; base < num_requests; base += 32) {
-      splits += ceil_div(length_of(kv_indptr, base + (int)lane(), num_requests), trial);
-    }
+    for (int base = 0; base < requests; base += 32) splits += ceil_div(lengths.from(base), trial);
     if (sum_of_all(splits) <= target) {
       fits = i, size = trial;
     } else {
@@ -461,22 +451,21 @@ DEVICE int split_size(const Indptr* kv_indptr, int num_requests, int target) {
 }
 
 // The number of requests whose splits end up to ``split``, and all their splits. ``all``: those of all requests.
-DEVICE int find_request(const Indptr* kv_indptr, int num_requests, int size, int split, int& first, int& all) {
+DEVICE int find_request(const Lengths& lengths, int size, int split, int& first, int& all) {
   int request = 0;
   first = 0, all = 0;
 #pragma unroll 1
-  for (int base = 0; base < num_requests; base += 32) {
+  for (int base = 0; base < lengths.num_requests; base += 32) {
     const int r = base + (int)lane();
-    int upto = ceil_div(length_of(kv_indptr, r, num_requests), size);
+    int upto = ceil_div(lengths.from(base), size);
+#pragma unroll
     for (u32 i = 1; i < 32; i *= 2) {
       const int before = shfl_up(upto, i);
       if (lane() >= i) upto += before;
     }
     upto += all;
-    const u32 ahead = ballot(r < num_requests && upto <= split);
-    int found = 0;
-#pragma unroll 1
-    for (u32 left = ahead; left; left &= left - 1) found++;
+    const u32 ahead = ballot(r < lengths.num_requests && upto <= split);
+    const int found = bits_set(ahead);
     if (found) first = (int)shfl((u32)upto, (u32)(found - 1));
     request += found;
     all = (int)shfl((u32)upto, 31);
@@ -501,10 +490,12 @@ KERNEL decode(const float* q,                // [B * QUERIES, Hq, dim], rotated
                    u16* partial_out,              // float16 [splits, QUERIES, Hq, V_DIM]
                    float* partial_lse,            // [splits, QUERIES, Hq]
                    int num_requests, int target, int num_multiprocessors, float to_log2, int stride_qt, int stride_qh) {
-  const int size = split_size(kv_indptr, num_requests, target);
+  Lengths lengths = {kv_indptr, num_requests, 0};
+  lengths.first = lengths.load(0);
+  const int size = split_size(lengths, target);
   int head = (int)block_x() % HEADS, row_tile = (int)block_x() / HEADS, split = (int)block_y(), kind = 0, first, all;
   if (KINDS > 1) {
-    find_request(kv_indptr, num_requests, size, 0, first, all);
+    find_request(lengths, size, 0, first, all);
     const int splits = larger(all, 1), programs = (int)grid_x(), tiles = programs / HEADS;
     const int program = (int)block_y() * programs + (int)block_x(), total = splits * programs;
     const int place = by_multiprocessor(program, total, num_multiprocessors);
@@ -513,7 +504,7 @@ KERNEL decode(const float* q,                // [B * QUERIES, Hq, dim], rotated
     row_tile = place / splits % tiles;
     split = program < total ? place % splits : 1 << 30;
   }
-  const int request = find_request(kv_indptr, num_requests, size, split, first, all);
+  const int request = find_request(lengths, size, split, first, all);
   // What has nothing to do makes room for what waits. One program always waits, and with it the next kernel.
   if (request >= num_requests) {
     if (block_x() + block_y() == 0) {

@@ -48,14 +48,7 @@ DEVICE u32 select_bits(u32 mask, u32 a, u32 b) {
 // x, which no compiler knows to be a constant, so that it stays in a register: blocks have one row.
 DEVICE u32 opaque(u32 x) { return x ^ (blockDim.y - 1); }
 
-// 2^BY, which may be changed as far as a compiler knows.
-__constant__ u32 powers[32] = {1u << 0,  1u << 1,  1u << 2,  1u << 3,  1u << 4,  1u << 5,  1u << 6,  1u << 7,
-                               1u << 8,  1u << 9,  1u << 10, 1u << 11, 1u << 12, 1u << 13, 1u << 14, 1u << 15,
-                               1u << 16, 1u << 17, 1u << 18, 1u << 19, 1u << 20, 1u << 21, 1u << 22, 1u << 23,
-                               1u << 24, 1u << 25, 1u << 26, 1u << 27, 1u << 28, 1u << 29, 1u << 30, 1u << 31};
-template <int BY> DEVICE u32 power() { return powers[BY]; }
-
-DEVICE u32 mul_high(u32 a, u32 b) { return __umulhi(a, b); }
+DEVICE int bits_set(u32 x) { return __popc(x); }
 
 // a b + c, one instruction.
 DEVICE u64 mad_wide(u32 a, u32 b, u64 c) {

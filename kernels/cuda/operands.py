@@ -90,7 +90,7 @@ def code_of(spec: CodeSpec, segment: int, half: int, prefix: str) -> Code:
 def _shifted(register: str, right: int) -> str:
     if right == 0:
         return register
-    return f"right<{right}>({register})" if right > 0 else f"left<{-right}>({register})"
+    return f"({register} >> {right})" if right > 0 else f"({register} << {-right})"
 
 
 def _mask(bits: int) -> str:

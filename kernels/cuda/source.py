@@ -142,7 +142,7 @@ def _level_text(spec: CodeSpec, segment: int, half: int) -> list[str]:
     for piece in code_of(spec, segment, half, "k"):
         by, to = piece.shift - at - piece.position, at + piece.position
         source = f"{piece.register}[i]"
-        source = f"right<{by}>({source})" if by > 0 else f"left<{-by}>({source})" if by < 0 else source
+        source = f"({source} >> {by})" if by > 0 else f"({source} << {-by})" if by < 0 else source
         lines.append(f"t |= {source} & {(((1 << piece.width) - 1) << to) * 0x10001:#010x}u;")
     middle = (top | (((1 << bits) - 1) << (at - 1))) * 0x10001
     lines.append(f"t = sub_f16x2(t, {middle:#010x}u);")

@@ -30,8 +30,7 @@ inline u32 for_both(Function function) {
 }  // namespace emulator
 
 DEVICE u32 opaque(u32 x) { return x; }
-template <int BY> DEVICE u32 power() { return 1u << BY; }
-DEVICE u32 mul_high(u32 a, u32 b) { return u32(u64(a) * b >> 32); }
+DEVICE int bits_set(u32 x) { return __builtin_popcount(x); }
 DEVICE u64 mad_wide(u32 a, u32 b, u64 c) { return u64(a) * b + c; }
 DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 DEVICE float smaller(float a, float b) { return fminf(a, b); }
