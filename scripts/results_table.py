@@ -359,10 +359,10 @@ def gains() -> str:
 
 
 def start_line() -> str:
-    """What a server says at its first start: the line of SmolLM2, in as many lines as a page takes."""
-    record = about("start_lines_cpu.json")
-    line = record["lines"]["SmolLM2-135M-Instruct"][-1]
-    return "\n".join(["```", *textwrap.wrap(line, 98), "```"])
+    """What a server says at its first start, in as many lines as a page takes."""
+    record, model = about("start_lines_cpu.json"), "SmolLM2-135M-Instruct"
+    said = textwrap.wrap(record["lines"][model][-1], 98)
+    return "\n".join(["```", f"# {model} on a CPU, commit {short(record['commit'])}", *said, "```"])
 
 
 #: page -> its tables

@@ -122,12 +122,11 @@ def test_once_prints_answer_and_capacity(start, tmp_path):
 
 
 def test_capacity_tells_the_cost_where_it_was_measured(load_script):
-    kv = dict(k_bits=3.0, v_bits=3.0, allocator="template", bytes_per_token=1, bf16_bytes_per_token=5, table_hash="ab")
+    kv = {"k_bits": 3.0, "v_bits": 3.0, "allocator": "template", "bytes_per_token": 1, "bf16_bytes_per_token": 5}
+    kv |= {"table_hash": "ab", "max_total_num_tokens": 7}
     told = load_script("serve").capacity_line
-    assert told(kv | dict(max_total_num_tokens=7, quality={"kl": 0.02849})).endswith(
-        "ab, KL of the answer 0.0285 nats a token"
-    )
-    assert told(kv | dict(max_total_num_tokens=7, quality=None)).endswith("7 tokens fit, table ab")
+    assert told(kv | {"quality": {"kl": 0.02849}}).endswith("table ab, KL of the answer 0.0285 nats a token")
+    assert told(kv | {"quality": None}).endswith("7 tokens fit, table ab")
 
 
 def test_base_model_is_asked_in_plain_text(start):
