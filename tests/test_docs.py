@@ -260,6 +260,12 @@ def test_readme_has_figures_of_one_card_a_table():
     assert "| **K3V3** (`balanced`) | 100 | 52 |" in (ROOT / "README.md").read_text()
 
 
+def test_readme_has_no_figure_but_those_of_the_script():
+    text = (ROOT / "README.md").read_text()
+    prose = re.sub(r"^<!-- .*?generated.*?^<!-- end .*?-->$", "", text, flags=re.M | re.S)
+    assert not re.findall(r"\d[\d.,]*(?:x\b| ?%| times| ms\b| us\b| tokens/s| seconds)", prose)
+
+
 def test_a_stale_page_is_told(tmp_path, monkeypatch, capsys):
     results = load("results_table")
     for page in results.PAGES:
