@@ -325,6 +325,21 @@ def test_gauges_of_the_manual_are_those_of_the_code():
     assert told == made
 
 
+def test_bits_of_the_pages_are_those_of_the_options():
+    """The ladder of ``auto``, its target, and the presets."""
+    from sglang_blockgtq.options import DEFAULT_RANGE, LADDER, PRESETS, TARGET_KL
+
+    using, readme = (" ".join((ROOT / page).read_text().split()) for page in ("docs/using.md", "README.md"))
+    low, high = DEFAULT_RANGE
+    every = [f"K{k:g}V{v:g}" for k, v in LADDER]
+    default = [f"K{k:g}V{v:g}" for k, v in LADDER if low <= min(k, v) and max(k, v) <= high]
+    assert f"The ladder is {', '.join(every)}; by default it begins at {default[0]}." in using
+    assert f"the first of {', '.join(default[:-1])} and {default[-1]} whose" in readme
+    assert f"is at most {TARGET_KL:g}" in using and f"is at most {TARGET_KL:g}" in readme
+    for name, bits in PRESETS.items():
+        assert f"`{name}`" in using and (name == "auto" or f"`{name}` (K{bits['k_bits']}V{bits['v_bits']})" in using)
+
+
 def test_options_of_the_pages_exist():
     from sglang_blockgtq.options import FLAGS
 
