@@ -1,7 +1,8 @@
 # make serve   serve a real model with the packed KV cache, ask it one question, keep serving
 # make quality write quality.md: what each preset costs MODEL, beside bf16 and fp8
 # make test    run the package's tests   make test-benchmarks   those of benchmarks/ and scripts/
-# make lint    ruff and mypy (make types alone)            make clean   remove what make made here
+# make lint    ruff and mypy (make types alone)            make docs    tables and pictures of the pages, from the records
+# make clean   remove what make made here
 #
 # PYTHON=python3.12  interpreter for .venv (3.11 or newer)
 # VENV=FOLDER        use this environment as it is: nothing is installed into it
@@ -27,7 +28,7 @@ export PYTHONSAFEPATH := 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: serve quality test test-benchmarks lint types clean
+.PHONY: serve quality test test-benchmarks lint types docs clean
 
 serve: $(INSTALLED)
 	@set -e; model=$$($(BIN)/python scripts/get_model.py $(if $(MODEL),'$(MODEL)')); \
@@ -56,6 +57,14 @@ types: $(INSTALLED)
 	@rm -rf build/types && mkdir -p build/types/sglang_blockgtq
 	@ln -s '$(CURDIR)'/sglang_blockgtq/*[!_] '$(CURDIR)'/{kernels,calibrate} build/types/sglang_blockgtq
 	cd build/types && $(abspath $(BIN))/python -m mypy --config-file '$(CURDIR)/pyproject.toml' --cache-dir '$(CURDIR)/.mypy_cache'
+
+# What tests/test_docs.py compares with benchmarks/results and with the code.
+docs: $(INSTALLED)
+	$(BIN)/python scripts/results_table.py
+	$(BIN)/python scripts/format_table.py
+	$(BIN)/python scripts/draw_row.py
+	$(BIN)/python scripts/draw_figures.py
+	PYTHONPATH='$(CURDIR)' $(BIN)/python -m benchmarks.compatibility --write-docs
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -21,7 +21,7 @@ from sglang_blockgtq.kernels.format.layout import NORM_BYTES, CodeLayout, RowLay
 OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "img" / "row.png"
 
 #: The widths that the template allocator gives SmolLM2-135M (head_dim 64) at 3 bits.
-WIDTHS = tuple(bits for bits in (5, 3, 2, 2) for _ in range(COLUMNS))
+WIDTHS = tuple(bits for bits in (4, 3, 3, 2) for _ in range(COLUMNS))
 HEADS = 3
 
 BIN_COLORS = {16: "#4a3aa7", 8: "#2a78d6", 4: "#1baf7a", 2: "#eda100"}
@@ -110,7 +110,7 @@ def draw_word(ax: Axes, layout: CodeLayout, index: int, x: float, y: float, unit
 def draw(path: Path) -> None:
     row = RowLayout.of((CodeLayout(WIDTHS),) * HEADS, uniform_layout(len(WIDTHS), 3))
     head = row.k[0]
-    figure, ax = plt.subplots(figsize=(9.4, 4.3), dpi=180)
+    figure, ax = plt.subplots(figsize=(9.4, 4.3), dpi=130)
     total = row.row_bytes
     ax.set_xlim(-2, total + 2)
     ax.set_ylim(-0.3, 10.2)

@@ -146,11 +146,13 @@ def ask(url: str, model: str, question: str) -> str:
 
 def capacity_line(kv: dict) -> str:
     """One line from the server's ``kv_quant`` report."""
+    quality = kv.get("quality")
     return (
         f"KV cache: K {kv['k_bits']:g} bits, V {kv['v_bits']:g} bits ({kv['allocator']}), "
         f"{kv['bytes_per_token']:,} bytes per token instead of {kv['bf16_bytes_per_token']:,} in bf16 "
         f"(x{kv['bf16_bytes_per_token'] / kv['bytes_per_token']:.2f}), "
         f"{kv['max_total_num_tokens']:,} tokens fit, table {kv['table_hash'][:12]}"
+        + (f", KL of the answer {quality['kl']:.4f} nats a token" if quality else "")
     )
 
 

@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 #: (K, V) bits that ``auto`` tries, by falling compression; all fill words (kernels.format.columns).
 LADDER = ((2, 2), (2.5, 2), (2.5, 2.5), (3, 2.5), (3, 3), (3.5, 3), (3.5, 3.5), (4, 4), (6, 6), (8, 8))
-#: nats a token that ``auto`` allows; docs/fidelity.md says what that means for an answer.
+#: nats a token that ``auto`` allows; docs/method.md says what that means for an answer.
 TARGET_KL = 0.03
 DEFAULT_RANGE = (3.0, 8.0)
 MOST_CHECKED = 65_536  # rows a step

@@ -1,8 +1,11 @@
-"""docs/format.md says what the code does: generated parts are current, and its rules alone decode a row."""
+"""The pages say what the code and the records do: generated parts are current, messages and options exist, and the
+rules of docs/format.md alone decode a row."""
 
+import ast
 import importlib.util
 import re
 import struct
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,9 @@ from sglang_blockgtq.kernels.format.pack import pack
 
 ROOT = Path(__file__).resolve().parent.parent
 DOC = ROOT / "docs" / "format.md"
+EXAMPLE = ROOT / "docs" / "format_example.md"
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/notes/*.md")]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
 def load(name):
@@ -42,12 +48,13 @@ def one_thread():
 
 
 def test_generated_blocks_are_current():
-    assert format_table.rewrite(DOC.read_text()) == DOC.read_text(), "run python scripts/format_table.py"
+    for page in format_table.BLOCKS:
+        assert format_table.rewrite(page, page.read_text()) == page.read_text(), "run python scripts/format_table.py"
 
 
 def test_missing_marker_is_an_error():
     with pytest.raises(ValueError, match="end sizes"):
-        format_table.rewrite(DOC.read_text().replace("<!-- end sizes -->", ""))
+        format_table.rewrite(DOC, DOC.read_text().replace("<!-- end sizes -->", ""))
 
 
 def table_after(marker, text, columns):
@@ -86,7 +93,7 @@ def decode_by_hand(data, text, side):
 
 
 def test_example_row_decodes_by_the_rules_of_the_page():
-    text = DOC.read_text()
+    text = f"{DOC.read_text()}\n{EXAMPLE.read_text()}"
     lines = re.findall(r"^ *\d+  ((?:[0-9a-f]{2} ?)+)$", text, re.M)
     row = bytes.fromhex(" ".join(lines))
     assert len(row) == 200
@@ -103,7 +110,7 @@ def test_example_row_decodes_by_the_rules_of_the_page():
         torch.testing.assert_close(v, want_v[0, head].double(), rtol=1e-5, atol=0, check_dtype=False)
     assert f"**{k[90]:.5f}**" in text and f"**{v[123]:.5f}**" in text
     original = ((37 * 90 + 11) % 64 - 31.5) / 16, ((29 * 123 + 5) % 64 - 31.5) / 32
-    assert "were {} and {} before packing".format(*original) in text
+    assert "were {} and {} before packing".format(*original) in " ".join(text.split())
 
 
 def levels_of_the_page(text, bits):
@@ -137,7 +144,8 @@ def test_interleaving_by_the_rules_of_the_page():
 
 
 def test_string_of_bits_by_the_rules_of_the_page():
-    assert "Channels of 3, 3 and 2 bits share one byte: bits 0-2, 3-5 and 6-7." in DOC.read_text()
+    words = " ".join(DOC.read_text().split())
+    assert "Channels of 3, 3 and 2 bits share one byte: bits 0-2, 3-5 and 6-7." in words
     assert pack(CodeLayout((3, 3, 2)), torch.tensor([5, 3, 2]), False).tolist() == [5 | 3 << 3 | 2 << 6]
     widths = (8, 7, 5, 5, 3, 1, 1)
     codes = [200, 99, 30, 1, 6, 0, 1]
@@ -183,24 +191,161 @@ def test_example_widths_are_a_template():
     assert units in template_candidates(24)
 
 
-def test_picture_can_be_drawn(tmp_path):
-    draw_row = load("draw_row")
-    draw_row.draw(tmp_path / "row.png")
-    header = (tmp_path / "row.png").read_bytes()[:24]
+@pytest.mark.parametrize("name", ["row", "quality", "speed"])
+def test_picture_can_be_drawn(tmp_path, name):
+    if name == "row":
+        load("draw_row").draw(tmp_path / "row.png")
+    else:
+        getattr(load("draw_figures"), f"draw_{name}")(tmp_path / f"{name}.png")
+    header = (tmp_path / f"{name}.png").read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
-    assert header == (ROOT / "docs" / "img" / "row.png").read_bytes()[:24], "run python scripts/draw_row.py"
+    assert header == (ROOT / "docs" / "img" / f"{name}.png").read_bytes()[:24], (
+        "run scripts/draw_row.py, draw_figures.py"
+    )
 
 
-@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda p: p.name)
+def test_figures_are_those_of_the_records():
+    figures = load("draw_figures")
+    assert {"template", "kivi", "uniform-haar", "fp8_e4m3"} <= figures.quality().keys()
+    assert all(len(points) == (1 if method == "fp8_e4m3" else 3) for method, points in figures.quality().items())
+    assert figures.quality()["template"][1][0] == 52
+    assert [tokens for tokens, _ in figures.steps()["K3V3"]] == [2**n for n in (12, 14, 16, 17, 18, 19)]
+    assert figures.layer().keys() == {"bf16", "fp8", "K3V3", "K2V2"}
+
+
+@each_page
 def test_links_lead_somewhere(page):
-    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
-    missing = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
+    """To a file, and to a heading of a page."""
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", page.read_text()):
+        if "://" in target:
+            continue
+        to = page.parent / target if target else page
+        assert to.exists(), f"{target} is not there"
+        if anchor:
+            assert anchor in headings(to), f"{target} has no heading #{anchor}"
+
+
+@cache
+def headings(page):
+    """Anchors of a page, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@each_page
+def test_lines_and_pages_are_short(page):
+    """100 columns, but for tables, pictures, generated lines and code; 250 lines, but for notes; README 130."""
+    if page.name.startswith("quality_"):
+        return  # written by make quality
+    text = page.read_text()
+    prose = re.sub(r"^```.*?^```$|^<!-- .*?generated.*?^<!-- end .*?-->$", "", text, flags=re.M | re.S)
+    prose = re.sub(r"\]\([^)]*\)", "]", prose)  # where a link leads does not count
+    assert not [x for x in prose.splitlines() if len(x) > 100 and x.lstrip()[:1] not in ("|", "!", "<")]
+    most = 130 if page.name == "README.md" else 250
+    assert page.parent.name == "notes" or len(text.splitlines()) <= most
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/fidelity.md", "docs/performance.md"])
+def test_tables_are_those_of_the_records(page):
+    results = load("results_table")
+    assert page in results.PAGES
+    text = (ROOT / page).read_text()
+    assert results.updated(page, text) == text, "run python scripts/results_table.py"
+
+
+def test_readme_has_figures_of_one_card_a_table():
+    results = load("results_table")
+    tables = results.gains().split("\n\n")
+    assert len({table.splitlines()[0].split("|")[1] for table in tables}) == len(tables)
+    assert "| **K3V3** (`balanced`) | 100 | 52 |" in (ROOT / "README.md").read_text()
+
+
+def test_readme_has_no_figure_but_those_of_the_script():
+    text = (ROOT / "README.md").read_text()
+    prose = re.sub(r"^<!-- .*?generated.*?^<!-- end .*?-->$", "", text, flags=re.M | re.S)
+    assert not re.findall(r"\d[\d.,]*(?:x\b| ?%| times| ms\b| us\b| tokens/s| seconds)", prose)
+
+
+def test_a_stale_page_is_told(tmp_path, monkeypatch, capsys):
+    results = load("results_table")
+    for page in results.PAGES:
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        stale = (ROOT / page).read_text().replace("| **K3V3** (`balanced`) | 100 |", "| K3V3 | 1 |")
+        (tmp_path / page).write_text(stale)
+    monkeypatch.setattr("sys.argv", ["results_table.py", "--check"])
+    assert results.main(tmp_path) == 1
+    err = capsys.readouterr().err
+    assert "README.md is not what the records say" in err and "docs/performance.md" not in err
+    monkeypatch.setattr("sys.argv", ["results_table.py"])
+    assert results.main(tmp_path) == 0
+    assert all((tmp_path / page).read_text() == (ROOT / page).read_text() for page in results.PAGES)
+
+
+def test_a_page_without_a_place_is_an_error():
+    results = load("results_table")
+    with pytest.raises(ValueError, match="no place for the table gains"):
+        results.updated("README.md", (ROOT / "README.md").read_text().replace("<!-- end gains -->", ""))
+
+
+def test_messages_of_the_manual_are_those_of_the_code():
+    """Each message that docs/using.md explains: its parts between ``...`` stand in the code."""
+    text = (ROOT / "docs" / "using.md").read_text()
+    table = text.partition("| message | what it means")[2].partition("\n\n")[0]
+    messages = [m for row in table.splitlines()[2:] for m in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    assert len(messages) > 20
+    said = "\0".join(literals())
+    theirs = ("unrecognized arguments", "Received sigquit")  # argparse's and SGLang's
+    ours = [m for m in messages if not m.startswith(theirs)]
+    missing = [part for m in ours for part in re.split(r"\s*\.\.\.\s*", m) if part.strip() and part not in said]
     assert not missing
 
 
-def test_readme_results_are_current():
-    """The README's figures come from the result files, by the script."""
-    results = load("results_table")
-    text = (ROOT / "README.md").read_text()
-    assert results.updated(text) == text
-    assert "| **K3V3** (`balanced`) | 100 |" in text
+def literals():
+    """Every string of the package, those of an f-string with its values as blanks between them; values that are known
+    before a server starts stand in it."""
+    known = {"NAME": "blockgtq"}
+    for folder in ("sglang_blockgtq", "calibrate", "kernels"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
+                elif isinstance(node, ast.JoinedStr):
+                    parts = (
+                        value.value if isinstance(value, ast.Constant) else known.get(ast.unparse(value.value), " ")
+                        for value in node.values
+                    )
+                    yield "".join(map(str, parts))
+
+
+def test_gauges_of_the_manual_are_those_of_the_code():
+    text = (ROOT / "docs" / "using.md").read_text()
+    told = set(re.findall(r"`sglang:kv_quant_(\w+)`", text))
+    code = (ROOT / "sglang_blockgtq" / "observability.py").read_text()
+    made = set(re.findall(r'^ +"(\w+)": \(', code, re.M)) | {"info"}
+    assert told == made
+
+
+def test_bits_of_the_pages_are_those_of_the_options():
+    """The ladder of ``auto``, its target, and the presets."""
+    from sglang_blockgtq.options import DEFAULT_RANGE, LADDER, PRESETS, TARGET_KL
+
+    using, readme = (" ".join((ROOT / page).read_text().split()) for page in ("docs/using.md", "README.md"))
+    low, high = DEFAULT_RANGE
+    every = [f"K{k:g}V{v:g}" for k, v in LADDER]
+    default = [f"K{k:g}V{v:g}" for k, v in LADDER if low <= min(k, v) and max(k, v) <= high]
+    assert f"The ladder is {', '.join(every)}; by default it begins at {default[0]}." in using
+    assert f"the first of {', '.join(default[:-1])} and {default[-1]} whose" in readme
+    assert f"is at most {TARGET_KL:g}" in using and f"is at most {TARGET_KL:g}" in readme
+    for name, bits in PRESETS.items():
+        assert f"`{name}`" in using and (name == "auto" or f"`{name}` (K{bits['k_bits']}V{bits['v_bits']})" in using)
+
+
+def test_options_of_the_pages_exist():
+    from sglang_blockgtq.options import FLAGS
+
+    flags = {"--" + name.replace("_", "-") for name in FLAGS}
+    for page in PAGES:
+        told = set(re.findall(r"--kv-quant[a-z-]*", page.read_text())) - {"--kv-quant-"}
+        assert told <= flags, page.name
+    using = (ROOT / "docs" / "using.md").read_text()
+    assert all(f"`{flag}" in using for flag in flags), "docs/using.md tells every option"

@@ -23,6 +23,11 @@ def installed_as(file: Path) -> str:
     return path if path.startswith("sglang_blockgtq/") else f"sglang_blockgtq/{path}"
 
 
+def test_the_package_says_the_version_of_the_project():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f'__version__ = "{version}"' in (ROOT / "sglang_blockgtq" / "__init__.py").read_text()
+
+
 def test_every_folder_is_a_listed_package():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {

@@ -92,7 +92,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--write-docs", action="store_true", help="only write docs/compatibility.md anew from benchmarks/results")
+    add("--write-docs", action="store_true", help="only write docs/families.md anew from benchmarks/results")
     add("--tokenizer", type=Path, help="folder of a model whose tokenizer all take")
     add("--out", type=Path, help="CSV to write; a .json of the same name tells how")
     add("--device", choices=["cuda", "cpu"], help="default: a GPU where there is one")

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.fidelity ablation --model-path MODEL --out ablation.csv --device cuda``
 ``python -m benchmarks.fidelity ablation --table ablation.csv`` prints the tables of a CSV again, as Markdown;
-``--into docs/fidelity.md`` writes them between that page's marks, ``--only best frame`` selects rows.
+``--into docs/notes/ablation.md`` writes them between that page's marks, ``--only best frame`` selects rows.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Starts one server after another with the same share of the GPU's memory, checks its answers, and measures: decode by
 context, batches, capacity, throughput under memory pressure, shared prefixes, prefill, start-up. Writes serving.csv,
-serving.json, report.md and pictures; the same command again measures what is still missing. docs/performance.md says
+serving.json, report.md and pictures; the same command again measures what is still missing. docs/measuring.md says
 what each scenario is.
 """
 

@@ -121,6 +121,14 @@ def test_once_prints_answer_and_capacity(start, tmp_path):
     assert not list(tmp_path.glob("*.log")), "a clean run leaves no log behind"
 
 
+def test_capacity_tells_the_cost_where_it_was_measured(load_script):
+    kv = {"k_bits": 3.0, "v_bits": 3.0, "allocator": "template", "bytes_per_token": 1, "bf16_bytes_per_token": 5}
+    kv |= {"table_hash": "ab", "max_total_num_tokens": 7}
+    told = load_script("serve").capacity_line
+    assert told(kv | {"quality": {"kl": 0.02849}}).endswith("table ab, KL of the answer 0.0285 nats a token")
+    assert told(kv | {"quality": None}).endswith("7 tokens fit, table ab")
+
+
 def test_base_model_is_asked_in_plain_text(start):
     out, err = (process := start("--once", mode="base")).communicate(timeout=60)
     assert process.returncode == 0, err
