@@ -19,6 +19,7 @@ GRANULARITIES = ("block", "segment")
 SPELLINGS = {"slot": "segment"}  # of a granularity
 BY_SEGMENTS = ("paper", "product")  # allocators that have a choice
 CHUNK_ATTENTION = ("raw", "quantized")
+DECODE_KERNELS = ("auto", "cuda", "triton")
 RECALIBRATE = ("never", "flush")
 #: name -> options that it stands for; those that are given beside it win. What each costs a model: make quality.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -54,6 +55,8 @@ class KVQuantOptions:
 
     k_bits, v_bits: average bits per channel, may be fractional. None with a table: the table's; else they are chosen
         from bits_range as the fewest whose measured KL is at most max_kl, or TARGET_KL.
+    decode_kernel: what reads rows in a decode step on a GPU. "cuda": the kernel for Hopper; "triton": the one for any
+        GPU; "auto": the former where it serves the rows.
     max_kl: nats a token above which the server does not start.
     granularity: what ``paper`` and ``product`` give a width of its own. "segment": whole segments of 16 channels,
         at most four kinds of heads in a model, which the fast kernels read. "block": each RoPE block, as in the
@@ -76,6 +79,7 @@ class KVQuantOptions:
     calibration_tokens: int = 2048
     cache_dir: str = ""
     chunk_attention: str = "raw"
+    decode_kernel: str = "auto"
     max_kl: float | None = None
     bits_range: tuple[float, float] = DEFAULT_RANGE
     check_rows: int = 0
@@ -192,6 +196,12 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         "chunk_attention",
         "MODE",
         "'raw' (default): a prefill chunk sees its own keys and values exactly. 'quantized': as they are stored.",
+    )
+    add(
+        "decode_kernel",
+        "NAME",
+        "'auto' (default): decode attention by the CUDA kernel for Hopper where it serves the rows, else by Triton's; "
+        "'cuda' and 'triton' insist on one.",
     )
     add("max_kl", "NATS", "Do not start if the cache costs more than this KL of the answer a token, e.g. 0.05.")
     add("bits_range", "LOW-HIGH", "What --kv-quant-preset auto may choose from (default 3-8).")
@@ -369,6 +379,8 @@ def parse(values: dict[str, Any]) -> KVQuantOptions | None:
             )
     if "chunk_attention" in given:
         out["chunk_attention"] = _choice("chunk_attention", given["chunk_attention"], CHUNK_ATTENTION)
+    if "decode_kernel" in given:
+        out["decode_kernel"] = _choice("decode_kernel", given["decode_kernel"], DECODE_KERNELS)
     if "check_rows" in given:
         out["check_rows"] = _rows("check_rows", given["check_rows"])
     if "recalibrate" in given:

@@ -16,6 +16,7 @@ from .calibrate.quality import Quality
 from .calibrate.segments import rule_of
 from .calibrate.table import AllocationTable, layers_of
 from .choose import choose
+from .kernels.cuda import attention as cuda_kernel
 from .kernels.format.layout import uniform_layout
 from .kernels.layer import PackedLayer
 from .options import BY_SEGMENTS, NAME, KVQuantError, KVQuantOptions, flag
@@ -83,9 +84,18 @@ class Runtime:
             "calibration_tokens": header.tokens,
             "quality": header.quality,
             "page": header.page,
+            "decode_attention": self.decode_attention,
             "prefill_attention": self.buffers.prefill.name if self.buffers else "PyTorch",
             "memory": self.memory(),
         }
+
+    @property
+    def decode_attention(self) -> str:
+        """What reads rows in a decode step, and why not the CUDA kernel where it does not."""
+        if self.buffers is None:
+            return "PyTorch"
+        lacks = cuda_kernel.lacks(cast("TritonLayer", next(iter(self.layers.values()))).tables)
+        return "CUDA" if lacks is None else f"Triton: {lacks}"
 
     def memory(self) -> dict[str, int]:
         """Bytes on this rank by kind, without the rows: all of it is there before the cache is sized."""
@@ -185,6 +195,7 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
         made = layers_of(table, heads, ids.values(), runner.device, runner.model_config.context_len)
         return {layer: made[row] for layer, row in ids.items()}
 
+    cuda_kernel.ENABLED = options.decode_kernel != "triton"
     begin = time.perf_counter()
     try:
         choice = choose(runner, options, make)
@@ -201,6 +212,11 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
 
         window = max(terms_of(x, {}).window for x in here)
         of_kernels = cast("dict[int, TritonLayer]", layers)  # as all are on a GPU
+        lacks = cuda_kernel.lacks(next(iter(of_kernels.values())).tables)
+        if options.decode_kernel == "cuda" and lacks:
+            raise KVQuantError(
+                f"{flag('decode_kernel')} cuda: it does not serve these rows: {lacks}; auto or triton works"
+            )
         buffers = Buffers.of(of_kernels, runner, here[0].tp_q_head_num, window)
         torch.cuda.empty_cache()
     runtime = Runtime(

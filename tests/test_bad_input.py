@@ -365,6 +365,8 @@ def test_allocator_and_chunk_attention(model):
     assert "--kv-quant-preset fast" in message and "auto, quality, balanced, compact" in message
     message = refusal(model(), "--kv-quant-chunk-attention", "exact", kv_quant_chunk_attention="exact")
     assert "raw, quantized" in message
+    message = refusal(model(), "--kv-quant-decode-kernel", "fast", kv_quant_decode_kernel="fast")
+    assert "auto, cuda, triton" in message
 
 
 @pytest.mark.parametrize(

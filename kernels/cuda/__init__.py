@@ -3,6 +3,6 @@
 The kernel of ``decode/`` makes float16 of every code; this one looks four up at a time as signed bytes. It has the same
 arguments and leaves the same partial results. Where it does not run, ``decode/`` does.
 
-operands.py: how words become operands. source.py, decode.cu, hopper.cu: the kernel's text, of a layout, for all layouts,
-and its primitives. compile.py: from there to a function. attention.py: launches.
+operands.py: how words become operands. source.py, decode.cu, hopper.cu: the kernel's text, of a layout, for all
+layouts, and its primitives. compile.py: from there to a function. attention.py: launches.
 """

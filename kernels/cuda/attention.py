@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from ..device.tables import CodeSpec, ColumnTables
+from ..device.tables import CodeSpec, ColumnTables, Tables
 from ..terms import Terms
 from . import compile as nvrtc
 from .operands import MAX_BITS, bits_of
@@ -47,14 +47,16 @@ def _values_lack(spec: CodeSpec) -> str | None:
 @cache
 def device_lacks(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return "it is written for compute capability 9.0"
+        return "the CUDA kernel is written for compute capability 9.0"
     return nvrtc.unavailable(device)
 
 
-def lacks(tables: ColumnTables) -> str | None:
+def lacks(tables: Tables) -> str | None:
     """Why this kernel does not serve a layer, or None."""
     if not ENABLED:
-        return "it is switched off"
+        return "the CUDA kernel is switched off"
+    if not isinstance(tables, ColumnTables):
+        return "rows that are not in columns"
     return _values_lack(tables.v_spec) or device_lacks(tables.device)
 
 
@@ -130,7 +132,9 @@ class _Launch:
 _launches: dict[tuple, _Launch] = {}
 
 
-def _launch_of(tables: ColumnTables, group: int, q_len: int, terms: Terms, tree: bool, wide: tuple[bool, bool]) -> _Launch:
+def _launch_of(
+    tables: ColumnTables, group: int, q_len: int, terms: Terms, tree: bool, wide: tuple[bool, bool]
+) -> _Launch:
     key = id(tables), group, q_len, terms.window, terms.cap, tree, wide
     found = _launches.get(key)
     if found is None or found.tables() is not tables:
@@ -166,9 +170,10 @@ def attend(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Partial results of all splits into out ``[splits, q_len, Hq, Dv]`` float16 and lse ``[splits, q_len, Hq]`` float32.
+    """Partial results of all splits.
 
-    rotated ``[B * q_len, Hq, D]`` float32; the others as decode_attention has them.
+    out ``[splits, q_len, Hq, Dv]`` float16, lse ``[splits, q_len, Hq]`` float32, rotated ``[B * q_len, Hq, D]`` float32;
+    the others as decode_attention has them.
     """
     group = rotated.shape[1] // tables.heads
     wide = kv_indptr.dtype == torch.int64, kv_indices.dtype == torch.int64

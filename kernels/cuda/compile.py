@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import struct
+import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -251,7 +252,7 @@ class Attributes(NamedTuple):
 class Kernel:
     """A function of a cubin, loaded on a device, so that a captured graph may launch it from the first time on.
 
-    One thread launches it at a time, with its device the current one.
+    It is launched with its device the current one.
 
     name: ``extern "C"``. types: of its parameters, see :class:`Arguments`. RuntimeError: the driver does not load it,
     or its parameters lie elsewhere.
@@ -280,6 +281,7 @@ class Kernel:
         self._config = ctypes.create_string_buffer(_CONFIG.size)
         self._config_at = ctypes.byref(self._config)
         self._launch = library.cuLaunchKernelEx
+        self._lock = threading.Lock()  # of what a launch writes its arguments to
 
     def _check_parameters(self, library: ctypes.CDLL) -> None:
         if not hasattr(library, "cuFuncGetParamInfo"):  # since CUDA 12.4
@@ -306,15 +308,17 @@ class Kernel:
 
         TypeError: args do not fit the types. RuntimeError: the driver refuses.
         """
-        self.arguments.write(args)
-        if shared_bytes > self._dynamic:
-            self._allow(shared_bytes)
-        stream = _raw_stream(self.device)
         x, y = grid
-        _CONFIG.pack_into(
-            self._config, 0, x, y, 1, _THREADS, 1, 1, shared_bytes, stream, self._attributes_at, dependent
-        )
-        if result := self._launch(self._config_at, self._function, self.arguments.addresses, None):
+        with self._lock:
+            self.arguments.write(args)
+            if shared_bytes > self._dynamic:
+                self._allow(shared_bytes)
+            stream = _raw_stream(self.device)
+            _CONFIG.pack_into(
+                self._config, 0, x, y, 1, _THREADS, 1, 1, shared_bytes, stream, self._attributes_at, dependent
+            )
+            result = self._launch(self._config_at, self._function, self.arguments.addresses, None)
+        if result:
             _check(result, f"launch of {self.name}, grid {x} x {y}, {shared_bytes} bytes of shared memory")
 
     def attributes(self) -> Attributes:

@@ -101,6 +101,16 @@ DEVICE void load_wide_values(u32 (&low)[4], u32 (&high)[4], u32 bin, const Lane&
   ldmatrix4_trans(high, bin + wide_at(at.lane, 1));
 }
 
+// Weights of two octets in a register each, in the order of transposed bytes, as selectors of four octets have them.
+DEVICE void first_tokens_first(const u32 (&first)[ROW_TILES], const u32 (&second)[ROW_TILES], u32 (&b0)[ROW_TILES],
+                               u32 (&b1)[ROW_TILES]) {
+#pragma unroll
+  for (int n = 0; n < ROW_TILES; n++) {
+    b0[n] = prmt(first[n], second[n], 0x5410);
+    b1[n] = prmt(first[n], second[n], 0x7632);
+  }
+}
+
 template <int WIDTH> MEMBER void multiply(int (&c)[ROW_TILES][4], u32 z0, u32 z1, const u32 (&b0)[ROW_TILES],
                                           const u32 (&b1)[ROW_TILES], const struct Tables& tables);
 

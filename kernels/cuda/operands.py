@@ -30,7 +30,7 @@ _HALVES = 0x10001
 
 
 def integers_per_level(bits: int) -> float:
-    """What the bytes of :data:`INTEGERS` are multiplied levels by: the factor with the least squared error of N(0, 1)."""
+    """The bytes of :data:`INTEGERS` over the levels they stand for, by the least squared error of N(0, 1)."""
     positive = [float(x) for x in levels(bits)[1 << (bits - 1) :]]
     edges = [0.0, *((a + b) / 2 for a, b in zip(positive, positive[1:], strict=False)), math.inf]
     mass = [math.erf(b / math.sqrt(2)) - math.erf(a / math.sqrt(2)) for a, b in zip(edges, edges[1:], strict=False)]
@@ -116,8 +116,8 @@ def _gathered(codes: list[tuple[Code, str]]) -> tuple[str, int]:
 
 
 def _woven(first: tuple[str, str], low: int, high: int | None, width: int) -> tuple[str, int]:
-    """Fields at bits ``low`` and ``high`` of two registers, side by side: bits 0 and 4 of the first, and 4 bits apart from
-    ``high - low`` on of the second. The text and what it costs."""
+    """Fields at bits ``low`` and ``high`` of two registers, side by side: at bits 0 and 4 the lower fields of both, and
+    ``high - low`` further up the others. The text and what it costs."""
     a, b = first
     ones = (1 << width) - 1
     mask = ones | (0 if high is None else ones << (high - low))
@@ -181,7 +181,7 @@ def key_quads(spec: CodeSpec, prefix: str = "k") -> tuple[Quad, ...]:
 
 
 def key_selectors(spec: CodeSpec, prefix: str = "k") -> tuple[KeySelector, ...]:
-    """Selectors for all segments of up to MAX_BITS bits that are in no quad, two a selector, by the pairs that cost least."""
+    """For all segments of up to MAX_BITS bits that are in no quad, two a selector, by the pairs that cost least."""
     direct = {segment for quad in key_quads(spec, prefix) for segment, _ in quad.codes}
     by_width: dict[int, list[int]] = {}
     for segment, pieces in enumerate(spec.segments):
@@ -248,8 +248,11 @@ class ValueSelector:
 
 @dataclass(frozen=True)
 class ValueQuads:
-    """Of a segment whose codes are operands as they are: the texts of four registers, for columns 0 to 7 and 8 to 15 of the
-    first two octets of tokens, then of the others. Their order within a register is that of a transposed weight's bytes."""
+    """Of a segment whose codes are operands as they are: the texts of four registers.
+
+    For columns 0 to 7 and 8 to 15 of the first two octets of tokens, then of the others. Within a register tokens have
+    the order of a transposed weight's bytes.
+    """
 
     segment: int
     width: int
@@ -275,8 +278,10 @@ def value_quads(spec: CodeSpec, prefix: str = "v") -> tuple[ValueQuads, ...]:
 
 
 def value_selectors(spec: CodeSpec, prefix: str = "v") -> tuple[ValueSelector, ...]:
-    """Selectors of four octets of tokens, one at each nibble, for every segment without quads, those that share statements
-    together."""
+    """Selectors of four octets of tokens, one at each nibble, for every segment without quads.
+
+    Those that share statements stand together.
+    """
     direct = {quads.segment for quads in value_quads(spec, prefix)}
     texts: dict[tuple[int, int], str] = {}
     statements: dict[int, list[str]] = {}
@@ -296,9 +301,7 @@ def value_selectors(spec: CodeSpec, prefix: str = "v") -> tuple[ValueSelector, .
         while left:
             low, segment, half = left.pop(0)
             width = bits_of(spec.segments[segment])
-            fitting = [
-                f for f in left if bits_of(spec.segments[f[1]]) == width and _fits(low, f[0], width)
-            ]
+            fitting = [f for f in left if bits_of(spec.segments[f[1]]) == width and _fits(low, f[0], width)]
             # Of one segment first, which is a narrow bin's; of others what needs no shift.
             fitting.sort(key=lambda f: (f[1] != segment, f[0] - low))
             other = fitting[0] if fitting else None

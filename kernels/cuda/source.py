@@ -199,7 +199,9 @@ def _middle(width: int) -> str:
     return f"{(-DIRECT[width][1] & 0xFF) * 0x01010101:#010x}u"
 
 
-def _sizes(spec: CodeSpec, selectors: tuple[KeySelector, ...], quads: list[tuple[Quad, ...]], levelled: list[int]) -> list[str]:
+def _sizes(
+    spec: CodeSpec, selectors: tuple[KeySelector, ...], quads: list[tuple[Quad, ...]], levelled: list[int]
+) -> list[str]:
     """Of the channels of a width, or of a slope, the largest, times what the query is multiplied with."""
     groups: dict[tuple[str, float], set[int]] = {}
     for selector in selectors:
@@ -218,7 +220,9 @@ def _sizes(spec: CodeSpec, selectors: tuple[KeySelector, ...], quads: list[tuple
     return lines
 
 
-def _operands(spec: CodeSpec, selectors: tuple[KeySelector, ...], quads: list[tuple[Quad, ...]], levelled: list[int]) -> list[str]:
+def _operands(
+    spec: CodeSpec, selectors: tuple[KeySelector, ...], quads: list[tuple[Quad, ...]], levelled: list[int]
+) -> list[str]:
     lines = []
     for j, selector in enumerate(selectors):
         lines.append(f"{{ const float by = integers * {1 / integers_per_level(selector.width):.9e}f;")
@@ -253,11 +257,15 @@ def _key_loads(spec: CodeSpec) -> list[str]:
         else:
             lines.append(f"u32 k{i}[4]; ldmatrix4(k{i}, tile + {at} + at.lane * 16);")
             if repeat > 2:
-                lines.append(f"for (int j = 0; j < 4; j++) k{i}[j] >>= {'4 * (at.t >> 1)' if repeat == 4 else '2 * at.t'};")
+                lines.append(
+                    f"for (int j = 0; j < 4; j++) k{i}[j] >>= {'4 * (at.t >> 1)' if repeat == 4 else '2 * at.t'};"
+                )
     return lines
 
 
-def _key_products(spec: CodeSpec, selectors: tuple[KeySelector, ...], quads: list[tuple[Quad, ...]], levelled: list[int]) -> list[str]:
+def _key_products(
+    spec: CodeSpec, selectors: tuple[KeySelector, ...], quads: list[tuple[Quad, ...]], levelled: list[int]
+) -> list[str]:
     lines = []
     for j, selector in enumerate(selectors):
         lines.append("for (int m = 0; m < 2; m++) {")
@@ -273,7 +281,10 @@ def _key_products(spec: CodeSpec, selectors: tuple[KeySelector, ...], quads: lis
         lines.append("for (int m = 0; m < 2; m++) { u32 a[4];")
         for place, (index, half) in enumerate((("2 * m", 0), ("2 * m + 1", 0), ("2 * m", 1), ("2 * m + 1", 1))):
             lines += ["{", f"const int i = {index};", *_level_text(spec, segment, half), f"a[{place}] = t;", "}"]
-        lines.append(f"for (int n = 0; n < ROW_TILES; n++) hmma(logits.levels[m][n], a[0], a[1], a[2], a[3], q.h0[{j}][n], q.h1[{j}][n]);")
+        lines.append(
+            "for (int n = 0; n < ROW_TILES; n++)"
+            f" hmma(logits.levels[m][n], a[0], a[1], a[2], a[3], q.h0[{j}][n], q.h1[{j}][n]);"
+        )
         lines.append("}")
     return lines
 
@@ -305,19 +316,20 @@ def _value_class(spec: CodeSpec) -> str:
         else:
             lines.append(f"u32 v{i}[4]; ldmatrix4_trans(v{i}, tile + {first} + at.lane * 16);")
             if repeat > 2:
-                lines.append(f"for (int j = 0; j < 4; j++) v{i}[j] >>= {'4 * (at.g >> 2)' if repeat == 4 else '2 * (at.g >> 1)'};")
+                by = "4 * (at.g >> 2)" if repeat == 4 else "2 * (at.g >> 1)"
+                lines.append(f"for (int j = 0; j < 4; j++) v{i}[j] >>= {by};")
     for quad in quads:
         middle = _middle(quad.width)
         lines.append(f"products(sums.of[{quad.segment}], {', '.join(quad.texts)}, first, second);")
         lines.append(f"products(sums.of[{quad.segment}], {', '.join([middle] * 4)}, first, second);")
     selectors = value_selectors(spec)
-    if selectors:  # all octets' first tokens, then the second ones
-        lines.append("u32 b0[ROW_TILES], b1[ROW_TILES];")
-        lines.append("for (int n = 0; n < ROW_TILES; n++) b0[n] = prmt(first[n], second[n], 0x5410), b1[n] = prmt(first[n], second[n], 0x7632);")
+    if selectors:
+        lines.append("u32 b0[ROW_TILES], b1[ROW_TILES]; first_tokens_first(first, second, b0, b1);")
     for selector in selectors:
+        low, high = selector.selectors
         lines += [
             *selector.statements,
-            f"::multiply<{selector.width}>(sums.of[{selector.segment}], {selector.selectors[0]}, {selector.selectors[1]}, b0, b1, tables);",
+            f"::multiply<{selector.width}>(sums.of[{selector.segment}], {low}, {high}, b0, b1, tables);",
         ]
     return "\n".join([*lines, "}", "};"])
 
@@ -358,7 +370,10 @@ def source(shape: Shape) -> str:
     }
     widths = {bits_of(p) for spec in (*shape.keys, shape.values) for p in spec.segments}
     head = [f"#define {name} {value}" for name, value in numbers.items()]
-    head += [f"typedef {'i64' if wide else 'int'} {name};" for name, wide in (("Indptr", shape.indptr64), ("Slot", shape.slots64))]
+    head += [
+        f"typedef {'i64' if wide else 'int'} {name};"
+        for name, wide in (("Indptr", shape.indptr64), ("Slot", shape.slots64))
+    ]
     body, _, rest = text_of("decode.cu").partition("// GENERATED\n")
     tables = "\n".join(["struct Tables {", *_tables({w for w in widths if w <= MAX_BITS}), "};"])
     lookups = "\n".join(_lookup(w) for w in sorted(widths) if w <= MAX_BITS)

@@ -89,8 +89,9 @@ class TritonPackedBackend(TritonAttnBackend):
             todo += [partial(self.pool.check.warm_up, n, self._ahead) for n in warm_up.batch_sizes(most)]
         warm_up.run(todo, layers[0].rows.device)
         logger.info(
-            "%s: prefill attention in %s over a workspace of %d tokens; kernels ready after %.1f s",
+            "%s: decode attention in %s, prefill attention in %s over %d tokens at a time; kernels ready after %.1f s",
             NAME,
+            current().decode_attention,
             self.buffers.prefill.name,
             self.buffers.workspace.tokens,
             time.monotonic() - started,

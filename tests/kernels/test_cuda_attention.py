@@ -16,8 +16,23 @@ from sglang_blockgtq.kernels.format.codebook import boundaries, codebook_table, 
 from sglang_blockgtq.kernels.terms import PLAIN, Terms
 
 from . import cuda_on_cpu
-from .matrix import DEVICE, IN_COLUMNS, LARGE, MEAN_CASES, MEANS, OTHER_HEADS, TEMPLATE, TEMPLATES, WIDE, Case, assert_same
-from .matrix import data, decode_queries, over, relative_error
+from .matrix import (
+    DEVICE,
+    IN_COLUMNS,
+    LARGE,
+    MEAN_CASES,
+    MEANS,
+    OTHER_HEADS,
+    TEMPLATE,
+    TEMPLATES,
+    WIDE,
+    Case,
+    assert_same,
+    data,
+    decode_queries,
+    over,
+    relative_error,
+)
 from .test_attention import scratch_of, with_q_len
 
 _TYPES = {"P": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
@@ -68,7 +83,8 @@ class _OnCpu:
 
 
 @pytest.fixture(autouse=True)
-def _emulated(monkeypatch):
+def _emulated(_in_triton, monkeypatch):
+    monkeypatch.setattr(cuda, "ENABLED", True)
     if DEVICE == "cuda":
         return
     if reason := cuda_on_cpu.missing():
@@ -92,7 +108,16 @@ def decode(case: Case, q_len: int = 1, target: int = 8, **options):
     assert cuda.lacks(d.tables) is None
     scratch = scratch_of(case, q_len, num_splits(len(case.lengths), target), torch.float16)
     return decode_attention(
-        d.tables, q, d.rows, d.kv_indptr, d.kv_indices, d.sm_scale, q_len=q_len, target=target, scratch=scratch, **options
+        d.tables,
+        q,
+        d.rows,
+        d.kv_indptr,
+        d.kv_indices,
+        d.sm_scale,
+        q_len=q_len,
+        target=target,
+        scratch=scratch,
+        **options,
     )
 
 
@@ -118,7 +143,9 @@ def test_trees(case, q_len):
         assert_same(decode(case, q_len, tree=tree, terms=terms), want, 2 * TOLERANCE[case.dtype])
 
 
-@with_q_len(*((case, 1) for case in (TEMPLATE, WIDE, TEMPLATES[2], MEANS, MEAN_CASES[1], LARGE[0])), (TEMPLATE, 3), (MEANS, 3))
+@with_q_len(
+    *((case, 1) for case in (TEMPLATE, WIDE, TEMPLATES[2], MEANS, MEAN_CASES[1], LARGE[0])), (TEMPLATE, 3), (MEANS, 3)
+)
 def test_windows_caps_and_sinks(case, q_len):
     sinks = torch.linspace(-2, 3, case.heads * case.group, device=DEVICE)
     for terms in (Terms(1), Terms(20), Terms(70, 2.0, sinks), Terms(cap=0.5), Terms(sinks=sinks)):

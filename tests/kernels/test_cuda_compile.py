@@ -51,10 +51,15 @@ KERNEL every(u32* out, const char* in, i64 rows, int seven, float half) {
   put(round_int(half * (float)l)), put(pack_f16x2((float)l, half)), put(bits(f16(pack_f16x2((float)l, half))));
   const u32 a = pack_f16x2((float)l, half), b = pack_f16x2(2, (float)seven);
   put(add_f16x2(a, b)), put(sub_f16x2(a, b)), put(mul_f16x2(a, b)), put(fma_f16x2(a, b, b));
+  const u64 wide = mad_wide(l, 1u << 31, 5);
+  put(opaque(l)), put((u32)wide), put((u32)(wide >> 32)), put(bits_set(l));
+  put(bits(larger(half, (float)l))), put(bits(smaller(half, (float)l)));
+  put(larger((int)l - 9, 2)), put(smaller((int)l - 9, 2));
+  put(sum_of_all((int)l - 9)), put(largest_of_all((int)l - 9));
   put(block_x()), put(block_y()), put(grid_x()), put(grid_y()), put(seven);
 }
 """
-ROWS = 41
+ROWS = 51
 TYPES = "PPqif"
 
 needs_nvrtc = pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))
@@ -332,8 +337,11 @@ def expected(words: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     rows += [same(0xAAAAAAAA - 2**32), same(1), same(0), same(1), same(0)]
     rows += [bits(2.0**x), bits(x), bits(2.0**-x), (0.5 * x).round().int(), pair(x, 0.5), bits(x)]
     rows += [pair(x + 2, 7.5), pair(x - 2, -6.5), pair(2 * x, 3.5), pair(2 * x + 2, 10.5)]
+    rows += [lanes, (lanes % 2) * -(2**31) + 5, lanes // 2, torch.tensor([n.bit_count() for n in range(32)])]
+    rows += [bits(x.clamp(min=0.5)), bits(x.clamp(max=0.5)), (lanes - 9).clamp(min=2), (lanes - 9).clamp(max=2)]
+    rows += [same(int(lanes.sum()) - 9 * 32), same(22)]
     rows += [same(0), same(0), same(grid[0]), same(grid[1]), same(7)]
-    return torch.stack(rows)
+    return torch.stack([row.int() for row in rows])
 
 
 def random_words() -> torch.Tensor:
