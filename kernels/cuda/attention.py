@@ -172,8 +172,8 @@ def attend(
 ) -> None:
     """Partial results of all splits.
 
-    out ``[splits, q_len, Hq, Dv]`` float16, lse ``[splits, q_len, Hq]`` float32, rotated ``[B * q_len, Hq, D]`` float32;
-    the others as decode_attention has them.
+    out ``[splits, q_len, Hq, Dv]`` float16, lse ``[splits, q_len, Hq]`` and rotated ``[B * q_len, Hq, D]`` float32; the
+    others as decode_attention has them.
     """
     group = rotated.shape[1] // tables.heads
     wide = kv_indptr.dtype == torch.int64, kv_indices.dtype == torch.int64
