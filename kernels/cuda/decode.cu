@@ -8,8 +8,9 @@
 // one beside the other, so that a lane finds both parts of its sum.
 //
 // Weights are probabilities times the scales of values, whole numbers below 2^15 of a unit that each row has for a while:
-// 2^unit. A tile whose greatest weight would not fit, or would have fewer than ten bits, changes the unit, and what was
-// summed up so far goes to shared memory as float32. That is rare, so sums stay integers in registers.
+// 2^unit. A tile whose greatest weight would not fit, or would have fewer than five bits, changes the unit of its four
+// rows, and what was summed up so far goes to shared memory as float32. That is rare, as the first tile's greatest weight
+// has room above it, so sums stay integers in registers.
 
 typedef unsigned short u16;
 
@@ -21,7 +22,11 @@ typedef unsigned short u16;
 #define HEAD_TILES ((QUERY_ROWS + PROGRAM_ROWS - 1) / PROGRAM_ROWS)
 #define TILE 32
 #define BLOCK_SLOTS 16
-#define SPLIT_UNIT 32     // as in decode/splits.py, the next two, too
+#define MOST 32512.0f      // of a weight
+#define LEAST 32.0f        // of a tile's greatest weight
+#define FIRST_BITS 10.5f   // of the first tile's greatest weight
+#define BITS 12.0f         // of a tile's that changes the unit
+#define SPLIT_UNIT 32      // as in decode/splits.py, the next two, too
 #define SPLIT_TRIES 6
 #define SPLIT_ALIGN 64
 
@@ -251,7 +256,9 @@ template <class Keys> DEVICE void attend(const Program& p) {
 
   const float magic = 8388608.0f + 128.0f;  // a sum with it ends in the bits of the whole number and 128
   int stage = 0, count = 0;
-  bool any_kept = false;
+  bool kept_of[ROW_TILES];
+#pragma unroll
+  for (int n = 0; n < ROW_TILES; n++) kept_of[n] = false;
 #pragma unroll 1
   for (int from = p.begin; from < p.end; from += TILE, count++) {
     copy_wait<STAGES - 2>();
@@ -319,8 +326,7 @@ template <class Keys> DEVICE void attend(const Program& p) {
 
     // Weights as the last bits of floats, which a fused operation with the magic number leaves.
     float weight[ROW_TILES][4], shares[ROW_TILES];
-    bool over = (count & 2047) == 2047;  // integers have no more room
-    u32 enough = 15;
+    bool settled[ROW_TILES];
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++) {
       shares[n] = 0;
@@ -332,15 +338,17 @@ template <class Keys> DEVICE void attend(const Program& p) {
         weight[n][j] = probability * v_scale[j] + magic;
         most = larger(most, weight[n][j]);
       }
-      over = over || !(most < magic + 32512.0f);
-      u32 high = ballot(most >= magic + 1024.0f || unit[n] <= least[n]);
+      u32 high = ballot(most >= magic + LEAST || unit[n] <= least[n]);
       high |= high >> 16;
       high |= high >> 8;
-      enough &= high | high >> 4;
+      high |= high >> 4;
+      // Integers have room for 2,048 tiles.
+      settled[n] = !any(!(most < magic + MOST)) && (high & 15) == 15 && (count & 2047) != 2047;
     }
-    if (any(over) || enough != 15 || count == 0) {
+    if (count == 0 || !settled[0] || !settled[ROW_TILES - 1]) {
 #pragma unroll
       for (int n = 0; n < ROW_TILES; n++) {
+        if (count > 0 && settled[n]) continue;
         float most = -1e30f;
 #pragma unroll
         for (int j = 0; j < 4; j++) most = larger(most, x[n][j] + log2f_(v_scale[j]));
@@ -348,7 +356,7 @@ template <class Keys> DEVICE void attend(const Program& p) {
         for (int i = 4; i < 32; i *= 2) most = larger(most, shfl_xor(most, i));
         float now = unit[n];
         if (most > -1e29f) {  // some token is seen
-          now = larger((float)round_int(unit[n] + most - 13.0f), least[n]);
+          now = larger((float)round_int(unit[n] + most - (count == 0 ? FIRST_BITS : BITS)), least[n]);
           least[n] = larger(least[n], now - 40.0f);  // weights below are nothing beside what there was
         }
         const float by = unit[n] - now, factor = exp2f_(larger(smaller(by, 126.0f), -126.0f));
@@ -369,12 +377,12 @@ template <class Keys> DEVICE void attend(const Program& p) {
           for (int i = 0; i < 2; i++) {
             int* c = &sums.of[s][n][2 * i];
             float* sum = kept + (2 * (s * ROW_TILES + n) + i) * 32;
-            const float before = any_kept ? *sum : 0.0f;
+            const float before = kept_of[n] ? *sum : 0.0f;
             *sum = (before + (float)c[0] * 256.0f + (float)c[1]) * factor;
             c[0] = 0, c[1] = 0;
           }
+        kept_of[n] = true;
       }
-      any_kept = count > 0;
     }
 
     u32 first[ROW_TILES], second[ROW_TILES];
@@ -402,7 +410,7 @@ template <class Keys> DEVICE void attend(const Program& p) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const int* c = &sums.of[s][n][2 * i];
-        const float before = any_kept ? kept[(2 * (s * ROW_TILES + n) + i) * 32] : 0.0f;
+        const float before = kept_of[n] ? kept[(2 * (s * ROW_TILES + n) + i) * 32] : 0.0f;
         const float sum = before + (float)c[0] * 256.0f + (float)c[1];
         p.out[to * V_DIM + 16 * s + 8 * i + at.g] = (u16)pack_f16x2(sum * inverse * Values::level(s), 0);
       }
