@@ -118,7 +118,10 @@ def test_rows_go_to_host_memory_and_back(host, make, layout, io):
 @pytest.mark.parametrize("k_bits", [3, 8])
 def test_rows_go_to_host_memory_and_back_on_a_gpu(host, k_bits, layout, io):
     pool = interleaved_pool(make_runtime("uniform", k_bits=k_bits), "cuda")
-    round_trip(pool, host(pool, layout), io)
+    host_pool = host(pool, layout)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):  # as the controller: batched copies take no default stream
+        round_trip(pool, host_pool, io)
 
 
 def test_pages_of_less_than_a_block_are_refused(host):

@@ -133,6 +133,7 @@ struct Program {
   float* lse;
   float to_log2;
   int stride_qt, stride_qh, head, first_row, split, request, begin, end, length;
+  u32 ahead[STAGES];  // the lane's slots of the first tiles
 };
 
 template <class Keys> struct Queries {
@@ -164,6 +165,16 @@ struct Logits {
 
 struct Sums {
   int of[Values::SEGMENTS][ROW_TILES][4];
+  int weights[ROW_TILES][4];  // of codes that are operands as they are
+
+  // Both parts of a sum, for column g or g + 8 of a segment.
+  MEMBER float whole(int segment, int n, int half) const {
+    const int *c = &of[segment][n][2 * half], *w = &weights[n][0];
+    const float middle = Values::middle(segment);
+    float sum = (float)c[0] * 256.0f + (float)c[1];
+    if (middle != 0) sum -= middle * ((float)w[0] * 256.0f + (float)w[1]);
+    return sum;
+  }
 };
 
 DEVICE const float* query_row(const Program& p, int row) {
@@ -211,13 +222,12 @@ template <class Keys> DEVICE void attend(const Program& p) {
   float* kept = (float*)(shared + STAGES * STAGE_BYTES) + at.lane;  // 32 lanes, one after the other
   const Tables tables;
 
-  u32 slot = slot_of(p, p.begin + (int)at.lane);
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) {
-    if (p.begin + s * TILE < p.end) start_tile<Keys>(p, tiles + s * STAGE_BYTES, slot, at);
+    if (p.begin + s * TILE < p.end) start_tile<Keys>(p, tiles + s * STAGE_BYTES, p.ahead[s], at);
     copy_commit();
-    slot = slot_of(p, p.begin + (s + 1) * TILE + (int)at.lane);
   }
+  u32 slot = p.ahead[STAGES - 1];
 
   // Queries as operands: column g of a product is a part of row g / 2. A lane has channels 2 t, 2 t + 1 and 8 more.
   Queries<Keys> q;
@@ -247,6 +257,8 @@ template <class Keys> DEVICE void attend(const Program& p) {
 #pragma unroll
   for (int n = 0; n < ROW_TILES; n++) {
     unit[n] = 0, least[n] = -1e30f, total[n] = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) sums.weights[n][i] = 0;
 #pragma unroll
     for (int s = 0; s < Values::SEGMENTS; s++) {
 #pragma unroll
@@ -375,12 +387,12 @@ template <class Keys> DEVICE void attend(const Program& p) {
         for (int s = 0; s < Values::SEGMENTS; s++)
 #pragma unroll
           for (int i = 0; i < 2; i++) {
-            int* c = &sums.of[s][n][2 * i];
             float* sum = kept + (2 * (s * ROW_TILES + n) + i) * 32;
-            const float before = kept_of[n] ? *sum : 0.0f;
-            *sum = (before + (float)c[0] * 256.0f + (float)c[1]) * factor;
-            c[0] = 0, c[1] = 0;
+            *sum = ((kept_of[n] ? *sum : 0.0f) + sums.whole(s, n, i)) * factor;
+            sums.of[s][n][2 * i] = 0, sums.of[s][n][2 * i + 1] = 0;
           }
+#pragma unroll
+        for (int i = 0; i < 4; i++) sums.weights[n][i] = 0;
         kept_of[n] = true;
       }
     }
@@ -409,9 +421,7 @@ template <class Keys> DEVICE void attend(const Program& p) {
     for (int s = 0; s < Values::SEGMENTS; s++)
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const int* c = &sums.of[s][n][2 * i];
-        const float before = kept_of[n] ? kept[(2 * (s * ROW_TILES + n) + i) * 32] : 0.0f;
-        const float sum = before + (float)c[0] * 256.0f + (float)c[1];
+        const float sum = (kept_of[n] ? kept[(2 * (s * ROW_TILES + n) + i) * 32] : 0.0f) + sums.whole(s, n, i);
         p.out[to * V_DIM + 16 * s + 8 * i + at.g] = (u16)pack_f16x2(sum * inverse * Values::level(s), 0);
       }
     if (at.g == 0) p.lse[to] = total[n] > 0 ? (unit[n] + log2f_(total[n])) * LN2 : float_of(0xFF800000u);
@@ -538,14 +548,13 @@ KERNEL decode(const float* q,                // [B * QUERIES, Hq, dim], rotated
   const u64 keys = (u64)rows + (u32)head * (K_STRIDE * BLOCK_SLOTS);
   const u64 scales = (u64)rows + (NORM_OFFSET + 4 * (u32)head) * BLOCK_SLOTS;
   const u32 to_values = (V_OFFSET + (u32)head * V_STRIDE - (u32)head * K_STRIDE) * BLOCK_SLOTS;
-  const Program program = {q, keys, scales, to_values, kv_indices + start, means, tree, partial_out, partial_lse, to_log2, stride_qt, stride_qh,
-                           head, row_tile * PROGRAM_ROWS, split, request, begin, end, length};
+  Program program = {q, keys, scales, to_values, kv_indices + start, means, tree, partial_out, partial_lse, to_log2,
+                     stride_qt, stride_qh, head, row_tile * PROGRAM_ROWS, split, request, begin, end, length, {}};
   // Slots are as old as lengths, and so are all rows but the newest token's, of which the cache stays true.
 #pragma unroll
-  for (int s = 0; s < STAGES - 1; s++) {
-    const int token = begin + s * TILE + (int)lane();
-    if (token >= end) break;
-    const u32 slot = slot_of(program, token);
+  for (int s = 0; s < STAGES; s++) {
+    const u32 slot = program.ahead[s] = slot_of(program, begin + s * TILE + (int)lane());
+    if (begin + s * TILE >= end || s == STAGES - 1) continue;
     const u64 block = mad_wide(slot >> 4, ROW_BYTES * BLOCK_SLOTS, keys);
     Keys0::prefetch(From{block, slot & 15, {0, 0}});
     Values::prefetch(From{block + to_values, slot & 15, {0, 0}});

@@ -303,6 +303,10 @@ def _value_class(spec: CodeSpec) -> str:
         "static MEMBER void prefetch(const From& from) {",
         *_prefetches(spec),
         "}",
+        "static MEMBER float middle(int segment) {",
+        *(f"if (segment == {quad.segment}) return {DIRECT[quad.width][1]};" for quad in quads),
+        "return 0;",
+        "}",
         "static MEMBER float level(int segment) {",
         *(f"if (segment == {s}) return {1 / per_level:.9e}f;" for s, per_level in enumerate(per_levels)),
         "return 0;",
@@ -319,9 +323,10 @@ def _value_class(spec: CodeSpec) -> str:
                 by = "4 * (at.g >> 2)" if repeat == 4 else "2 * (at.g >> 1)"
                 lines.append(f"for (int j = 0; j < 4; j++) v{i}[j] >>= {by};")
     for quad in quads:
-        middle = _middle(quad.width)
         lines.append(f"products(sums.of[{quad.segment}], {', '.join(quad.texts)}, first, second);")
-        lines.append(f"products(sums.of[{quad.segment}], {', '.join([middle] * 4)}, first, second);")
+    if quads:  # the weights' own sum, of which the middle of codes is taken off in the end
+        one = "0x01010101u"
+        lines.append(f"products(sums.weights, {', '.join([one] * 4)}, first, second);")
     selectors = value_selectors(spec)
     if selectors:
         lines.append("u32 b0[ROW_TILES], b1[ROW_TILES]; first_tokens_first(first, second, b0, b1);")
