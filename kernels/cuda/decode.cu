@@ -7,10 +7,9 @@
 // Queries and weights have 16 bits, as two signed bytes: 256 high + low. A product of eight columns has both of four rows,
 // one beside the other, so that a lane finds both parts of its sum.
 //
-// Weights are probabilities times the scales of values, whole numbers below 2^15 of a unit that each row has for a while:
-// 2^unit. A tile whose greatest weight would not fit, or would have fewer than five bits, changes the unit of its four
-// rows, and what was summed up so far goes to shared memory as float32. That is rare, as the first tile's greatest weight
-// has room above it, so sums stay integers in registers.
+// Weights are probabilities times the scales of values. Each tile's are whole numbers up to 2^15 of a unit of its own, by
+// its greatest one, so that the tail of a long softmax has as many bits as its peak. A tile's sums are integers, and are
+// added to float32 in units of the greatest tile so far.
 
 typedef unsigned short u16;
 
@@ -22,10 +21,7 @@ typedef unsigned short u16;
 #define HEAD_TILES ((QUERY_ROWS + PROGRAM_ROWS - 1) / PROGRAM_ROWS)
 #define TILE 32
 #define BLOCK_SLOTS 16
-#define MOST 32512.0f      // of a weight
-#define LEAST 32.0f        // of a tile's greatest weight
-#define FIRST_BITS 10.5f   // of the first tile's greatest weight
-#define BITS 12.0f         // of a tile's that changes the unit
+#define BITS 14.9f         // of a tile's greatest weight
 #define SPLIT_UNIT 32      // as in decode/splits.py, the next two, too
 #define SPLIT_TRIES 6
 #define SPLIT_ALIGN 64
@@ -164,16 +160,17 @@ struct Logits {
 };
 
 struct Sums {
-  int of[Values::SEGMENTS][ROW_TILES][4];
-  int weights[ROW_TILES][4];  // of codes that are operands as they are
+  float of[Values::SEGMENTS][ROW_TILES][2];  // of columns g and g + 8 of each segment, for rows t and t + 4
+  float scale[ROW_TILES];                    // the tile's unit in that of the sums
+  int weights[ROW_TILES];                    // the tile's, for codes that are operands as they are
 
-  // Both parts of a sum, for column g or g + 8 of a segment.
-  MEMBER float whole(int segment, int n, int half) const {
-    const int *c = &of[segment][n][2 * half], *w = &weights[n][0];
-    const float middle = Values::middle(segment);
-    float sum = (float)c[0] * 256.0f + (float)c[1];
-    if (middle != 0) sum -= middle * ((float)w[0] * 256.0f + (float)w[1]);
-    return sum;
+  // Both parts of a tile's sums. middle: of codes without a table.
+  MEMBER void add(int segment, int middle, const int (&c)[ROW_TILES][4]) {
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; n++)
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        of[segment][n][i] += (float)(c[n][2 * i] * 256 + c[n][2 * i + 1] - middle * weights[n]) * scale[n];
   }
 };
 
@@ -219,7 +216,6 @@ template <class Keys> DEVICE void attend(const Program& p) {
   const Lane at = {number, number >> 2, number & 3};
   char* shared = shared_memory();
   const u32 tiles = shared_address(shared);
-  float* kept = (float*)(shared + STAGES * STAGE_BYTES) + at.lane;  // 32 lanes, one after the other
   const Tables tables;
 
 #pragma unroll
@@ -253,26 +249,18 @@ template <class Keys> DEVICE void attend(const Program& p) {
   }
 
   Sums sums;
-  float unit[ROW_TILES], least[ROW_TILES], total[ROW_TILES];
+  float unit[ROW_TILES], total[ROW_TILES];
 #pragma unroll
   for (int n = 0; n < ROW_TILES; n++) {
-    unit[n] = 0, least[n] = -1e30f, total[n] = 0;
+    unit[n] = -1e29f, total[n] = 0;
 #pragma unroll
-    for (int i = 0; i < 4; i++) sums.weights[n][i] = 0;
-#pragma unroll
-    for (int s = 0; s < Values::SEGMENTS; s++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) sums.of[s][n][i] = 0;
-    }
+    for (int s = 0; s < Values::SEGMENTS; s++) sums.of[s][n][0] = 0, sums.of[s][n][1] = 0;
   }
 
   const float magic = 8388608.0f + 128.0f;  // a sum with it ends in the bits of the whole number and 128
-  int stage = 0, count = 0;
-  bool kept_of[ROW_TILES];
-#pragma unroll
-  for (int n = 0; n < ROW_TILES; n++) kept_of[n] = false;
+  int stage = 0;
 #pragma unroll 1
-  for (int from = p.begin; from < p.end; from += TILE, count++) {
+  for (int from = p.begin; from < p.end; from += TILE) {
     copy_wait<STAGES - 2>();
     syncwarp();
     {
@@ -284,7 +272,7 @@ template <class Keys> DEVICE void attend(const Program& p) {
     const u32 tile = tiles + stage * STAGE_BYTES;
     const u32* scale_words = (const u32*)(shared + stage * STAGE_BYTES + SCALES_AT) + at.g;
     stage = stage == STAGES - 1 ? 0 : stage + 1;
-    if (PAGE > 0 && (count == 0 || from % PAGE_OR_ONE == 0)) page_bias<Keys>(p, from, at, bias);
+    if (PAGE > 0 && (from == p.begin || from % PAGE_OR_ONE == 0)) page_bias<Keys>(p, from, at, bias);
 
     Logits logits;
 #pragma unroll
@@ -295,7 +283,7 @@ template <class Keys> DEVICE void attend(const Program& p) {
         for (int i = 0; i < 4; i++) logits.integers[m][n][i] = q.start[n][i & 1], logits.levels[m][n][i] = 0;
     Keys::multiply(tile, at, tables, q, logits);
 
-    float x[ROW_TILES][4], v_scale[4];  // logits in base 2, less the unit
+    float x[ROW_TILES][4], v_scale[4];  // logits in base 2
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       const u32 word = scale_words[8 * j];
@@ -312,7 +300,7 @@ template <class Keys> DEVICE void attend(const Program& p) {
         }
         if (PAGE > 0) logit += flag * bias[n];
         if (CAPPED) logit = (1.0f - 2.0f * rcp(exp2f_(logit * (2.0f / CAP_OR_ONE)) + 1.0f)) * (CAP * LOG2E);
-        x[n][j] = logit - unit[n];
+        x[n][j] = logit;
       }
     }
     if (from + TILE > p.end || (QUERIES > 1 && from + TILE > p.length - QUERIES) || (WINDOW > 0 && from < p.length - WINDOW)) {
@@ -336,74 +324,39 @@ template <class Keys> DEVICE void attend(const Program& p) {
       }
     }
 
-    // Weights as the last bits of floats, which a fused operation with the magic number leaves.
-    float weight[ROW_TILES][4], shares[ROW_TILES];
-    bool settled[ROW_TILES];
+    float v_bits[4];
 #pragma unroll
-    for (int n = 0; n < ROW_TILES; n++) {
-      shares[n] = 0;
-      float most = 0;
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const float probability = exp2f_(x[n][j]);
-        shares[n] += probability;
-        weight[n][j] = probability * v_scale[j] + magic;
-        most = larger(most, weight[n][j]);
-      }
-      u32 high = ballot(most >= magic + LEAST || unit[n] <= least[n]);
-      high |= high >> 16;
-      high |= high >> 8;
-      high |= high >> 4;
-      // Integers have room for 2,048 tiles.
-      settled[n] = !any(!(most < magic + MOST)) && (high & 15) == 15 && (count & 2047) != 2047;
-    }
-    if (count == 0 || !settled[0] || !settled[ROW_TILES - 1]) {
-#pragma unroll
-      for (int n = 0; n < ROW_TILES; n++) {
-        if (count > 0 && settled[n]) continue;
-        float most = -1e30f;
-#pragma unroll
-        for (int j = 0; j < 4; j++) most = larger(most, x[n][j] + log2f_(v_scale[j]));
-#pragma unroll
-        for (int i = 4; i < 32; i *= 2) most = larger(most, shfl_xor(most, i));
-        float now = unit[n];
-        if (most > -1e29f) {  // some token is seen
-          now = larger((float)round_int(unit[n] + most - (count == 0 ? FIRST_BITS : BITS)), least[n]);
-          least[n] = larger(least[n], now - 40.0f);  // weights below are nothing beside what there was
-        }
-        const float by = unit[n] - now, factor = exp2f_(larger(smaller(by, 126.0f), -126.0f));
-        unit[n] = now;
-        total[n] *= factor;
-        shares[n] = 0;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-          x[n][j] += by;
-          const float probability = exp2f_(x[n][j]);
-          shares[n] += probability;
-          weight[n][j] = probability * v_scale[j] + magic;
-        }
-        if (count == 0) continue;
-#pragma unroll
-        for (int s = 0; s < Values::SEGMENTS; s++)
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            float* sum = kept + (2 * (s * ROW_TILES + n) + i) * 32;
-            *sum = ((kept_of[n] ? *sum : 0.0f) + sums.whole(s, n, i)) * factor;
-            sums.of[s][n][2 * i] = 0, sums.of[s][n][2 * i + 1] = 0;
-          }
-#pragma unroll
-        for (int i = 0; i < 4; i++) sums.weights[n][i] = 0;
-        kept_of[n] = true;
-      }
-    }
+    for (int j = 0; j < 4; j++) v_bits[j] = log2f_(v_scale[j]);
 
     u32 first[ROW_TILES], second[ROW_TILES];
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++) {
-      total[n] += shares[n];
+      float most = -1e30f;
+#pragma unroll
+      for (int j = 0; j < 4; j++) most = larger(most, x[n][j] + v_bits[j]);
+#pragma unroll
+      for (int i = 4; i < 32; i *= 2) most = larger(most, shfl_xor(most, i));
+      const float own = most - BITS, now = larger(unit[n], own);
+      if (any(now > unit[n])) {
+        const float factor = exp2f_(unit[n] - now);
+        total[n] *= factor;
+#pragma unroll
+        for (int s = 0; s < Values::SEGMENTS; s++) sums.of[s][n][0] *= factor, sums.of[s][n][1] *= factor;
+        unit[n] = now;
+      }
+      sums.scale[n] = exp2f_(own - now);  // 0 where a row sees nothing of the tile
+      float share = 0;
+      u32 weight[4];  // the last bits of floats, which a fused operation with the magic number leaves
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const float probability = exp2f_(x[n][j] - own);
+        share += probability;
+        weight[j] = bits_of(probability * v_scale[j] + magic);
+      }
+      total[n] += share * sums.scale[n];
       // Bytes of two octets, high ones for an even column and low ones, which are signed, for an odd one.
-      first[n] = movmatrix(prmt(bits_of(weight[n][0]), bits_of(weight[n][1]), 0x4051) ^ 0x80800000u);
-      second[n] = movmatrix(prmt(bits_of(weight[n][2]), bits_of(weight[n][3]), 0x4051) ^ 0x80800000u);
+      first[n] = movmatrix(prmt(weight[0], weight[1], 0x4051) ^ 0x80800000u);
+      second[n] = movmatrix(prmt(weight[2], weight[3], 0x4051) ^ 0x80800000u);
     }
     Values::multiply(tile + VALUES_AT, at, tables, first, second, sums);
   }
@@ -421,8 +374,7 @@ template <class Keys> DEVICE void attend(const Program& p) {
     for (int s = 0; s < Values::SEGMENTS; s++)
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const float sum = (kept_of[n] ? kept[(2 * (s * ROW_TILES + n) + i) * 32] : 0.0f) + sums.whole(s, n, i);
-        p.out[to * V_DIM + 16 * s + 8 * i + at.g] = (u16)pack_f16x2(sum * inverse * Values::level(s), 0);
+        p.out[to * V_DIM + 16 * s + 8 * i + at.g] = (u16)pack_f16x2(sums.of[s][n][i] * inverse * Values::level(s), 0);
       }
     if (at.g == 0) p.lse[to] = total[n] > 0 ? (unit[n] + log2f_(total[n])) * LN2 : float_of(0xFF800000u);
   }

@@ -70,8 +70,8 @@ class Shape:
 
     @property
     def shared_bytes(self) -> int:
-        """Of a program: tiles under way, and its sums."""
-        return self.stages * self.stage_bytes + len(self.values.segments) * self.row_tiles * 2 * 4 * 32
+        """Of a program: tiles under way."""
+        return self.stages * self.stage_bytes
 
 
 def _bin_bytes(repeat: int) -> int:
@@ -303,10 +303,6 @@ def _value_class(spec: CodeSpec) -> str:
         "static MEMBER void prefetch(const From& from) {",
         *_prefetches(spec),
         "}",
-        "static MEMBER float middle(int segment) {",
-        *(f"if (segment == {quad.segment}) return {DIRECT[quad.width][1]};" for quad in quads),
-        "return 0;",
-        "}",
         "static MEMBER float level(int segment) {",
         *(f"if (segment == {s}) return {1 / per_level:.9e}f;" for s, per_level in enumerate(per_levels)),
         "return 0;",
@@ -322,11 +318,13 @@ def _value_class(spec: CodeSpec) -> str:
             if repeat > 2:
                 by = "4 * (at.g >> 2)" if repeat == 4 else "2 * (at.g >> 1)"
                 lines.append(f"for (int j = 0; j < 4; j++) v{i}[j] >>= {by};")
+    if quads:  # the weights' own sum, of which the middle of codes is taken off
+        ones = ", ".join(["0x01010101u"] * 4)
+        lines.append(f"{{ int c[ROW_TILES][4] = {{}}; products(c, {ones}, first, second);")
+        lines.append("for (int n = 0; n < ROW_TILES; n++) sums.weights[n] = c[n][0] * 256 + c[n][1]; }")
     for quad in quads:
-        lines.append(f"products(sums.of[{quad.segment}], {', '.join(quad.texts)}, first, second);")
-    if quads:  # the weights' own sum, of which the middle of codes is taken off in the end
-        one = "0x01010101u"
-        lines.append(f"products(sums.weights, {', '.join([one] * 4)}, first, second);")
+        lines.append(f"{{ int c[ROW_TILES][4] = {{}}; products(c, {', '.join(quad.texts)}, first, second);")
+        lines.append(f"sums.add({quad.segment}, {DIRECT[quad.width][1]}, c); }}")
     selectors = value_selectors(spec)
     if selectors:
         lines.append("u32 b0[ROW_TILES], b1[ROW_TILES]; first_tokens_first(first, second, b0, b1);")
@@ -334,7 +332,8 @@ def _value_class(spec: CodeSpec) -> str:
         low, high = selector.selectors
         lines += [
             *selector.statements,
-            f"::multiply<{selector.width}>(sums.of[{selector.segment}], {low}, {high}, b0, b1, tables);",
+            f"{{ int c[ROW_TILES][4] = {{}}; ::multiply<{selector.width}>(c, {low}, {high}, b0, b1, tables);",
+            f"sums.add({selector.segment}, 0, c); }}",
         ]
     return "\n".join([*lines, "}", "};"])
 
