@@ -279,9 +279,19 @@ def check_checksums(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
         )
 
 
+def check_decode_kernel(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
+    """Raises KVQuantError without a GPU that the kernel for Hopper could run on."""
+    device, kind = chosen_device(get("device"))
+    if asked.decode_kernel == "cuda" and kind != "cuda":
+        raise KVQuantError(
+            f"{flag('decode_kernel')} cuda: not on --device {device}: it is a kernel for Hopper GPUs; use triton"
+        )
+
+
 def check_user_args(get: Callable[[str], Any], asked: KVQuantOptions) -> None:
     """Refuse conflicting options. ``get(field)`` gives the user's value or None. Raises KVQuantError."""
     _check(get, asked)
+    check_decode_kernel(asked, get)
 
 
 def check_resolved(server_args: Any = None) -> None:

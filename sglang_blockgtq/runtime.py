@@ -91,11 +91,10 @@ class Runtime:
 
     @property
     def decode_attention(self) -> str:
-        """What reads rows in a decode step, and why not the CUDA kernel where it does not."""
+        """What reads rows in a decode step."""
         if self.buffers is None:
             return "PyTorch"
-        lacks = cuda_kernel.lacks(cast("TritonLayer", next(iter(self.layers.values()))).tables)
-        return "CUDA" if lacks is None else f"Triton: {lacks}"
+        return "CUDA" if self.options.decode_kernel == "cuda" else "Triton"
 
     def memory(self) -> dict[str, int]:
         """Bytes on this rank by kind, without the rows: all of it is there before the cache is sized."""
@@ -195,7 +194,7 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
         made = layers_of(table, heads, ids.values(), runner.device, runner.model_config.context_len)
         return {layer: made[row] for layer, row in ids.items()}
 
-    cuda_kernel.ENABLED = options.decode_kernel != "triton"
+    cuda_kernel.ENABLED = options.decode_kernel == "cuda"
     begin = time.perf_counter()
     try:
         choice = choose(runner, options, make)
@@ -212,11 +211,8 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
 
         window = max(terms_of(x, {}).window for x in here)
         of_kernels = cast("dict[int, TritonLayer]", layers)  # as all are on a GPU
-        lacks = cuda_kernel.lacks(next(iter(of_kernels.values())).tables)
-        if options.decode_kernel == "cuda" and lacks:
-            raise KVQuantError(
-                f"{flag('decode_kernel')} cuda: it does not serve these rows: {lacks}; auto or triton works"
-            )
+        if options.decode_kernel == "cuda" and (lacks := cuda_kernel.lacks(next(iter(of_kernels.values())).tables)):
+            raise KVQuantError(f"{flag('decode_kernel')} cuda: it does not read these rows: {lacks}; triton works")
         buffers = Buffers.of(of_kernels, runner, here[0].tp_q_head_num, window)
         torch.cuda.empty_cache()
     runtime = Runtime(

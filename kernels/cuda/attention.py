@@ -14,8 +14,8 @@ from . import compile as nvrtc
 from .operands import MAX_BITS, bits_of
 from .source import ROWS, Shape, source, text_of
 
-#: Whether it is used where it can be.
-ENABLED = True
+#: Whether it is used where it can be, in place of Triton's.
+ENABLED = False
 MAX_ROW_TILES = 2  # of ROWS query rows, that a program serves
 _LOG2E = 1.4426950408889634
 _TYPES = "P" * 10 + "iiifii"
@@ -23,7 +23,7 @@ _TYPES = "P" * 10 + "iiifii"
 
 @dataclass(frozen=True)
 class Tuning:
-    """Choices measured on an H200 (docs/kernels.md). programs: of a multiprocessor, at a time; they leave each thread
+    """programs: of a multiprocessor, at a time; they leave each thread
     65,536 / 32 / programs registers. stages: tiles in shared memory, of which one is read."""
 
     programs: int
@@ -54,7 +54,7 @@ def device_lacks(device: torch.device) -> str | None:
 def lacks(tables: Tables) -> str | None:
     """Why this kernel does not serve a layer, or None."""
     if not ENABLED:
-        return "the CUDA kernel is switched off"
+        return "nobody asked for the CUDA kernel"
     if not isinstance(tables, ColumnTables):
         return "rows that are not in columns"
     return _values_lack(tables.v_spec) or device_lacks(tables.device)

@@ -6,18 +6,10 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from sglang_blockgtq.kernels.cuda import attention as cuda
-
 
 @pytest.fixture(autouse=True)
 def _poisoned(nan_poison):
     """Every kernel test runs on poisoned memory."""
-
-
-@pytest.fixture(autouse=True)
-def _in_triton(monkeypatch):
-    """Tests are of the Triton kernels, also where the CUDA kernel would serve: it has its own."""
-    monkeypatch.setattr(cuda, "ENABLED", False)
 
 
 class _PatchedOnce:

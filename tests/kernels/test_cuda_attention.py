@@ -83,7 +83,7 @@ class _OnCpu:
 
 
 @pytest.fixture(autouse=True)
-def _emulated(_in_triton, monkeypatch):
+def _emulated(monkeypatch):
     monkeypatch.setattr(cuda, "ENABLED", True)
     if DEVICE == "cuda":
         return
