@@ -253,13 +253,13 @@ def commits(of: dict[str, str]) -> str:
 
 
 #: Records of decode attention that README may show, the newest first.
-KERNELS = ("decode_wide_h200.csv", "decode_sinks_h200.csv")
+KERNELS = ("kernels_h200.csv", "decode_wide_h200.csv", "decode_sinks_h200.csv")
 #: README's table of speed: what the reader sees, and where it is from: attention of a layer (shape, requests, tokens),
 #: a server on two GPUs (measure, tokens), or servers under load (model, scenario, case, measure, whether less is
 #: better). One table comes out for each GPU.
 GAINS: tuple[tuple, ...] = (
-    ("attention of a layer, Qwen3.5-27B's heads, 1 x 128K, us", "kernel", "Qwen3.5-27B", 1, 131072),
-    ("the same, 8 x 32K, us", "kernel", "Qwen3.5-27B", 8, 32768),
+    ("attention of a layer, Qwen2.5-3B's heads, 8 x 32K, us", "kernel", "Qwen2.5-3B", 8, 32768),
+    ("attention of a layer, Qwen3.5-27B's heads, 8 x 32K, us", "kernel", "Qwen3.5-27B", 8, 32768),
     ("attention of a layer, gpt-oss-20b's heads, 8 x 32K, us", "kernel", "gpt-oss-20b", 8, 32768),
     ("two GPUs: decode step behind 32K, Llama-3.1-8B, ms", "two", "decode_step", 32768),
     ("tokens that fit, Llama-3.1-8B", "server", "llama-3.1-8b", "capacity", "start", "tokens", False),
