@@ -75,8 +75,10 @@ class Client:
         if meta["cached_tokens"]:
             raise WrongAnswer(f"a cold prompt of {len(ids)} tokens: {meta['cached_tokens']} were cached")
         if tokens != ids[1:]:
-            same = next((i for i, pair in enumerate(zip(tokens, ids[1:], strict=False)) if len({*pair}) > 1), None)
-            said = f"log-probabilities of {len(tokens)} tokens, the first of another token at {same}"
+            others = [(i, a, b) for i, (a, b) in enumerate(zip(tokens, ids[1:], strict=False)) if a != b]
+            said = f"log-probabilities of {len(tokens)} tokens, {len(others)} of another token"
+            if others:
+                said += ", the first at {} of {} in place of {}".format(*others[0])
             raise WrongAnswer(f"a cold prompt of {len(ids)} tokens: {said}; retractions: {meta.get('num_retractions')}")
         return [lp for lp, *_ in found]
 
