@@ -4,5 +4,6 @@ The kernel of ``decode/`` makes float16 of every code; this one looks four up at
 arguments and leaves the same partial results. Where it does not run, ``decode/`` does.
 
 operands.py: how words become operands. source.py, decode.cu, hopper.cu: the kernel's text, of a layout, for all
-layouts, and its primitives. compile.py: from there to a function. attention.py: launches.
+layouts, and its primitives. compile.py, launch.py: from there to a cubin and a function. attention.py: what decode
+calls.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from ..device.tables import CodeSpec, ColumnTables, Tables
 from ..terms import Terms
 from . import compile as nvrtc
+from . import launch
 from .operands import MAX_BITS, bits_of
 from .source import ROWS, Shape, source, text_of
 
@@ -48,7 +49,7 @@ def _values_lack(spec: CodeSpec) -> str | None:
 def device_lacks(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return "the CUDA kernel is written for compute capability 9.0"
-    return nvrtc.unavailable(device)
+    return nvrtc.unavailable() or launch.unavailable(device)
 
 
 def lacks(tables: Tables) -> str | None:
@@ -93,7 +94,6 @@ def shape_of(
         heads=tables.heads,
         group=group,
         queries=q_len,
-        dim=tables.k.dim,
         v_dim=tables.v.dim,
         page=tables.means.page if tables.means else 0,
         padded=tables.k.padded,
@@ -111,12 +111,12 @@ def shape_of(
 
 
 @cache
-def kernel_of(shape: Shape, device: torch.device) -> nvrtc.Kernel:
+def kernel_of(shape: Shape, device: torch.device) -> launch.Kernel:
     """Compiled, or from the cache on disk."""
     text = nvrtc.joined({"hopper.cu": text_of("hopper.cu"), "decode.cu": source(shape)})
     with torch.cuda.device(device):
         cubin = nvrtc.compile(text, "decode", defines={"MIN_BLOCKS": shape.programs})
-        return nvrtc.Kernel(cubin, "decode", _TYPES, device)
+        return launch.Kernel(cubin, "decode", _TYPES, device)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _Launch:
 
     tables: weakref.ref[ColumnTables]
     shape: Shape
-    kernel: nvrtc.Kernel
+    kernel: launch.Kernel
     fixed: tuple[int, int, int]  # addresses of kinds, order and means
 
 
@@ -138,7 +138,7 @@ def _launch_of(
     key = id(tables), group, q_len, terms.window, terms.cap, tree, wide
     found = _launches.get(key)
     if found is None or found.tables() is not tables:
-        shape = shape_of(tables, group, q_len, replace(terms, sinks=None), tree, *wide)
+        shape = shape_of(tables, group, q_len, terms, tree, *wide)
         several = len(tables.k_templates) > 1
         fixed = (
             tables.k_kinds.data_ptr() if several else 0,
@@ -177,8 +177,8 @@ def attend(
     """
     group = rotated.shape[1] // tables.heads
     wide = kv_indptr.dtype == torch.int64, kv_indices.dtype == torch.int64
-    launch = _launch_of(tables, group, q_len, terms, tree is not None, wide)
-    kinds, order, means = launch.fixed
+    found = _launch_of(tables, group, q_len, terms, tree is not None, wide)
+    kinds, order, means = found.fixed
     args = (
         rotated.data_ptr(),
         rows.data_ptr(),
@@ -197,4 +197,4 @@ def attend(
         rotated.stride(0),
         rotated.stride(1),
     )
-    launch.kernel.launch(grid_of(launch.shape, splits), launch.shape.shared_bytes, args, dependent=True)
+    found.kernel.launch(grid_of(found.shape, splits), found.shape.shared_bytes, args, dependent=True)

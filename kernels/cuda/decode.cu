@@ -4,12 +4,12 @@
 // tensor cores have them: lane = 4 g + t. A tile is 32 tokens, four octets: a lane has the logits of token g of each
 // octet, for query rows t and t + 4.
 //
-// Queries and weights have 16 bits, as two signed bytes: 256 high + low. A product of eight columns has both of four rows,
-// one beside the other, so that a lane finds both parts of its sum.
+// Queries and weights have 16 bits, as two signed bytes: 256 high + low. A product of eight columns has both of four
+// rows, one beside the other, so that a lane finds both parts of its sum.
 //
-// Weights are probabilities times the scales of values. Each tile's are whole numbers up to 2^15 of a unit of its own, by
-// its greatest one, so that the tail of a long softmax has as many bits as its peak. A tile's sums are integers, and are
-// added to float32 in units of the greatest tile so far.
+// Weights are probabilities times the scales of values. Each tile's are whole numbers up to 2^15 of a unit of its own,
+// by its greatest one, so that the tail of a long softmax has as many bits as its peak. A tile's sums are integers, and
+// are added to float32 in units of the greatest tile so far.
 
 typedef unsigned short u16;
 
@@ -74,7 +74,8 @@ DEVICE void look_up(u32 low, u32 high, u32 z0, u32 z1, int (&c)[ROW_TILES][4], c
   products(c, prmt(low, high, z0), prmt(low, high, z1), prmt(low, high, z0 >> 16), prmt(low, high, z1 >> 16), b0, b1);
 }
 
-// A wide bin's row of 32 bytes is two halves of 16 bytes, which change places every four tokens: reads meet no bank twice.
+// A wide bin's row of 32 bytes is two halves of 16 bytes, which change places every four tokens, so that reads meet no
+// bank twice.
 DEVICE u32 wide_at(u32 token, u32 half) { return token * 32 + ((half ^ (token >> 2)) & 1) * 16; }
 
 DEVICE void copy_wide(u32 to, const From& from, int byte, int which, u32 lane) {
@@ -144,7 +145,8 @@ template <class Keys> struct Queries {
   MEMBER u32 bytes(float a, float b, float c, float d) const {
     const float magic = 8388608.0f + 32768.0f + 128.0f;
     const u32 which = part ? 0x40 : 0x51;
-    const u32 low = prmt(bits_of(a + magic), bits_of(b + magic), which), high = prmt(bits_of(c + magic), bits_of(d + magic), which);
+    const u32 low = prmt(bits_of(a + magic), bits_of(b + magic), which);
+    const u32 high = prmt(bits_of(c + magic), bits_of(d + magic), which);
     return prmt(low, high, 0x5410) ^ 0x80808080u;
   }
   // float16 in place of the high bytes, and what it leaves in place of the low ones.
@@ -303,15 +305,14 @@ template <class Keys> DEVICE void attend(const Program& p) {
         x[n][j] = logit;
       }
     }
-    if (from + TILE > p.end || (QUERIES > 1 && from + TILE > p.length - QUERIES) || (WINDOW > 0 && from < p.length - WINDOW)) {
+    if (from + TILE > p.end || (QUERIES > 1 && from + TILE > p.length - QUERIES) ||
+        (WINDOW > 0 && from < p.length - WINDOW)) {
 #pragma unroll
       for (int n = 0; n < ROW_TILES; n++) {
         const int query = smaller(p.first_row + 4 * n + (int)at.t, QUERY_ROWS - 1) / GROUP, first = p.length - QUERIES;
         const u32 bits = TREE ? (u32)p.tree[p.request * QUERIES + query] : 0;
         int seen = first + 1 + query;
-        if (TREE) {
-          seen = first + bits_set(bits & (~0u >> (32 - QUERIES)));
-        }
+        if (TREE) seen = first + bits_set(bits & (~0u >> (32 - QUERIES)));
 #pragma unroll
         for (int j = 0; j < 4; j++) {
           const int token = from + 8 * j + (int)at.g;

@@ -48,7 +48,6 @@ class Shape:
     heads: int
     group: int
     queries: int
-    dim: int
     v_dim: int
     page: int
     padded: int

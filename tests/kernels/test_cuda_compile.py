@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sglang_blockgtq.kernels.cuda import compile as cuda
+from sglang_blockgtq.kernels.cuda import launch
 
 from . import cuda_on_cpu
 
@@ -171,7 +172,7 @@ def test_arguments_lie_where_c_puts_them():
             ("g", ctypes.c_ulonglong),
         ]
 
-    arguments = cuda.Arguments("iPfIiqQ")
+    arguments = launch.Arguments("iPfIiqQ")
     assert arguments.offsets == [getattr(Mixed, name).offset for name in "abcdefg"] == [0, 8, 16, 20, 24, 32, 40]
     assert arguments.sizes == [4, 8, 4, 4, 4, 8, 8]
     values = [-5, 2**63 + 8, 0.25, 2**32 - 1, 7, -(2**40), 2**64 - 1]
@@ -186,12 +187,12 @@ def test_arguments_lie_where_c_puts_them():
 @pytest.mark.parametrize("args", [(1,), (1, 2, 3), (1, 2**31), (1, 0.5), (None, 1)])
 def test_arguments_that_do_not_fit(args):
     with pytest.raises(TypeError, match="arguments of the types 'Pi'"):
-        cuda.Arguments("Pi").write(args)
+        launch.Arguments("Pi").write(args)
 
 
 def test_unknown_types():
     with pytest.raises(ValueError, match="'d' is none of"):
-        cuda.Arguments("Pd")
+        launch.Arguments("Pd")
 
 
 class Attribute(ctypes.Structure):
@@ -256,14 +257,14 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch):
     driver = Driver([(0, 8), (8, 4)])
-    monkeypatch.setattr(cuda, "_driver", lambda: driver)
-    monkeypatch.setattr(cuda, "_primary", lambda index: ctypes.c_void_p(1))
-    monkeypatch.setattr(cuda, "_raw_stream", lambda index: 0x7000 + index)
+    monkeypatch.setattr(launch, "_driver", lambda: driver)
+    monkeypatch.setattr(launch, "_primary", lambda index: ctypes.c_void_p(1))
+    monkeypatch.setattr(launch, "_raw_stream", lambda index: 0x7000 + index)
     return driver
 
 
 def test_launch_fills_the_configuration(driver):
-    kernel = cuda.Kernel(b"cubin", "every", "Pi", 3)
+    kernel = launch.Kernel(b"cubin", "every", "Pi", 3)
     kernel.launch((5, 6), 4096, (2**40, -7), dependent=False)
     kernel.launch((1, 2), 60_000, (8, 9), dependent=True)
     kernel.launch((1, 2), 50_000, (8, 9), dependent=True)
@@ -275,14 +276,14 @@ def test_launch_fills_the_configuration(driver):
 
 
 def test_attributes_and_occupancy(driver):
-    kernel = cuda.Kernel(b"cubin", "every", "Pi", 0)
-    assert kernel.attributes() == cuda.Attributes(registers=96, local_bytes=8, shared_bytes=1024)
+    kernel = launch.Kernel(b"cubin", "every", "Pi", 0)
+    assert kernel.attributes() == launch.Attributes(registers=96, local_bytes=8, shared_bytes=1024)
     assert kernel.occupancy(10_000) == 20 and driver.allowed == []
     assert kernel.occupancy(100_000) == 2 and driver.allowed == [(8, 100_000)]
 
 
 def test_driver_errors_are_named(driver):
-    kernel = cuda.Kernel(b"cubin", "every", "Pi", 0)
+    kernel = launch.Kernel(b"cubin", "every", "Pi", 0)
     driver.result = 719
     with pytest.raises(RuntimeError, match="launch of every, grid 5 x 6, .*: CUDA_ERROR_LAUNCH_FAILED"):
         kernel.launch((5, 6), 0, (0, 0), dependent=False)
@@ -294,7 +295,7 @@ def test_driver_errors_are_named(driver):
 def test_parameters_elsewhere_are_refused(driver):
     driver.parameters = [(0, 8), (8, 8)]
     with pytest.raises(RuntimeError, match=r"every has parameters at .*\(8, 8\).*types='Pi'"):
-        cuda.Kernel(b"cubin", "every", "Pi", 0)
+        launch.Kernel(b"cubin", "every", "Pi", 0)
 
 
 def expected(words: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -363,9 +364,9 @@ def test_emulator_gives_the_same():
 @pytest.mark.parametrize("shared_bytes", [1024, 100_000])
 def test_every_primitive_on_a_device(dependent, shared_bytes):
     device = torch.device("cuda", torch.cuda.current_device())
-    if reason := cuda.unavailable(device):
+    if reason := launch.unavailable(device):
         pytest.skip(reason)
-    kernel = cuda.Kernel(cuda.compile(whole(), "every"), "every", TYPES, device)
+    kernel = launch.Kernel(cuda.compile(whole(), "every"), "every", TYPES, device)
     words = random_words()
     there, out = words.to(device), torch.zeros(6, ROWS, 32, dtype=torch.int32, device=device)
     args = out.data_ptr(), there.data_ptr(), ROWS, 7, 0.5
