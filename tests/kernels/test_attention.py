@@ -110,14 +110,19 @@ def test_several_queries_of_a_request(case, q_len):
     assert_same(decode(case, q_len, target=8), want, TOLERANCE[DEVICE][case.dtype])
 
 
-@with_q_len((TEMPLATE, 12), (TEMPLATES[1], 3), (HANDMADE, 5), (MEANS, 4), (LLAMA, 32), (LARGE_MEANS, 8), (LARGE_ANY, 4))
-def test_trees(case, q_len):
-    """A query sees of the last tokens its ancestors alone: of two branches that follow one token in turn."""
+def two_branches(case: Case, q_len: int) -> torch.Tensor:
+    """The trees of a case's requests: two branches that follow one token in turn."""
     rows = [1]
     for i in range(1, q_len):
         rows.append(rows[max(i - 2, 0)] | 1 << i)
     signed = [x - (1 << 32) if x >> 31 else x for x in rows]
-    tree = torch.tensor(signed * len(case.lengths), dtype=torch.int32, device=DEVICE)
+    return torch.tensor(signed * len(case.lengths), dtype=torch.int32, device=DEVICE)
+
+
+@with_q_len((TEMPLATE, 12), (TEMPLATES[1], 3), (HANDMADE, 5), (MEANS, 4), (LLAMA, 32), (LARGE_MEANS, 8), (LARGE_ANY, 4))
+def test_trees(case, q_len):
+    """A query sees of the last tokens its ancestors alone."""
+    tree = two_branches(case, q_len)
     for terms in (PLAIN, Terms(20, 2.0)):
         want = expected(case, q_len, terms, tree)
         assert_same(decode(case, q_len, tree=tree, terms=terms, target=8), want, 2 * TOLERANCE[DEVICE][case.dtype])

@@ -33,7 +33,7 @@ from .matrix import (
     over,
     relative_error,
 )
-from .test_attention import scratch_of, with_q_len
+from .test_attention import scratch_of, two_branches, with_q_len
 
 _TYPES = {"P": ctypes.c_void_p, "i": ctypes.c_int, "f": ctypes.c_float}
 TOLERANCE = {"float32": 3e-3, "float16": 3e-3, "bfloat16": 8e-3}
@@ -127,6 +127,13 @@ def test_decode_matches_reference(case):
         assert_same(decode(case, target=target), expected(case), TOLERANCE[case.dtype])
 
 
+def test_more_requests_than_lanes():
+    """Their lengths do not fit a warp's registers; some are empty, and some are cut."""
+    case = Case("template", 3, 3, 32, 1, 2, lengths=tuple(n % 3 * 17 for n in range(70)))
+    for target in (70, 90):
+        assert_same(decode(case, target=target), expected(case), TOLERANCE[case.dtype])
+
+
 @with_q_len((TEMPLATE, 2), (TEMPLATE, 8), (TEMPLATES[1], 3), (MEANS, 4), (LARGE[0], 8), (LARGE[7], 3), (LARGE[8], 3))
 def test_several_queries_of_a_request(case, q_len):
     assert_same(decode(case, q_len), expected(case, q_len), TOLERANCE[case.dtype])
@@ -134,10 +141,7 @@ def test_several_queries_of_a_request(case, q_len):
 
 @with_q_len((TEMPLATE, 12), (TEMPLATES[1], 3), (MEANS, 4), (LARGE[0], 32), (LARGE[8], 8))
 def test_trees(case, q_len):
-    rows = [1]
-    for i in range(1, q_len):
-        rows.append(rows[max(i - 2, 0)] | 1 << i)
-    tree = torch.tensor([x - (x >> 31 << 32) for x in rows] * len(case.lengths), dtype=torch.int32, device=DEVICE)
+    tree = two_branches(case, q_len)
     for terms in (PLAIN, Terms(20, 2.0)):
         want = expected(case, q_len, terms, tree)
         assert_same(decode(case, q_len, tree=tree, terms=terms), want, 2 * TOLERANCE[case.dtype])
