@@ -86,7 +86,7 @@ DEVICE void copy_wide(u32 to, const From& from, int byte, int which, u32 lane) {
 template <int BYTES> DEVICE void copy_narrow(u32 to, const From& from, int byte, u32 lane) {
 #pragma unroll
   for (int i = 0; i < 16 / BYTES; i++)
-    copy_async<BYTES>(to + lane * 16 + i * BYTES, (const void*)(mad_wide(from.within, BYTES, from.block) + byte));
+    copy_async<BYTES>(to + lane * 16 + i * BYTES, (const void*)(from.block + from.within * BYTES + byte));
 }
 
 DEVICE void load_wide_keys(u32 (&low)[4], u32 (&high)[4], u32 bin, const Lane& at) {
@@ -184,7 +184,7 @@ DEVICE const float* query_row(const Program& p, int row) {
 
 // Of the head's codes in the block of a slot, and a number of bytes for each row before it there.
 DEVICE u64 row_at(u64 base, u32 slot, u32 bytes) {
-  return mad_wide(slot, bytes, mad_wide(slot >> 4, (ROW_BYTES - bytes) * BLOCK_SLOTS, base));
+  return mad_wide(slot >> 4, ROW_BYTES * BLOCK_SLOTS, base) + (slot & 15) * bytes;
 }
 
 template <class Keys> DEVICE void start_tile(const Program& p, u32 stage, u32 slot, const Lane& at) {

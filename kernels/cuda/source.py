@@ -103,7 +103,7 @@ def _copies(spec: CodeSpec) -> list[str]:
 
 def _prefetches(spec: CodeSpec) -> list[str]:
     return [
-        f"prefetch_l2((const void*)(mad_wide(from.within, {32 // repeat}, from.block) + {byte * 16}));"
+        f"prefetch_l2((const void*)(from.block + from.within * {32 // repeat} + {byte * 16}));"
         for byte, repeat, _ in _bins(spec)
     ]
 
