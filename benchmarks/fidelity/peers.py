@@ -39,7 +39,7 @@ FP8 = torch.float8_e4m3fn
 KIVI_RESIDUAL = 128  # tokens: of keys coded at once, of values that stay exact (arXiv 2402.02750, section 4)
 #: K and V bits of template, by size
 OURS = (
-    *((2, 2), (2.5, 2), (2.5, 2.5), (3, 2), (3, 2.5), (3, 3), (3.5, 3), (4, 3), (4, 4)),
+    *((2, 2), (2.5, 2), (2.5, 2.5), (3, 2), (3, 2.5), (3, 3), (3.5, 3), (4, 3), (4, 3.5), (4, 4)),
     *((4.5, 4), (5, 4), (5, 4.5), (5, 5), (5.5, 5)),
 )
 WINDOW = (Exact(oscar.SINK, oscar.RECENT),) * 2
