@@ -1,8 +1,9 @@
-"""Draw docs/img/quality.png and docs/img/speed.png from the files in benchmarks/results.
+"""Draw docs/img/quality.png, peers.png and speed.png from the files in benchmarks/results.
 
 usage: python scripts/draw_figures.py [FOLDER]
 
 quality.png: KL of attention against the bytes of a token and KV head, each method of a panel at 2, 3 and 4 bits.
+peers.png: KL of the answer against bytes, what a cache keeps exact counted, each model on its own.
 speed.png: a server's decode step, and attention of one layer, against the tokens of one request, on one kind of GPU.
 """
 
@@ -34,6 +35,17 @@ METHODS = {
     "int_per_token": ("integers by token", "#9c9a92"),
     "fp8_e4m3": ("fp8, scale 1", "#1f1f1d"),
 }
+#: method of peers.csv -> (what the reader sees, color)
+PEERS = {
+    "template": ("this package", "#4a3aa7"),
+    "uniform": ("TurboQuant-MSE, uniform", "#eda100"),
+    "kivi": ("KIVI", "#1baf7a"),
+    "kvarn": ("KVarN", "#2a78d6"),
+    "oscar": ("OSCAR", "#d6452a"),
+    "saw-int4-kv": ("SAW-INT4, keys and values", "#e87ba4"),
+    "fp8-scaled": ("fp8, calibrated scale", "#1f1f1d"),
+}
+WINDOWED = ("kivi", "kvarn", "oscar")  # drawn with what they keep exact, as published
 LEFT_OUT = ("bf16", "kivi-scale-only", "paper-segment", "product", "product-segment")
 LINES = {
     "bf16": ("bf16", "#9c9a92"),
@@ -66,6 +78,23 @@ def quality() -> Curves:
         if point not in curves.setdefault(r["method"], []):  # a line at equal bits and one at equal bytes
             curves[r["method"]].append(point)
     return {method: sorted(points) for method, points in curves.items()}
+
+
+def peers(model: str) -> tuple[Curves, Curves]:
+    """Method -> (bytes at the length measured, KL of the answer in its second half): peers as published, and this
+    package with windows of theirs, by the window."""
+    curves: Curves = {}
+    windows: Curves = {}
+    for r in read("peers"):
+        if r["model"] != model or r["method"] not in PEERS:
+            continue
+        window = (r["exact_keys"], r["exact_values"]) != ("none", "none")
+        point = float(r["bytes_at_length"]), float(r["kl_late"])
+        if window == (r["method"] in WINDOWED):
+            curves.setdefault(r["method"], []).append(point)
+        elif window:
+            windows.setdefault(r["exact_keys"], []).append(point)
+    return ({method: sorted(points) for method, points in curves.items()}, windows)
 
 
 def steps() -> Curves:
@@ -123,6 +152,24 @@ def draw_quality(path: Path) -> None:
     plt.close(figure)
 
 
+def draw_peers(path: Path) -> None:
+    runs = {run["name"]: run for run in about("peers")["runs"]}
+    figure, axes = plt.subplots(1, len(runs), figsize=(8.6, 3.8), layout="constrained", squeeze=False)
+    for ax, (model, run) in zip(axes[0], runs.items(), strict=True):
+        curves, windows = peers(model)
+        plot(ax, curves, PEERS)
+        points = [p for of in windows.values() for p in of]
+        if points:
+            label, color = "this package, windows of peers", PEERS["template"][1]
+            ax.plot(*zip(*points, strict=True), "o", markersize=5, fillstyle="none", color=color, label=label)
+        ax.set(yscale="log", xlabel="bytes of a token and KV head at 4,096 tokens, all counted")
+        ax.set_title(f"{model} ({run['commit'][:7]})", fontsize=9)
+        ax.legend(frameon=False, fontsize=7)
+    axes[0][0].set_ylabel("KL of the answer, second half, nats")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def draw_speed(path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.4), layout="constrained")
     plot(left, steps(), LINES)
@@ -144,6 +191,7 @@ def draw_speed(path: Path) -> None:
 
 def main(folder: Path) -> int:
     draw_quality(folder / "quality.png")
+    draw_peers(folder / "peers.png")
     draw_speed(folder / "speed.png")
     return 0
 

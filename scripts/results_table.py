@@ -66,6 +66,27 @@ CACHES = (
 )
 
 
+NO_WINDOW = ("none", "none")
+OSCAR_WINDOW = ("first 64 last 256", "first 64 last 256")
+TILES = ("first 128 open 128", "first 128 open 128")
+#: Other caches: (method, bits of keys and of values, exact keys and values, what the reader sees, bits of template to
+#: compare with in the same window)
+PEERS = (
+    ("fp8", (8, 8), NO_WINDOW, "fp8, scale 1", None),
+    ("fp8-scaled", (8, 8), NO_WINDOW, "fp8, calibrated scale", None),
+    ("uniform", (3, 3), NO_WINDOW, "uniform TQ-MSE K3V3", None),
+    ("saw-int4", (4, 4), NO_WINDOW, "SAW-INT4, keys rotated by 16", None),
+    ("saw-int4-kv", (4, 4), NO_WINDOW, "SAW-INT4, keys and values whole", None),
+    ("oscar", (2, 2), OSCAR_WINDOW, "OSCAR", (2, 2)),
+    ("oscar", (2, 2), NO_WINDOW, "OSCAR without its window", None),
+    ("kvarn", (2, 2), TILES, "KVarN K2V2", (2.5, 2)),
+    ("kvarn", (4, 2), TILES, "KVarN K4V2", (3.5, 3)),
+    ("kvarn", (4, 4), TILES, "KVarN K4V4", (4.5, 4)),
+    ("kivi", (2, 2), ("open 128", "last 128"), "KIVI K2V2", (3, 2.5)),
+    ("kivi", (4, 4), ("open 128", "last 128"), "KIVI K4V4", (5, 4.5)),
+)
+
+
 def read(name: str) -> list[dict]:
     with (RESULTS / name).open() as f:
         return list(csv.DictReader(f))
@@ -100,6 +121,48 @@ def real_models() -> str:
         if any(cells):
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def peer_rows(model: str) -> dict[tuple, dict]:
+    """Rows of a model in peers.csv, by method, bits and what is exact."""
+    return {
+        (r["method"], (float(r["k_bits"]), float(r["v_bits"])), (r["exact_keys"], r["exact_values"])): r
+        for r in read("peers.csv")
+        if r["model"] == model
+    }
+
+
+def peers() -> str:
+    """Each peer, the best of this package at no more bytes without a window, and this package in the peer's window."""
+    models = list(dict.fromkeys(r["model"] for r in read("peers.csv")))
+    each = "bytes | KL | no more bytes | in its window"
+    lines = [f"| | {' | '.join(f'{m}: {each}' for m in models)} |", f"|---|{'---:|' * 4 * len(models)}"]
+    for method, bits, exact, name, ours in PEERS:
+        cells = []
+        for model in models:
+            rows = peer_rows(model)
+            peer = rows.get((method, bits, exact))
+            if peer is None:
+                cells += [""] * 4
+                continue
+            size = float(peer["bytes_at_length"])
+            plain = [r for (m, _, kept), r in rows.items() if (m, kept) == ("template", NO_WINDOW)]
+            plain = [r for r in plain if float(r["bytes_at_length"]) <= size]
+            windowed = rows.get(("template", ours, exact))
+            cells += [f"{size:.4g}" + ("" if exact == NO_WINDOW else f" ({float(peer['bytes']):.4g})")]
+            cells += [f"{float(peer['kl_late']):.4f}"]
+            best = min(plain, key=lambda r: float(r["kl_late"]), default=None)
+            cells += ["" if r is None else f"{late(r, float(peer['kl_late']))}" for r in (best, windowed)]
+        if any(cells):
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def late(row: dict, other: float) -> str:
+    """KL of the second half of the texts and the bits, bold where it is below ``other``."""
+    kl = float(row["kl_late"])
+    shown = f"**{kl:.4f}**" if kl < other else f"{kl:.4f}"
+    return f"{shown} K{float(row['k_bits']):g}V{float(row['v_bits']):g}"
 
 
 def attention() -> str:
@@ -368,7 +431,7 @@ def start_line() -> str:
 #: page -> its tables
 PAGES = {
     "README.md": {"start": start_line, "quality": quality, "gains": gains},
-    "docs/fidelity.md": {"models": real_models},
+    "docs/fidelity.md": {"models": real_models, "peers": peers},
     "docs/performance.md": {"attention": attention, "steps": steps, "serving": serving},
 }
 

@@ -191,7 +191,7 @@ def test_example_widths_are_a_template():
     assert units in template_candidates(24)
 
 
-@pytest.mark.parametrize("name", ["row", "quality", "speed"])
+@pytest.mark.parametrize("name", ["row", "quality", "peers", "speed"])
 def test_picture_can_be_drawn(tmp_path, name):
     if name == "row":
         load("draw_row").draw(tmp_path / "row.png")

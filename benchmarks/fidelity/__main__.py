@@ -4,6 +4,7 @@
 ``python -m benchmarks.fidelity card --help``: what each preset costs a model, on one page.
 ``python -m benchmarks.fidelity ablation --help``: what each choice is worth at equal bytes.
 ``python -m benchmarks.fidelity real-models --help``: real models side by side.
+``python -m benchmarks.fidelity peers --help``: other caches beside this package's, KL of the answer against bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from sglang_blockgtq.calibrate.device import device
 
-from . import ablation, card, panel_cli, real_models, run, targets
+from . import ablation, card, panel_cli, peers, real_models, run, targets
 from .record import command_of, commit, machine, sources, text_source
 from .rows import write_csv
 
@@ -26,6 +27,7 @@ PROGRAMS = {
     "card": card.main,
     "ablation": ablation.main,
     "real-models": real_models.main,
+    "peers": peers.main,
 }
 
 

@@ -3,7 +3,8 @@
 Every method has ``name``, ``k_bits``, ``v_bits``, ``bytes_per_token_head``, ``sizes(tokens)`` and
 ``round_trip(layer, k, v, first)``: post-RoPE keys ``[T, H, D]`` and values ``[T, H, Dv]`` of the tokens at positions
 ``first, first + 1, ...``, float32, as they are read back.
-Peers that are only drawn into the panel have files of their own: kivi, hadamard, window.
+Peers that are only drawn into the panel have files of their own: hadamard, kivi, kvarn, oscar, saw; and so have the
+tokens that they keep exact: window, exact.
 """
 
 from __future__ import annotations
@@ -86,6 +87,24 @@ class Cast:
         self, layer: int, k: torch.Tensor, v: torch.Tensor, first: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self._cast(k), self._cast(v)
+
+
+class ScaledCast(Cast):
+    """A :class:`Cast` with one scale for the keys of a layer and one for its values, as servers take from a file.
+
+    The largest number that calibration saw becomes the largest of the type.
+    largest ``[layers, 2]``: magnitudes of keys and values. Two scales a layer weigh nothing.
+    """
+
+    def __init__(self, name: str, dtype: torch.dtype, head_dim: int, v_head_dim: int, largest: torch.Tensor):
+        super().__init__(name, dtype, head_dim, v_head_dim)
+        self.scales = largest / self.max
+
+    def round_trip(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor, first: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        k_scale, v_scale = self.scales[layer].to(k.device)
+        return self._cast(k / k_scale) * k_scale, self._cast(v / v_scale) * v_scale
 
 
 class IntPerToken:

@@ -14,13 +14,15 @@ from sglang_blockgtq.calibrate.rope import RopeBlocks
 
 #: hook(layer, q [T, Hq, D], k [T, H, D], v [T, H, Dv]) -> the keys and values that attention shall see
 KVHook = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+#: attend(layer, q, k, v, scale) -> the output of attention [T, Hq, Dv]; shapes as of KVHook, scale None for 1/sqrt(D)
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float | None], torch.Tensor]
 
 _NAME = "blockgtq_fidelity"
 
 
 @contextmanager
-def kv_hook(model, hook: KVHook) -> Iterator[None]:
-    """Run ``model``'s attention (one sequence, causal, no cache) on the keys and values that ``hook`` returns.
+def attention_hook(model, attend: Attend) -> Iterator[None]:
+    """Run ``model`` (one sequence, no cache) with ``attend`` in place of its causal attention.
 
     Raises ValueError for a model that asks for a sliding window.
     """
@@ -28,10 +30,8 @@ def kv_hook(model, hook: KVHook) -> Iterator[None]:
     def attention(module, q, k, v, mask=None, scaling=None, dropout=0.0, sliding_window=None, **kwargs):
         if sliding_window is not None and sliding_window < q.shape[2]:
             raise ValueError(f"sliding_window = {sliding_window}: only full causal attention is measured")
-        k, v = hook(module.layer_idx, *(x[0].transpose(0, 1) for x in (q, k, v)))
-        k, v = (x.transpose(0, 1)[None].to(q.dtype) for x in (k, v))
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        return out.transpose(1, 2).contiguous(), None
+        out = attend(module.layer_idx, *(x[0].transpose(0, 1) for x in (q, k, v)), scaling)
+        return out[None].contiguous(), None
 
     before = model.config._attn_implementation
     AttentionInterface.register(_NAME, attention)
@@ -40,6 +40,19 @@ def kv_hook(model, hook: KVHook) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+@contextmanager
+def kv_hook(model, hook: KVHook) -> Iterator[None]:
+    """Run ``model``'s attention on the keys and values that ``hook`` returns. Errors: as :func:`attention_hook`."""
+
+    def attend(layer, q, k, v, scale):
+        k, v = (x.transpose(0, 1)[None].to(q.dtype) for x in hook(layer, q, k, v))
+        out = scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    with attention_hook(model, attend):
+        yield
 
 
 @dataclass

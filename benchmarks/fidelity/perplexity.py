@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
+from .exact import Mixed
 from .methods import Method
-from .model import kv_hook
+from .model import attention_hook, kv_hook
 
 CHUNK = 256  # positions whose logits over the vocabulary are held at once
 
@@ -31,13 +33,25 @@ class Score:
         return self.kl / self.tokens
 
 
+def together(scores: Iterable[Score]) -> Score:
+    """One score of all their tokens."""
+    out = Score()
+    for score in scores:
+        out.nll, out.kl, out.tokens = out.nll + score.nll, out.kl + score.kl, out.tokens + score.tokens
+    return out
+
+
 @torch.inference_mode()
 def hidden_states(model, ids: list[int], method: Method | None) -> torch.Tensor:
-    """Last hidden states ``[T, hidden]`` with K and V of all layers replaced by the method's round trip."""
+    """Last hidden states ``[T, hidden]`` with K and V of all layers replaced by what each token reads of them."""
     tokens = torch.tensor([ids], device=model.device)
     if method is None:
         return model.base_model(tokens, use_cache=False).last_hidden_state[0]
-    with kv_hook(model, lambda layer, q, k, v: method.round_trip(layer, k, v)):
+    if isinstance(method, Mixed):
+        hooked = attention_hook(model, method.attend)
+    else:
+        hooked = kv_hook(model, lambda layer, q, k, v: method.round_trip(layer, k, v))
+    with hooked:
         return model.base_model(tokens, use_cache=False).last_hidden_state[0]
 
 

@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -184,11 +184,20 @@ def _key(row: run.Row) -> tuple:
     return row["model"], row["method"], float(row["k_bits"]), float(row["v_bits"]), int(row["seed"])
 
 
-def rows_before(path: Path, model: str, tokens: int) -> set[tuple]:
-    """What a file to be continued has. ValueError for other columns, or rows of ``model`` on other texts."""
+def rows_before(
+    path: Path,
+    model: str,
+    tokens: int,
+    fields: Sequence[str] = FIELDS,
+    key: Callable[[run.Row], tuple] = _key,
+) -> set[tuple]:
+    """What a file to be continued has. ValueError for other columns, or rows of ``model`` on other texts.
+
+    fields, key: columns of the file and what tells its rows apart.
+    """
     with path.open() as file:
         header = tuple(file.readline().rstrip("\n").split(","))
-    if header != FIELDS:
+    if header != tuple(fields):
         raise ValueError(f"--append: {path.name} has other columns; name another file with --out")
     rows = read_csv(path)
     if other := {int(r["tokens"]) for r in rows if r["model"] == model} - {tokens}:
@@ -196,7 +205,7 @@ def rows_before(path: Path, model: str, tokens: int) -> set[tuple]:
             f"--append: {path.name} has rows of {model} on {other.pop()} tokens, this run has {tokens}; give the same "
             "--limit, another --name or another --out"
         )
-    return {_key(row) for row in rows}
+    return {key(row) for row in rows}
 
 
 def parser() -> argparse.ArgumentParser:
