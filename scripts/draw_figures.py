@@ -153,7 +153,9 @@ def draw_quality(path: Path) -> None:
 
 
 def draw_peers(path: Path) -> None:
-    runs = {run["name"]: run for run in about("peers")["runs"]}
+    runs: dict[str, dict] = {}
+    for run in about("peers")["runs"]:
+        runs.setdefault(run["name"], run)  # the first one has most of the rows
     figure, axes = plt.subplots(1, len(runs), figsize=(8.6, 3.8), layout="constrained", squeeze=False)
     for ax, (model, run) in zip(axes[0], runs.items(), strict=True):
         curves, windows = peers(model)
@@ -162,7 +164,7 @@ def draw_peers(path: Path) -> None:
         if points:
             label, color = "this package, windows of peers", PEERS["template"][1]
             ax.plot(*zip(*points, strict=True), "o", markersize=5, fillstyle="none", color=color, label=label)
-        ax.set(yscale="log", xlabel="bytes of a token and KV head at 4,096 tokens, all counted")
+        ax.set(yscale="log", xlabel="bytes at 4,096 tokens, exact ones counted")
         ax.set_title(f"{model} ({run['commit'][:7]})", fontsize=9)
         ax.legend(frameon=False, fontsize=7)
     axes[0][0].set_ylabel("KL of the answer, second half, nats")
