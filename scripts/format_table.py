@@ -135,8 +135,9 @@ def read_code(layout: CodeLayout, data: bytes, start: int, channel: int) -> tupl
         steps += [
             f"* Bin {piece.bin}: word {column} % {part.words} = {in_bin}, "
             f"at byte {start} + {part.offset} + 2 * {in_bin} = **{word_at}**: `{pair}`, little-endian `0x{word:04x}`.",
-            f"  The column's part starts at bit {column} // {part.words} * {part.bits} = {above}, the piece "
-            f"{piece.shift} above: `0x{word:04x} >> {low} & {mask}` = **{field}**, worth {field} << {piece.position}.",
+            f"  The column's part starts at bit {column} // {part.words} * {part.bits} = {above}, "
+            f"the piece {piece.shift} above:",
+            f"  `0x{word:04x} >> {low} & {mask}` = **{field}**, worth {field} << {piece.position}.",
         ]
     return code, steps
 

@@ -33,10 +33,11 @@ COLUMNS = (
     ("kl_final", "KL of the answer"),
 )
 NOTES = (
-    "Bytes count codes and scales. MAE and KL of attention are means over layers and sampled positions when only keys",
-    "are quantized; perplexity and the KL of the answer read keys and values from the cache, every token its own",
-    "position included. Calibrated and measured on different texts. All lines score the same tokens, so they compare",
-    "far better with each other than with figures from another text.",
+    "Bytes count codes and scales. MAE and KL of attention are means over layers and sampled positions",
+    "when only keys are quantized; perplexity and the KL of the answer read keys and values from the",
+    "cache, every token its own position included. Calibrated and measured on different texts. All lines",
+    "score the same tokens, so they compare far better with each other than with figures from another",
+    "text.",
 )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeGuard
 
 import torch
 
+from ..device.gpu import multiprocessors
 from ..device.tables import CodeSpec, ColumnTables, Tables
 from ..terms import Terms
 from . import compile as nvrtc
@@ -24,8 +26,8 @@ _TYPES = "P" * 10 + "iiifii"
 
 @dataclass(frozen=True)
 class Tuning:
-    """programs: of a multiprocessor, at a time; they leave each thread
-    65,536 / 32 / programs registers. stages: tiles in shared memory, of which one is read."""
+    """programs: of a multiprocessor, at a time; they leave each thread 65,536 / 32 / programs registers. stages: tiles
+    in shared memory, of which one is read."""
 
     programs: int
     stages: int = 2
@@ -33,11 +35,6 @@ class Tuning:
 
 def _tuning(tables: ColumnTables, row_tiles: int) -> Tuning:
     return Tuning(16 if len(tables.v_spec.segments) * row_tiles <= 8 else 8)
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
@@ -59,6 +56,11 @@ def lacks(tables: Tables) -> str | None:
     if not isinstance(tables, ColumnTables):
         return "rows that are not in columns"
     return _values_lack(tables.v_spec) or device_lacks(tables.device)
+
+
+def serves(tables: Tables) -> TypeGuard[ColumnTables]:
+    """Whether decode reads a layer's rows by this kernel."""
+    return lacks(tables) is None
 
 
 def row_tiles(rows: int) -> int:

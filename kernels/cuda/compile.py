@@ -29,11 +29,6 @@ def unavailable() -> str | None:
     return None
 
 
-def primitives() -> str:
-    """Text of hopper.cu."""
-    return Path(__file__).with_name("hopper.cu").read_text()
-
-
 def joined(texts: Mapping[str, str]) -> str:
     """One text of several, by their names, in order. Errors name the text and the line in it."""
     return "".join(f'#line 1 "{name}"\n{text}\n' for name, text in texts.items())

@@ -18,7 +18,6 @@ typedef unsigned short u16;
 #define SPAN (WINDOW > 0 ? WINDOW + QUERIES - 1 : 0)
 #define PROGRAM_ROWS (4 * ROW_TILES)
 #define QUERY_ROWS (QUERIES * GROUP)
-#define HEAD_TILES ((QUERY_ROWS + PROGRAM_ROWS - 1) / PROGRAM_ROWS)
 #define TILE 32
 #define BLOCK_SLOTS 16
 #define BITS 14.9f         // of a tile's greatest weight
@@ -461,16 +460,16 @@ DEVICE int by_multiprocessor(int program, int total, int count) {
 }
 
 KERNEL decode(const float* q,                // [B * QUERIES, Hq, dim], rotated
-                   const unsigned char* rows,     // [slots, ROW_BYTES]
-                   const Indptr* kv_indptr,       // [B + 1]
-                   const Slot* kv_indices,
-                   const int* k_kinds,            // [H], each head's template
-                   const int* k_order,            // [H], the heads by their templates
-                   const float* means,            // [pages, H, PADDED], in stored channels
-                   const int* tree,               // [B * QUERIES]: decode/tree.py
-                   u16* partial_out,              // float16 [splits, QUERIES, Hq, V_DIM]
-                   float* partial_lse,            // [splits, QUERIES, Hq]
-                   int num_requests, int target, int num_multiprocessors, float to_log2, int stride_qt, int stride_qh) {
+              const unsigned char* rows,     // [slots, ROW_BYTES]
+              const Indptr* kv_indptr,       // [B + 1]
+              const Slot* kv_indices,
+              const int* k_kinds,            // [H], each head's template
+              const int* k_order,            // [H], the heads by their templates
+              const float* means,            // [pages, H, PADDED], in stored channels
+              const int* tree,               // [B * QUERIES]: decode/tree.py
+              u16* partial_out,              // float16 [splits, QUERIES, Hq, V_DIM]
+              float* partial_lse,            // [splits, QUERIES, Hq]
+              int num_requests, int target, int num_multiprocessors, float to_log2, int stride_qt, int stride_qh) {
   Lengths lengths = {kv_indptr, num_requests, 0};
   lengths.first = lengths.load(0);
   const int size = split_size(lengths, target);

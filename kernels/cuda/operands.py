@@ -87,13 +87,15 @@ def code_of(spec: CodeSpec, segment: int, half: int, prefix: str) -> Code:
     return tuple(out)
 
 
-def _shifted(register: str, right: int) -> str:
+def shifted(register: str, right: int) -> str:
+    """The text of a shift, to the left where ``right`` is negative."""
     if right == 0:
         return register
     return f"({register} >> {right})" if right > 0 else f"({register} << {-right})"
 
 
-def _mask(bits: int) -> str:
+def both_halves(bits: int) -> str:
+    """The text of 16 bits in both halves."""
     return f"{bits * _HALVES:#010x}u"
 
 
@@ -108,8 +110,8 @@ def _gathered(codes: list[tuple[Code, str]]) -> tuple[str, int]:
     for nibble, (code, index) in enumerate(codes):
         for piece in code:
             to = 4 * nibble + piece.position
-            source = _shifted(piece.register + index, piece.shift - to)
-            part = f"({source} & {_mask(((1 << piece.width) - 1) << to)})"
+            source = shifted(piece.register + index, piece.shift - to)
+            part = f"({source} & {both_halves(((1 << piece.width) - 1) << to)})"
             text += f" | {part}" if text else part
             cost += 1 + (piece.shift != to)
     return text, cost
@@ -122,7 +124,7 @@ def _woven(first: tuple[str, str], low: int, high: int | None, width: int) -> tu
     ones = (1 << width) - 1
     mask = ones | (0 if high is None else ones << (high - low))
     cost = 1 + (low != 0) + (low != 4)
-    return f"select_bits({_mask(mask)}, {_shifted(a, low)}, {_shifted(b, low - 4)})", cost
+    return f"select_bits({both_halves(mask)}, {shifted(a, low)}, {shifted(b, low - 4)})", cost
 
 
 def _fits(low: int, high: int, width: int) -> bool:
@@ -155,7 +157,7 @@ class KeySelector:
 def _quad(register: str, shift: int, width: int) -> str:
     """The codes at bits ``shift`` of all bytes."""
     to = DIRECT[width][0]
-    return f"{_shifted(register, shift - to)} & {_mask(((1 << width) - 1 << to) * 0x101)}"
+    return f"{shifted(register, shift - to)} & {both_halves(((1 << width) - 1 << to) * 0x101)}"
 
 
 def key_quads(spec: CodeSpec, prefix: str = "k") -> tuple[Quad, ...]:
@@ -214,8 +216,8 @@ def _key_pair(spec: CodeSpec, a: int, b: int, width: int, prefix: str) -> tuple[
         (pa,), (pb,) = first[0], second[0]
         narrow = [first[1][0].register == pa.register, second[1][0].register == pb.register]
         if all(narrow):
-            text = f"({_shifted(pa.register + '[{i}]', pa.shift)} & {_mask(low)})"
-            text += f" | ({_shifted(pb.register + '[{i}]', pb.shift - 4)} & {_mask(high)})"
+            text = f"({shifted(pa.register + '[{i}]', pa.shift)} & {both_halves(low)})"
+            text += f" | ({shifted(pb.register + '[{i}]', pb.shift - 4)} & {both_halves(high)})"
             cost = 2 + (pa.shift != 0) + (pb.shift != 4)
             return cost, KeySelector(text, width, ((a, 0), (b, 0), (a, 1), (b, 1)))
         if not any(narrow) and pa.register == pb.register and _fits(pa.shift, pb.shift, width):
@@ -223,9 +225,9 @@ def _key_pair(spec: CodeSpec, a: int, b: int, width: int, prefix: str) -> tuple[
             text, cost = _woven(registers, pa.shift, pb.shift, width)
             by = pb.shift - pa.shift - 8
             if by:
-                text = f"spread_upper<{by}>({text}, {_mask(whole & 0xFF)}, {_mask(whole & 0xFF00)})"
+                text = f"spread_upper<{by}>({text}, {both_halves(whole & 0xFF)}, {both_halves(whole & 0xFF00)})"
             elif width < 4:
-                text = f"({text} & {_mask(whole)})"
+                text = f"({text} & {both_halves(whole)})"
             cost += 3 if by else int(width < 4)
             return cost, KeySelector(text, width, ((a, 0), (a, 1), (b, 0), (b, 1)))
     codes = [(a, 0), (b, 0), (a, 1), (b, 1)]
@@ -326,5 +328,5 @@ def value_selectors(spec: CodeSpec, prefix: str = "v") -> tuple[ValueSelector, .
 
 
 def _merged(names: list[str], selector: str, right: int, width: int) -> str:
-    text = _shifted(f"prmt({names[0]}, {names[1]}, {selector})", right)
-    return f"({text} & {_mask(_nibbles(width))})" if width < 4 else text
+    text = shifted(f"prmt({names[0]}, {names[1]}, {selector})", right)
+    return f"({text} & {both_halves(_nibbles(width))})" if width < 4 else text

@@ -6,11 +6,12 @@ two meet. A template of keys is a class with static functions, values are anothe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ..device.dequant import depressed
+from ..device.dequant import depressed, float16_pair
 from ..device.tables import CodeSpec
 from ..format.columns import COLUMNS
 from .operands import (
@@ -19,11 +20,14 @@ from .operands import (
     KeySelector,
     Quad,
     bits_of,
+    both_halves,
     code_of,
     direct_per_level,
     integers_per_level,
     key_quads,
     key_selectors,
+    register_names,
+    shifted,
     signed_bytes,
     value_quads,
     value_selectors,
@@ -91,7 +95,7 @@ def _bins(spec: CodeSpec) -> list[tuple[int, int, int]]:
 
 
 def _copies(spec: CodeSpec) -> list[str]:
-    """A tile's words to shared memory. ``wide[i]`` and ``narrow`` are where tokens' codes begin in memory."""
+    """A tile's words to shared memory."""
     lines = []
     for byte, repeat, at in _bins(spec):
         if repeat == 1:
@@ -122,13 +126,6 @@ def _tables(widths: set[int]) -> list[str]:
     return lines
 
 
-def _pair(x: float) -> str:
-    """Twice the bits of ``x`` as a float16."""
-    import torch
-
-    return f"{(int(torch.tensor(x).half().view(torch.int16)) & 0xFFFF) * 0x10001:#010x}u"
-
-
 def _level_text(spec: CodeSpec, segment: int, half: int) -> list[str]:
     """Statements that leave ``t``, levels of a segment of many bits less its slope, two columns' float16.
 
@@ -137,26 +134,44 @@ def _level_text(spec: CodeSpec, segment: int, half: int) -> list[str]:
     bits = bits_of(spec.segments[segment])
     at = 1
     top = (15 + 10 - at - (bits - 1)) << 10
-    lines = [f"u32 t = {top * 0x10001:#010x}u;"]
+    lines = [f"u32 t = {both_halves(top)};"]
     for piece in code_of(spec, segment, half, "k"):
         by, to = piece.shift - at - piece.position, at + piece.position
-        source = f"{piece.register}[i]"
-        source = f"({source} >> {by})" if by > 0 else f"({source} << {-by})" if by < 0 else source
-        lines.append(f"t |= {source} & {(((1 << piece.width) - 1) << to) * 0x10001:#010x}u;")
-    middle = (top | (((1 << bits) - 1) << (at - 1))) * 0x10001
-    lines.append(f"t = sub_f16x2(t, {middle:#010x}u);")
+        lines.append(f"t |= {shifted(piece.register + '[i]', by)} & {both_halves(((1 << piece.width) - 1) << to)};")
+    lines.append(f"t = sub_f16x2(t, {both_halves(top | ((1 << bits) - 1) << (at - 1))});")
     h, rest, _ = depressed(spec.poly[segment])
-    lines += [f"const u32 s = fma_f16x2(t, t, {_pair(h)});", "u32 y = s;"]
-    lines += [f"y = fma_f16x2(y, s, {_pair(r)});" for r in rest]
+    lines += [f"const u32 s = fma_f16x2(t, t, {float16_pair(h):#010x}u);", "u32 y = s;"]
+    lines += [f"y = fma_f16x2(y, s, {float16_pair(r):#010x}u);" for r in rest]
     return [*lines, "t = mul_f16x2(y, t);"]
 
 
+@dataclass(frozen=True)
+class _Keys:
+    """How a template's codes are read. pairs: two quads for each product, the last one alone if they are odd. levelled:
+    segments of more than MAX_BITS bits."""
+
+    spec: CodeSpec
+    selectors: tuple[KeySelector, ...]
+    pairs: tuple[tuple[Quad, ...], ...]
+    levelled: tuple[int, ...]
+
+    @classmethod
+    def of(cls, spec: CodeSpec) -> _Keys:
+        quads = key_quads(spec)
+        return cls(
+            spec,
+            key_selectors(spec),
+            tuple(quads[i : i + 2] for i in range(0, len(quads), 2)),
+            tuple(s for s, pieces in enumerate(spec.segments) if bits_of(pieces) > MAX_BITS),
+        )
+
+
 def _key_class(kind: int, spec: CodeSpec) -> str:
-    selectors, quads = key_selectors(spec), _in_pairs(key_quads(spec))
-    levelled = [s for s, pieces in enumerate(spec.segments) if bits_of(pieces) > MAX_BITS]
+    keys = _Keys.of(spec)
     lines = [
         f"struct Keys{kind} {{",
-        f"static constexpr int SELECTORS = {len(selectors)}, PAIRS = {len(quads)}, LEVELLED = {len(levelled)};",
+        f"static constexpr int SELECTORS = {len(keys.selectors)}, PAIRS = {len(keys.pairs)},"
+        f" LEVELLED = {len(keys.levelled)};",
         "static MEMBER void copy(u32 to, const From& from, u32 lane) {",
         *_copies(spec),
         "}",
@@ -165,10 +180,10 @@ def _key_class(kind: int, spec: CodeSpec) -> str:
         "}",
         # The largest number of a lane's channels, as the operands of integers and of levels have them.
         "static MEMBER void sizes(const Pair* q, float& integers, float& levels) {",
-        *_sizes(spec, selectors, quads, levelled),
+        *_sizes(keys),
         "}",
         "template <class Q> static MEMBER void operands(const Pair* q, Q& out, int n, float integers, float levels) {",
-        *_operands(spec, selectors, quads, levelled),
+        *_operands(keys),
         "}",
         "static MEMBER float dot(const Pair* q, const Pair* mean, u32 part) {",
         "float sum = 0;",
@@ -180,17 +195,12 @@ def _key_class(kind: int, spec: CodeSpec) -> str:
         "}",
         "template <class Q, class L> static MEMBER void multiply(u32 tile, const Lane& at, const Tables& tables,"
         " const Q& q, L& logits) {",
-        *_key_loads(spec),
-        *_key_products(spec, selectors, quads, levelled),
+        *_loads(spec, "k", "load_wide_keys", "ldmatrix4", {4: "4 * (at.t >> 1)", 8: "2 * at.t"}),
+        *_key_products(keys),
         "}",
         "};",
     ]
     return "\n".join(lines)
-
-
-def _in_pairs(quads: tuple[Quad, ...]) -> list[tuple[Quad, ...]]:
-    """Two for each product, the last one alone if they are odd."""
-    return [quads[i : i + 2] for i in range(0, len(quads), 2)]
 
 
 def _middle(width: int) -> str:
@@ -198,19 +208,17 @@ def _middle(width: int) -> str:
     return f"{(-DIRECT[width][1] & 0xFF) * 0x01010101:#010x}u"
 
 
-def _sizes(
-    spec: CodeSpec, selectors: tuple[KeySelector, ...], quads: list[tuple[Quad, ...]], levelled: list[int]
-) -> list[str]:
+def _sizes(keys: _Keys) -> list[str]:
     """Of the channels of a width, or of a slope, the largest, times what the query is multiplied with."""
     groups: dict[tuple[str, float], set[int]] = {}
-    for selector in selectors:
+    for selector in keys.selectors:
         segments = groups.setdefault(("integers", 1 / integers_per_level(selector.width)), set())
         segments.update(segment for segment, _ in selector.codes)
-    for quad in (quad for pair in quads for quad in pair):
+    for quad in (quad for pair in keys.pairs for quad in pair):
         segments = groups.setdefault(("integers", 1 / direct_per_level(quad.width)), set())
         segments.update(segment for segment, _ in quad.codes)
-    for segment in levelled:
-        groups.setdefault(("levels", spec.slope[segment]), set()).add(segment)
+    for segment in keys.levelled:
+        groups.setdefault(("levels", keys.spec.slope[segment]), set()).add(segment)
     lines = []
     for (name, factor), segments in groups.items():
         lines.append("{ float most = 0;")
@@ -219,18 +227,16 @@ def _sizes(
     return lines
 
 
-def _operands(
-    spec: CodeSpec, selectors: tuple[KeySelector, ...], quads: list[tuple[Quad, ...]], levelled: list[int]
-) -> list[str]:
+def _operands(keys: _Keys) -> list[str]:
     lines = []
-    for j, selector in enumerate(selectors):
+    for j, selector in enumerate(keys.selectors):
         lines.append(f"{{ const float by = integers * {1 / integers_per_level(selector.width):.9e}f;")
         pairs = [f"q[{8 * s + 4 * half}]" for s, half in selector.codes] + ["Pair{0, 0}"] * (4 - len(selector.codes))
         for b, part in (("b0", "x"), ("b1", "y")):
             numbers = ", ".join(f"{pair}.{part} * by" for pair in pairs)
             lines.append(f"out.{b}[{j}][n] = out.bytes({numbers});")
         lines.append("}")
-    for j, pair in enumerate(quads):
+    for j, pair in enumerate(keys.pairs):
         for b, quad in zip(("d0", "d1"), pair, strict=False):
             at = [f"q[{8 * segment + 4 * half}]" for segment, half in quad.codes]
             numbers = ", ".join(f"{name}.{part} * by" for part in "xy" for name in at)
@@ -240,46 +246,47 @@ def _operands(
             lines.append(f"out.d1[{j}][n] = 0;")
         low, high = _middle(pair[0].width), _middle(pair[-1].width)
         lines.append(f"imma(out.start[n], {low}, {low}, {high}, {high}, out.d0[{j}][n], out.d1[{j}][n]);")
-    for j, segment in enumerate(levelled):
-        lines.append(f"{{ const float by = levels * {spec.slope[segment]:.9e}f;")
+    for j, segment in enumerate(keys.levelled):
+        lines.append(f"{{ const float by = levels * {keys.spec.slope[segment]:.9e}f;")
         for b, i in (("h0", 0), ("h1", 4)):
             lines.append(f"out.{b}[{j}][n] = out.halves(q[{8 * segment + i}].x * by, q[{8 * segment + i}].y * by);")
         lines.append("}")
     return lines
 
 
-def _key_loads(spec: CodeSpec) -> list[str]:
+def _loads(spec: CodeSpec, prefix: str, wide: str, narrow: str, before: Mapping[int, str]) -> list[str]:
+    """A tile's words to registers, as :func:`.operands.register_names` calls them.
+
+    wide, narrow: what loads a bin of 16 bits, and any other. before: by columns per word, the bits ahead of a lane's.
+    """
     lines = []
-    for i, (_, repeat, at) in enumerate(_bins(spec)):
+    for (_, repeat, at), names in zip(_bins(spec), register_names(spec, prefix), strict=True):
+        lines.append(f"u32 {', '.join(f'{name}[4]' for name in names)};")
         if repeat == 1:
-            lines.append(f"u32 k{i}_0[4], k{i}_1[4]; load_wide_keys(k{i}_0, k{i}_1, tile + {at}, at);")
+            lines.append(f"{wide}({', '.join(names)}, tile + {at}, at);")
         else:
-            lines.append(f"u32 k{i}[4]; ldmatrix4(k{i}, tile + {at} + at.lane * 16);")
-            if repeat > 2:
-                lines.append(
-                    f"for (int j = 0; j < 4; j++) k{i}[j] >>= {'4 * (at.t >> 1)' if repeat == 4 else '2 * at.t'};"
-                )
+            lines.append(f"{narrow}({names[0]}, tile + {at} + at.lane * 16);")
+        if repeat in before:
+            lines.append(f"for (int j = 0; j < 4; j++) {names[0]}[j] >>= {before[repeat]};")
     return lines
 
 
-def _key_products(
-    spec: CodeSpec, selectors: tuple[KeySelector, ...], quads: list[tuple[Quad, ...]], levelled: list[int]
-) -> list[str]:
+def _key_products(keys: _Keys) -> list[str]:
     lines = []
-    for j, selector in enumerate(selectors):
+    for j, selector in enumerate(keys.selectors):
         lines.append("for (int m = 0; m < 2; m++) {")
         for name, index in (("z0", "2 * m"), ("z1", "2 * m + 1")):
             lines.append(f"const u32 {name} = {selector.text.replace('{i}', index)};")
         lines.append(f"::multiply<{selector.width}>(logits.integers[m], z0, z1, q.b0[{j}], q.b1[{j}], tables);")
         lines.append("}")
-    for j, pair in enumerate(quads):
+    for j, pair in enumerate(keys.pairs):
         a = [quad.text.replace("{i}", index) for quad in pair for index in ("2 * m", "2 * m + 1")]
         a += ["0"] * (4 - len(a))
         lines.append(f"for (int m = 0; m < 2; m++) products(logits.integers[m], {', '.join(a)}, q.d0[{j}], q.d1[{j}]);")
-    for j, segment in enumerate(levelled):
+    for j, segment in enumerate(keys.levelled):
         lines.append("for (int m = 0; m < 2; m++) { u32 a[4];")
         for place, (index, half) in enumerate((("2 * m", 0), ("2 * m + 1", 0), ("2 * m", 1), ("2 * m + 1", 1))):
-            lines += ["{", f"const int i = {index};", *_level_text(spec, segment, half), f"a[{place}] = t;", "}"]
+            lines += ["{", f"const int i = {index};", *_level_text(keys.spec, segment, half), f"a[{place}] = t;", "}"]
         lines.append(
             "for (int n = 0; n < ROW_TILES; n++)"
             f" hmma(logits.levels[m][n], a[0], a[1], a[2], a[3], q.h0[{j}][n], q.h1[{j}][n]);"
@@ -309,14 +316,8 @@ def _value_class(spec: CodeSpec) -> str:
         "template <class S> static MEMBER void multiply(u32 tile, const Lane& at, const Tables& tables,"
         " const u32 (&first)[ROW_TILES], const u32 (&second)[ROW_TILES], S& sums) {",
     ]
-    for i, (_, repeat, first) in enumerate(_bins(spec)):
-        if repeat == 1:
-            lines.append(f"u32 v{i}_0[4], v{i}_1[4]; load_wide_values(v{i}_0, v{i}_1, tile + {first}, at);")
-        else:
-            lines.append(f"u32 v{i}[4]; ldmatrix4_trans(v{i}, tile + {first} + at.lane * 16);")
-            if repeat > 2:
-                by = "4 * (at.g >> 2)" if repeat == 4 else "2 * (at.g >> 1)"
-                lines.append(f"for (int j = 0; j < 4; j++) v{i}[j] >>= {by};")
+    before = {4: "4 * (at.g >> 2)", 8: "2 * (at.g >> 1)"}
+    lines += _loads(spec, "v", "load_wide_values", "ldmatrix4_trans", before)
     if quads:  # the weights' own sum, of which the middle of codes is taken off
         ones = ", ".join(["0x01010101u"] * 4)
         lines.append(f"{{ int c[ROW_TILES][4] = {{}}; products(c, {ones}, first, second);")

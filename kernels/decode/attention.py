@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 import triton
@@ -19,6 +18,7 @@ from ..any_layout import attention as any_layout
 from ..any_layout.tables import AnyTables
 from ..cuda import attention as cuda
 from ..device.dependent import dependent
+from ..device.gpu import multiprocessors
 from ..device.rotate import rotate_queries
 from ..device.tables import ColumnTables, Tables
 from ..terms import PLAIN, Terms
@@ -60,12 +60,6 @@ def _tuning(tables: ColumnTables, block_m: int) -> Tuning:
     return TEMPLATES_TUNING if tables.means is None else MEANS_TUNING
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    # The interpreter has one; a few splits make its tests worth something.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def _check(tables: Tables, q: torch.Tensor) -> None:
     """ValueError unless q is ``[T, G * H, D]`` with contiguous channels."""
     if q.dim() != 3 or q.shape[2] != tables.k.dim or q.shape[1] % tables.heads:
@@ -89,14 +83,14 @@ def target_splits(tables: Tables, num_heads: int, q_len: int = 1) -> int:
     A constant of the device and the model, so that it can stand in a CUDA graph.
     """
     rows = num_heads // tables.heads * q_len
-    if isinstance(tables, ColumnTables) and cuda.lacks(tables) is None:
+    if cuda.serves(tables):
         per_sm, programs = cuda.programs(tables, rows)
-        return max(1, cuda.multiprocessors(tables.device) * per_sm // (tables.heads * programs))
+        return max(1, multiprocessors(tables.device) * per_sm // (tables.heads * programs))
     block_m = _block_m(tables, rows)
     per_sm = any_layout.PROGRAMS_PER_SM
     if isinstance(tables, ColumnTables):
         per_sm = _tuning(tables, block_m).warps_per_sm
-    return max(1, _multiprocessors(tables.device) * per_sm // (tables.heads * triton.cdiv(rows, block_m)))
+    return max(1, multiprocessors(tables.device) * per_sm // (tables.heads * triton.cdiv(rows, block_m)))
 
 
 @dataclass(frozen=True)
@@ -184,9 +178,9 @@ def decode_attention(
         return out, lse
     if rotated is None:
         rotated = rotate_queries(tables.k, q, num_heads // tables.heads)
-    attend: Callable[..., None] = any_layout.attend
-    if isinstance(tables, ColumnTables):
-        attend = cuda.attend if cuda.lacks(tables) is None else _attend
+    attend: Callable[..., None] = _attend if isinstance(tables, ColumnTables) else any_layout.attend
+    if cuda.serves(tables):
+        attend = cuda.attend
     where = q_len, target, splits, scratch.out, scratch.lse
     attend(tables, rotated, rows, kv_indptr, kv_indices, sm_scale, terms, tree, *where)
     # The tokens that all queries of a request see together.
@@ -230,7 +224,7 @@ def _attend(
         lse,
         requests,
         target,
-        _multiprocessors(tables.device),
+        multiprocessors(tables.device),
         sm_scale * _LOG2E,
         rotated.stride(0),
         rotated.stride(1),

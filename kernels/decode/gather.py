@@ -7,12 +7,11 @@ whole GPU copies a long request, in numbers of 32 bits. Definition: :func:`..ref
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 
+from ..device.gpu import multiprocessors
 from .splits import request_block
 
 BLOCK = 1024  # tokens that a program copies at a time
@@ -51,10 +50,8 @@ def gather_slots_kernel(
         tl.store(target + token, slot.to(kv_indices.dtype.element_ty), mask=token < length)
 
 
-@cache
 def _programs(device: torch.device) -> int:
-    # The interpreter has one multiprocessor.
-    return _PER_SM * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1)
+    return _PER_SM * multiprocessors(device)
 
 
 def gather_slots(

@@ -19,7 +19,7 @@ _BIAS = tl.constexpr(15)
 
 
 @triton.constexpr_function
-def _pair(x):
+def float16_pair(x):
     """Twice the bits of ``x`` as a float16, rounded to nearest."""
     sign = 0x8000 if x < 0 else 0
     x = abs(x)
@@ -85,12 +85,12 @@ def _polynomial(poly):
     h, rest, slope = depressed(poly)
     text = ""
     if len(poly) > 1:
-        text += f"mov.b32 c, {_pair(h):#x}; fma.rn.f16x2 s, t, t, c; mov.b32 y, s; "
+        text += f"mov.b32 c, {float16_pair(h):#x}; fma.rn.f16x2 s, t, t, c; mov.b32 y, s; "
         for i in range(len(rest)):
-            text += f"mov.b32 c, {_pair(rest[i]):#x}; fma.rn.f16x2 y, y, s, c; "
+            text += f"mov.b32 c, {float16_pair(rest[i]):#x}; fma.rn.f16x2 y, y, s, c; "
         text += "mul.rn.f16x2 t, y, t; "
     if slope != 1:
-        text += f"mov.b32 c, {_pair(slope):#x}; mul.rn.f16x2 t, t, c; "
+        text += f"mov.b32 c, {float16_pair(slope):#x}; mul.rn.f16x2 t, t, c; "
     return text
 
 

@@ -368,7 +368,7 @@ def test_programs_are_dealt_to_multiprocessors_by_template(monkeypatch):
     """Fewer programs than multiprocessors, a last round that is not full, and splits that no request needs."""
     case = TEMPLATES[2]
     for count, target in ((3, 7), (200, 2)):
-        monkeypatch.setattr(attention, "_multiprocessors", lambda device, count=count: count)
+        monkeypatch.setattr(attention, "multiprocessors", lambda device, count=count: count)
         assert_same(decode(case, 2, target=target), expected(case, 2), TOLERANCE[DEVICE][case.dtype])
 
 

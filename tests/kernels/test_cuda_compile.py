@@ -9,6 +9,7 @@ import torch
 
 from sglang_blockgtq.kernels.cuda import compile as cuda
 from sglang_blockgtq.kernels.cuda import launch
+from sglang_blockgtq.kernels.cuda.source import text_of
 
 from . import cuda_on_cpu
 
@@ -74,7 +75,7 @@ def cubins(tmp_path, monkeypatch):
 
 
 def whole(text: str = TEXT) -> str:
-    return cuda.joined({"hopper.cu": cuda.primitives(), "every.cu": text})
+    return cuda.joined({"hopper.cu": text_of("hopper.cu"), "every.cu": text})
 
 
 def compiled(text: str = TEXT, **options: Any) -> bytes:
@@ -82,7 +83,7 @@ def compiled(text: str = TEXT, **options: Any) -> bytes:
 
 
 def test_text_uses_every_primitive():
-    text = cuda.primitives()
+    text = text_of("hopper.cu")
     names = set(re.findall(r"^DEVICE [\w* ]*?(\w+)\(", text, re.M)) | set(re.findall(r"^SHUFFLES\((\w+)", text, re.M))
     assert {"lane", "shared_memory", "copy_async", "shfl", "hmma"} <= names
     assert {name for name in names if not re.search(rf"\b{name}\b[(<]", TEXT)} == set()
