@@ -27,10 +27,11 @@ _TYPES = "P" * 10 + "iiifii"
 @dataclass(frozen=True)
 class Tuning:
     """programs: of a multiprocessor, at a time; they leave each thread 65,536 / 32 / programs registers. stages: tiles
-    in shared memory, of which one is read."""
+    in shared memory, of which one is read. parts: of a tile."""
 
     programs: int
     stages: int = 2
+    parts: int = 2
 
 
 def _tuning(tables: ColumnTables, row_tiles: int) -> Tuning:
@@ -103,6 +104,7 @@ def shape_of(
         cap=terms.cap,
         tree=tree,
         row_tiles=tiles,
+        parts=tuning.parts,
         stages=tuning.stages,
         programs=tuning.programs,
         indptr64=indptr64,

@@ -1,8 +1,8 @@
 // Decode attention over rows in columns on integer tensor cores. Definition: reference.py, decode_attention.
 //
 // One warp is one program: a split of a request's tokens, for one KV head and 4 or 8 query rows. Lanes are numbered as
-// tensor cores have them: lane = 4 g + t. A tile is 32 tokens, four octets: a lane has the logits of token g of each
-// octet, for query rows t and t + 4.
+// tensor cores have them: lane = 4 g + t. A part is 32 tokens, four octets: a lane has the logits of token g of each
+// octet, for query rows t and t + 4. A tile is a part or two, which have one sum.
 //
 // Queries and weights have 16 bits, as two signed bytes: 256 high + low. A product of eight columns has both of four
 // rows, one beside the other, so that a lane finds both parts of its sum.
@@ -18,7 +18,9 @@ typedef unsigned short u16;
 #define SPAN (WINDOW > 0 ? WINDOW + QUERIES - 1 : 0)
 #define PROGRAM_ROWS (4 * ROW_TILES)
 #define QUERY_ROWS (QUERIES * GROUP)
-#define TILE 32
+#define PART 32
+#define TILE (PART * PARTS)
+#define OCTETS (4 * PARTS)
 #define BLOCK_SLOTS 16
 #define BITS 14.9f         // of a tile's greatest weight
 #define SPLIT_UNIT 32      // as in decode/splits.py, the next two, too
@@ -31,7 +33,7 @@ struct Lane {
   u32 lane, g, t;
 };
 
-struct From {  // addresses of a tile's codes, of the head's first byte for tokens of bins by their bytes
+struct From {  // addresses of a part's codes, of the head's first byte for tokens of bins by their bytes
   u64 block;    // of the lane's token, its block
   u32 within;   // its number in the block
   u64 wide[2];  // of a wide bin, the half that the lane copies of tokens lane / 2 and 16 + lane / 2
@@ -67,10 +69,10 @@ DEVICE void products(int (&c)[ROW_TILES][4], u32 a0, u32 a1, u32 a2, u32 a3, con
   for (int n = 0; n < ROW_TILES; n++) imma(c[n], a0, a1, a2, a3, b0[n], b1[n]);
 }
 
-// Eight codes of two selectors looked up in eight bytes, and multiplied.
-DEVICE void look_up(u32 low, u32 high, u32 z0, u32 z1, int (&c)[ROW_TILES][4], const u32 (&b0)[ROW_TILES],
-                    const u32 (&b1)[ROW_TILES]) {
-  products(c, prmt(low, high, z0), prmt(low, high, z1), prmt(low, high, z0 >> 16), prmt(low, high, z1 >> 16), b0, b1);
+// Eight codes of two selectors looked up in eight bytes, and multiplied. y0, y1: their upper halves.
+DEVICE void look_up(u32 low, u32 high, u32 z0, u32 z1, u32 y0, u32 y1, int (&c)[ROW_TILES][4],
+                    const u32 (&b0)[ROW_TILES], const u32 (&b1)[ROW_TILES]) {
+  products(c, prmt(low, high, z0), prmt(low, high, z1), prmt(low, high, y0), prmt(low, high, y1), b0, b1);
 }
 
 // A wide bin's row of 32 bytes is two halves of 16 bytes, which change places every four tokens, so that reads meet no
@@ -129,7 +131,7 @@ struct Program {
   float* lse;
   float to_log2;
   int stride_qt, stride_qh, head, first_row, split, request, begin, end, length;
-  u32 ahead[STAGES];  // the lane's slots of the first tiles
+  u32 ahead[STAGES][PARTS];  // the lane's slots of the first tiles
 };
 
 template <class Keys> struct Queries {
@@ -186,18 +188,28 @@ DEVICE u64 row_at(u64 base, u32 slot, u32 bytes) {
   return mad_wide(slot >> 4, ROW_BYTES * BLOCK_SLOTS, base) + (slot & 15) * bytes;
 }
 
-template <class Keys> DEVICE void start_tile(const Program& p, u32 stage, u32 slot, const Lane& at) {
+template <class Keys> DEVICE void start_part(const Program& p, u32 to, u32 slot, const Lane& at) {
   const u32 low = shfl(slot, at.lane >> 1), high = shfl(slot, 16 + (at.lane >> 1));
   const u64 half = p.keys + (at.lane & 1) * 16;
   const u64 first = row_at(half, low, 32), second = row_at(half, high, 32);
   const u64 block = mad_wide(slot >> 4, ROW_BYTES * BLOCK_SLOTS, p.keys);
-  Keys::copy(stage, From{block, slot & 15, {first, second}}, at.lane);
+  Keys::copy(to, From{block, slot & 15, {first, second}}, at.lane);
   const u32 to_values = p.to_values;
-  Values::copy(stage + VALUES_AT, From{block + to_values, slot & 15, {first + to_values, second + to_values}}, at.lane);
-  copy_async<4>(stage + SCALES_AT + at.lane * 4, (const void*)row_at(p.scales, slot, 4));
+  Values::copy(to + VALUES_AT, From{block + to_values, slot & 15, {first + to_values, second + to_values}}, at.lane);
+  copy_async<4>(to + SCALES_AT + at.lane * 4, (const void*)row_at(p.scales, slot, 4));
+}
+
+template <class Keys> DEVICE void start_tile(const Program& p, u32 to, const u32 (&slot)[PARTS], const Lane& at) {
+#pragma unroll
+  for (int i = 0; i < PARTS; i++) start_part<Keys>(p, to + i * PART_BYTES, slot[i], at);
 }
 
 DEVICE u32 slot_of(const Program& p, int token) { return (u32)p.slots[smaller(token, p.end - 1)]; }
+
+DEVICE void load_slots(const Program& p, int from, u32 (&slot)[PARTS]) {
+#pragma unroll
+  for (int i = 0; i < PARTS; i++) slot[i] = slot_of(p, from + i * PART + (int)lane());
+}
 
 // What the page's mean gives to the lane's rows, in base 2.
 template <class Keys> DEVICE void page_bias(const Program& p, int token, const Lane& at, float (&bias)[ROW_TILES]) {
@@ -224,7 +236,9 @@ template <class Keys> DEVICE void attend(const Program& p) {
     if (p.begin + s * TILE < p.end) start_tile<Keys>(p, tiles + s * STAGE_BYTES, p.ahead[s], at);
     copy_commit();
   }
-  u32 slot = p.ahead[STAGES - 1];
+  u32 slot[PARTS];
+#pragma unroll
+  for (int i = 0; i < PARTS; i++) slot[i] = p.ahead[STAGES - 1][i];
 
   // Queries as operands: column g of a product is a part of row g / 2. A lane has channels 2 t, 2 t + 1 and 8 more.
   Queries<Keys> q;
@@ -268,40 +282,44 @@ template <class Keys> DEVICE void attend(const Program& p) {
       const int next = stage == 0 ? STAGES - 1 : stage - 1, ahead = from + (STAGES - 1) * TILE;
       if (ahead < p.end) start_tile<Keys>(p, tiles + next * STAGE_BYTES, slot, at);
       copy_commit();
-      slot = slot_of(p, ahead + TILE + (int)at.lane);
+      load_slots(p, ahead + TILE, slot);
     }
     const u32 tile = tiles + stage * STAGE_BYTES;
-    const u32* scale_words = (const u32*)(shared + stage * STAGE_BYTES + SCALES_AT) + at.g;
+    const char* scales = shared + stage * STAGE_BYTES + SCALES_AT;
     stage = stage == STAGES - 1 ? 0 : stage + 1;
-    if (PAGE > 0 && (from == p.begin || from % PAGE_OR_ONE == 0)) page_bias<Keys>(p, from, at, bias);
 
-    Logits logits;
+    float x[ROW_TILES][OCTETS], v_scale[OCTETS];  // logits in base 2
 #pragma unroll
-    for (int m = 0; m < 2; m++)
+    for (int i = 0; i < PARTS; i++) {
+      const int first = from + i * PART;
+      if (PAGE > 0 && (first == p.begin || first % PAGE_OR_ONE == 0)) page_bias<Keys>(p, first, at, bias);
+      Logits logits;
 #pragma unroll
-      for (int n = 0; n < ROW_TILES; n++)
+      for (int m = 0; m < 2; m++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) logits.integers[m][n][i] = q.start[n][i & 1], logits.levels[m][n][i] = 0;
-    Keys::multiply(tile, at, tables, q, logits);
-
-    float x[ROW_TILES][4], v_scale[4];  // logits in base 2
+        for (int n = 0; n < ROW_TILES; n++)
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const u32 word = scale_words[8 * j];
-      const float k_scale = f16(word & 0xFFFF);
-      const float flag = k_scale < 0 ? 1.0f : 0.0f;
-      v_scale[j] = larger(f16(word >> 16), 5.9604645e-8f);  // so that no probability is out of all proportion
+          for (int k = 0; k < 4; k++) logits.integers[m][n][k] = q.start[n][k & 1], logits.levels[m][n][k] = 0;
+      Keys::multiply(tile + i * PART_BYTES, at, tables, q, logits);
 #pragma unroll
-      for (int n = 0; n < ROW_TILES; n++) {
-        const int* c = &logits.integers[j >> 1][n][2 * (j & 1)];
-        float logit = (float)(c[0] * 256 + c[1]) * (k_scale * by_integers[n]);
-        if (Keys::LEVELLED > 0) {
-          const float* f = &logits.levels[j >> 1][n][2 * (j & 1)];
-          logit += (f[0] + f[1]) * (k_scale * by_levels[n]);
+      for (int j = 0; j < 4; j++) {
+        const int octet = 4 * i + j;
+        const u32 word = ((const u32*)(scales + i * PART_BYTES))[8 * j + at.g];
+        const float k_scale = f16(word & 0xFFFF);
+        const float flag = k_scale < 0 ? 1.0f : 0.0f;
+        v_scale[octet] = larger(f16(word >> 16), 5.9604645e-8f);  // so that no probability is out of all proportion
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; n++) {
+          const int* c = &logits.integers[j >> 1][n][2 * (j & 1)];
+          float logit = (float)(c[0] * 256 + c[1]) * (k_scale * by_integers[n]);
+          if (Keys::LEVELLED > 0) {
+            const float* f = &logits.levels[j >> 1][n][2 * (j & 1)];
+            logit += (f[0] + f[1]) * (k_scale * by_levels[n]);
+          }
+          if (PAGE > 0) logit += flag * bias[n];
+          if (CAPPED) logit = (1.0f - 2.0f * rcp(exp2f_(logit * (2.0f / CAP_OR_ONE)) + 1.0f)) * (CAP * LOG2E);
+          x[n][octet] = logit;
         }
-        if (PAGE > 0) logit += flag * bias[n];
-        if (CAPPED) logit = (1.0f - 2.0f * rcp(exp2f_(logit * (2.0f / CAP_OR_ONE)) + 1.0f)) * (CAP * LOG2E);
-        x[n][j] = logit;
       }
     }
     if (from + TILE > p.end || (QUERIES > 1 && from + TILE > p.length - QUERIES) ||
@@ -313,7 +331,7 @@ template <class Keys> DEVICE void attend(const Program& p) {
         int seen = first + 1 + query;
         if (TREE) seen = first + bits_set(bits & (~0u >> (32 - QUERIES)));
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
+        for (int j = 0; j < OCTETS; j++) {
           const int token = from + 8 * j + (int)at.g;
           bool live = token < p.end;
           if (TREE) live = live && (token < first || (bits >> (token - first) & 1));
@@ -324,16 +342,16 @@ template <class Keys> DEVICE void attend(const Program& p) {
       }
     }
 
-    float v_bits[4];
+    float v_bits[OCTETS];
 #pragma unroll
-    for (int j = 0; j < 4; j++) v_bits[j] = log2f_(v_scale[j]);
+    for (int j = 0; j < OCTETS; j++) v_bits[j] = log2f_(v_scale[j]);
 
-    u32 first[ROW_TILES], second[ROW_TILES];
+    u32 first[PARTS][ROW_TILES], second[PARTS][ROW_TILES];
 #pragma unroll
     for (int n = 0; n < ROW_TILES; n++) {
       float most = -1e30f;
 #pragma unroll
-      for (int j = 0; j < 4; j++) most = larger(most, x[n][j] + v_bits[j]);
+      for (int j = 0; j < OCTETS; j++) most = larger(most, x[n][j] + v_bits[j]);
 #pragma unroll
       for (int i = 4; i < 32; i *= 2) most = larger(most, shfl_xor(most, i));
       const float own = most - BITS, now = larger(unit[n], own);
@@ -346,17 +364,20 @@ template <class Keys> DEVICE void attend(const Program& p) {
       }
       sums.scale[n] = exp2f_(own - now);  // 0 where a row sees nothing of the tile
       float share = 0;
-      u32 weight[4];  // the last bits of floats, which a fused operation with the magic number leaves
+      u32 weight[OCTETS];  // the last bits of floats, which a fused operation with the magic number leaves
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
+      for (int j = 0; j < OCTETS; j++) {
         const float probability = exp2f_(x[n][j] - own);
         share += probability;
         weight[j] = bits_of(probability * v_scale[j] + magic);
       }
       total[n] += share * sums.scale[n];
       // Bytes of two octets, high ones for an even column and low ones, which are signed, for an odd one.
-      first[n] = movmatrix(prmt(weight[0], weight[1], 0x4051) ^ 0x80800000u);
-      second[n] = movmatrix(prmt(weight[2], weight[3], 0x4051) ^ 0x80800000u);
+#pragma unroll
+      for (int i = 0; i < PARTS; i++) {
+        first[i][n] = movmatrix(prmt(weight[4 * i], weight[4 * i + 1], 0x4051) ^ 0x80800000u);
+        second[i][n] = movmatrix(prmt(weight[4 * i + 2], weight[4 * i + 3], 0x4051) ^ 0x80800000u);
+      }
     }
     Values::multiply(tile + VALUES_AT, at, tables, first, second, sums);
   }
@@ -505,12 +526,16 @@ KERNEL decode(const float* q,                // [B * QUERIES, Hq, dim], rotated
   // Slots are as old as lengths, and so are all rows but the newest token's, of which the cache stays true.
 #pragma unroll
   for (int s = 0; s < STAGES; s++) {
-    const u32 slot = program.ahead[s] = slot_of(program, begin + s * TILE + (int)lane());
+    load_slots(program, begin + s * TILE, program.ahead[s]);
     if (begin + s * TILE >= end || s == STAGES - 1) continue;
-    const u64 block = mad_wide(slot >> 4, ROW_BYTES * BLOCK_SLOTS, keys);
-    Keys0::prefetch(From{block, slot & 15, {0, 0}});
-    Values::prefetch(From{block + to_values, slot & 15, {0, 0}});
-    prefetch_l2((const void*)row_at(scales, slot, 4));
+#pragma unroll
+    for (int i = 0; i < PARTS; i++) {
+      const u32 slot = program.ahead[s][i];
+      const u64 block = mad_wide(slot >> 4, ROW_BYTES * BLOCK_SLOTS, keys);
+      Keys0::prefetch(From{block, slot & 15, {0, 0}});
+      Values::prefetch(From{block + to_values, slot & 15, {0, 0}});
+      prefetch_l2((const void*)row_at(scales, slot, 4));
+    }
   }
   wait_ahead();
   release_next();

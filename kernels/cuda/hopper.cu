@@ -38,6 +38,16 @@ DEVICE u32 prmt(u32 a, u32 b, u32 selector) {
   return d;
 }
 
+// Its upper 16 bits, and anything above. A sum of float16 in place of a shift: another pipe than that of integers. Bits
+// that are infinite or no number as float16 are not for it.
+DEVICE u32 upper_half(u32 x) {
+  u32 d;
+  asm("{ .reg .b16 l, h; .reg .b32 t; mov.b32 {l, h}, %1; mov.b32 t, {h, h}; add.rn.f16x2 %0, t, %2; }"
+      : "=r"(d)
+      : "r"(x), "r"(0x80008000u));
+  return d;
+}
+
 // (a & mask) | (b & ~mask), one instruction with a constant mask, too.
 DEVICE u32 select_bits(u32 mask, u32 a, u32 b) {
   u32 d;

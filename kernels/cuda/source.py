@@ -33,16 +33,16 @@ from .operands import (
     value_selectors,
 )
 
-TILE = 32  # tokens
+PART = 32  # tokens
 ROWS = 4  # query rows that one product serves: the two bytes of each are columns of its eight
-_WIDE_BIN = 2 * COLUMNS * TILE  # bytes of a tile in shared memory
-_NARROW_BIN = COLUMNS * TILE
-_SCALES = 4 * TILE
+_WIDE_BIN = 2 * COLUMNS * PART  # bytes of a part in shared memory
+_NARROW_BIN = COLUMNS * PART
+_SCALES = 4 * PART
 
 
 @dataclass(frozen=True)
 class Shape:
-    """All that a binary is compiled for. row_tiles: of ROWS query rows, in one program."""
+    """All that a binary is compiled for. row_tiles: of ROWS query rows, in one program. parts: of PART tokens, in a tile."""
 
     row_bytes: int
     k_stride: int
@@ -59,6 +59,7 @@ class Shape:
     cap: float
     tree: bool
     row_tiles: int
+    parts: int
     stages: int
     programs: int
     indptr64: bool
@@ -67,26 +68,26 @@ class Shape:
     values: CodeSpec
 
     @property
-    def stage_bytes(self) -> int:
-        """Of a tile in shared memory."""
-        return max(map(_tile_bytes, self.keys)) + _tile_bytes(self.values) + _SCALES
+    def part_bytes(self) -> int:
+        """Of a part in shared memory."""
+        return max(map(_code_bytes, self.keys)) + _code_bytes(self.values) + _SCALES
 
     @property
     def shared_bytes(self) -> int:
         """Of a program: tiles under way."""
-        return self.stages * self.stage_bytes
+        return self.stages * self.parts * self.part_bytes
 
 
 def _bin_bytes(repeat: int) -> int:
     return _WIDE_BIN if repeat == 1 else _NARROW_BIN
 
 
-def _tile_bytes(spec: CodeSpec) -> int:
+def _code_bytes(spec: CodeSpec) -> int:
     return sum(map(_bin_bytes, spec.repeat))
 
 
 def _bins(spec: CodeSpec) -> list[tuple[int, int, int]]:
-    """(byte within a head's codes, columns per word, first byte of a tile in shared memory) of each bin."""
+    """(byte within a head's codes, columns per word, first byte of a part in shared memory) of each bin."""
     out, at = [], 0
     for (byte, _, _), repeat in zip(spec.bins, spec.repeat, strict=True):
         out.append((byte, repeat, at))
@@ -95,7 +96,7 @@ def _bins(spec: CodeSpec) -> list[tuple[int, int, int]]:
 
 
 def _copies(spec: CodeSpec) -> list[str]:
-    """A tile's words to shared memory."""
+    """A part's words to shared memory."""
     lines = []
     for byte, repeat, at in _bins(spec):
         if repeat == 1:
@@ -254,18 +255,19 @@ def _operands(keys: _Keys) -> list[str]:
     return lines
 
 
-def _loads(spec: CodeSpec, prefix: str, wide: str, narrow: str, before: Mapping[int, str]) -> list[str]:
-    """A tile's words to registers, as :func:`.operands.register_names` calls them.
+def _loads(spec: CodeSpec, prefix: str, wide: str, narrow: str, before: Mapping[int, str], to: int = 0) -> list[str]:
+    """A part's words to registers, as :func:`.operands.register_names` calls them.
 
-    wide, narrow: what loads a bin of 16 bits, and any other. before: by columns per word, the bits ahead of a lane's.
+    wide, narrow: what loads a bin of 16 bits, and any other. before: by columns per word, the bits ahead of a lane's. to:
+    the part's first byte.
     """
     lines = []
     for (_, repeat, at), names in zip(_bins(spec), register_names(spec, prefix), strict=True):
         lines.append(f"u32 {', '.join(f'{name}[4]' for name in names)};")
         if repeat == 1:
-            lines.append(f"{wide}({', '.join(names)}, tile + {at}, at);")
+            lines.append(f"{wide}({', '.join(names)}, tile + {to + at}, at);")
         else:
-            lines.append(f"{narrow}({names[0]}, tile + {at} + at.lane * 16);")
+            lines.append(f"{narrow}({names[0]}, tile + {to + at} + at.lane * 16);")
         if repeat in before:
             lines.append(f"for (int j = 0; j < 4; j++) {names[0]}[j] >>= {before[repeat]};")
     return lines
@@ -295,9 +297,10 @@ def _key_products(keys: _Keys) -> list[str]:
     return lines
 
 
-def _value_class(spec: CodeSpec) -> str:
-    quads = value_quads(spec)
-    direct = {quad.segment for quad in quads}
+def _value_class(spec: CodeSpec, parts: int, part_bytes: int) -> str:
+    names = [f"v{part}_" for part in range(parts)]
+    quads, selectors = ([of(spec, name) for name in names] for of in (value_quads, value_selectors))
+    direct = {quad.segment for quad in quads[0]}
     widths = [bits_of(pieces) for pieces in spec.segments]
     per_levels = [(direct_per_level if s in direct else integers_per_level)(w) for s, w in enumerate(widths)]
     lines = [
@@ -314,27 +317,32 @@ def _value_class(spec: CodeSpec) -> str:
         "return 0;",
         "}",
         "template <class S> static MEMBER void multiply(u32 tile, const Lane& at, const Tables& tables,"
-        " const u32 (&first)[ROW_TILES], const u32 (&second)[ROW_TILES], S& sums) {",
+        " const u32 (&first)[PARTS][ROW_TILES], const u32 (&second)[PARTS][ROW_TILES], S& sums) {",
     ]
     before = {4: "4 * (at.g >> 2)", 8: "2 * (at.g >> 1)"}
-    lines += _loads(spec, "v", "load_wide_values", "ldmatrix4_trans", before)
-    if quads:  # the weights' own sum, of which the middle of codes is taken off
+    for part, name in enumerate(names):
+        lines += _loads(spec, name, "load_wide_values", "ldmatrix4_trans", before, part * part_bytes)
+    if direct:  # the weights' own sum, of which the middle of codes is taken off
         ones = ", ".join(["0x01010101u"] * 4)
-        lines.append(f"{{ int c[ROW_TILES][4] = {{}}; products(c, {ones}, first, second);")
+        lines.append("{ int c[ROW_TILES][4] = {};")
+        lines += [f"products(c, {ones}, first[{part}], second[{part}]);" for part in range(parts)]
         lines.append("for (int n = 0; n < ROW_TILES; n++) sums.weights[n] = c[n][0] * 256 + c[n][1]; }")
-    for quad in quads:
-        lines.append(f"{{ int c[ROW_TILES][4] = {{}}; products(c, {', '.join(quad.texts)}, first, second);")
-        lines.append(f"sums.add({quad.segment}, {DIRECT[quad.width][1]}, c); }}")
-    selectors = value_selectors(spec)
-    if selectors:
-        lines.append("u32 b0[ROW_TILES], b1[ROW_TILES]; first_tokens_first(first, second, b0, b1);")
-    for selector in selectors:
-        low, high = selector.selectors
-        lines += [
-            *selector.statements,
-            f"{{ int c[ROW_TILES][4] = {{}}; ::multiply<{selector.width}>(c, {low}, {high}, b0, b1, tables);",
-            f"sums.add({selector.segment}, 0, c); }}",
-        ]
+    for of_parts in zip(*quads, strict=True):
+        lines.append("{ int c[ROW_TILES][4] = {};")
+        for part, quad in enumerate(of_parts):
+            lines.append(f"products(c, {', '.join(quad.texts)}, first[{part}], second[{part}]);")
+        lines.append(f"sums.add({of_parts[0].segment}, {DIRECT[of_parts[0].width][1]}, c); }}")
+    if selectors[0]:
+        lines.append("u32 b0[PARTS][ROW_TILES], b1[PARTS][ROW_TILES];")
+        lines += [f"first_tokens_first(first[{i}], second[{i}], b0[{i}], b1[{i}]);" for i in range(parts)]
+    for of_parts in zip(*selectors, strict=True):
+        for selector in of_parts:
+            lines += selector.statements
+        lines.append("{ int c[ROW_TILES][4] = {};")
+        for part, selector in enumerate(of_parts):
+            low, high = selector.selectors
+            lines.append(f"::multiply<{selector.width}>(c, {low}, {high}, b0[{part}], b1[{part}], tables);")
+        lines.append(f"sums.add({of_parts[0].segment}, 0, c); }}")
     return "\n".join([*lines, "}", "};"])
 
 
@@ -366,11 +374,13 @@ def source(shape: Shape) -> str:
         "CAPPED": int(shape.cap > 0),
         "TREE": int(shape.tree),
         "ROW_TILES": shape.row_tiles,
+        "PARTS": shape.parts,
         "STAGES": shape.stages,
         "KINDS": len(shape.keys),
-        "VALUES_AT": max(map(_tile_bytes, shape.keys)),
-        "SCALES_AT": shape.stage_bytes - _SCALES,
-        "STAGE_BYTES": shape.stage_bytes,
+        "VALUES_AT": max(map(_code_bytes, shape.keys)),
+        "SCALES_AT": shape.part_bytes - _SCALES,
+        "PART_BYTES": shape.part_bytes,
+        "STAGE_BYTES": shape.parts * shape.part_bytes,
     }
     widths = {bits_of(p) for spec in (*shape.keys, shape.values) for p in spec.segments}
     head = [f"#define {name} {value}" for name, value in numbers.items()]
@@ -383,7 +393,7 @@ def source(shape: Shape) -> str:
     lookups = "\n".join(_lookup(w) for w in sorted(widths) if w <= MAX_BITS)
     kinds_text = "\n".join(_key_class(kind, shape.keys[kind]) for kind in kinds)
     calls = "\n".join(f"if (KINDS == 1 || kind == {kind}) attend<Keys{kind}>(program);" for kind in kinds)
-    parts = ["\n".join(head), body, tables, lookups, kinds_text, _value_class(shape.values)]
+    parts = ["\n".join(head), body, tables, lookups, kinds_text, _value_class(shape.values, shape.parts, shape.part_bytes)]
     return "\n\n".join([*parts, rest.replace("// EACH KIND\n", calls + "\n")])
 
 
@@ -394,10 +404,10 @@ def _lookup(bits: int) -> str:
         f"template <> MEMBER void multiply<{bits}>(int (&c)[ROW_TILES][4], u32 z0, u32 z1, const u32 (&b0)[ROW_TILES],"
         " const u32 (&b1)[ROW_TILES], const Tables& tables) {"
     )
-    if bits < MAX_BITS:
-        return f"{head}\nlook_up({t[0]}, {t[-1]}, z0, z1, c, b0, b1);\n}}"
-    flip = "0x88888888u"
+    if bits < MAX_BITS:  # nibbles without their highest bit are finite as float16
+        return f"{head}\nlook_up({t[0]}, {t[-1]}, z0, z1, upper_half(z0), upper_half(z1), c, b0, b1);\n}}"
+    flip, upper = "0x88888888u", "z0 >> 16, z1 >> 16"
     return (
-        f"{head}\nlook_up({t[0]}, {t[1]}, z0, z1, c, b0, b1);\n"
-        f"look_up({t[2]}, {t[3]}, z0 ^ {flip}, z1 ^ {flip}, c, b0, b1);\n}}"
+        f"{head}\nlook_up({t[0]}, {t[1]}, z0, z1, {upper}, c, b0, b1);\nz0 ^= {flip}, z1 ^= {flip};\n"
+        f"look_up({t[2]}, {t[3]}, z0, z1, {upper}, c, b0, b1);\n}}"
     )

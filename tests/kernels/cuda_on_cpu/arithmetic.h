@@ -49,6 +49,11 @@ DEVICE u32 prmt(u32 a, u32 b, u32 selector) {
     return result;
 }
 
+DEVICE u32 upper_half(u32 x) {
+    if ((x >> 26 & 31) == 31) emulator::fault("upper_half of %08x, which is no number of float16", x);
+    return (x >> 16) * 0x10001u;
+}
+
 DEVICE u32 select_bits(u32 mask, u32 a, u32 b) { return (a & mask) | (b & ~mask); }
 
 DEVICE float exp2f_(float x) {  // ex2.approx.ftz
