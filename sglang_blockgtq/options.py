@@ -19,7 +19,7 @@ GRANULARITIES = ("block", "segment")
 SPELLINGS = {"slot": "segment"}  # of a granularity
 BY_SEGMENTS = ("paper", "product")  # allocators that have a choice
 CHUNK_ATTENTION = ("raw", "quantized")
-DECODE_KERNELS = ("triton", "cuda")
+DECODE_KERNELS = ("auto", "triton", "cuda")
 RECALIBRATE = ("never", "flush")
 #: name -> options that it stands for; those that are given beside it win. What each costs a model: make quality.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -55,7 +55,8 @@ class KVQuantOptions:
 
     k_bits, v_bits: average bits per channel, may be fractional. None with a table: the table's; else they are chosen
         from bits_range as the fewest whose measured KL is at most max_kl, or TARGET_KL.
-    decode_kernel: what reads rows in a decode step on a GPU. "triton": the kernel for any GPU; "cuda": that for Hopper.
+    decode_kernel: what reads rows in a decode step on a GPU. "triton": the kernel for any GPU; "cuda": that for Hopper;
+        "auto": the faster one of those that can.
     max_kl: nats a token above which the server does not start.
     granularity: what ``paper`` and ``product`` give a width of its own. "segment": whole segments of 16 channels,
         at most four kinds of heads in a model, which the fast kernels read. "block": each RoPE block, as in the
@@ -78,7 +79,7 @@ class KVQuantOptions:
     calibration_tokens: int = 2048
     cache_dir: str = ""
     chunk_attention: str = "raw"
-    decode_kernel: str = "triton"
+    decode_kernel: str = "auto"
     max_kl: float | None = None
     bits_range: tuple[float, float] = DEFAULT_RANGE
     check_rows: int = 0
@@ -199,7 +200,7 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
     add(
         "decode_kernel",
         "NAME",
-        "Decode attention on a GPU: 'triton' (default), or 'cuda', a kernel for Hopper on integer tensor cores.",
+        "Decode attention on a GPU: 'triton', 'cuda' (for Hopper), or 'auto' (default), the faster one that serves.",
     )
     add("max_kl", "NATS", "Do not start if the cache costs more than this KL of the answer a token, e.g. 0.05.")
     add("bits_range", "LOW-HIGH", "What --kv-quant-preset auto may choose from (default 3-8).")

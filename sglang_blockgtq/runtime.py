@@ -94,7 +94,7 @@ class Runtime:
         """What reads rows in a decode step."""
         if self.buffers is None:
             return "PyTorch"
-        return "CUDA" if self.options.decode_kernel == "cuda" else "Triton"
+        return self.buffers.decode_attention
 
     def memory(self) -> dict[str, int]:
         """Bytes on this rank by kind, without the rows: all of it is there before the cache is sized."""
@@ -194,7 +194,7 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
         made = layers_of(table, heads, ids.values(), runner.device, runner.model_config.context_len)
         return {layer: made[row] for layer, row in ids.items()}
 
-    cuda_kernel.ENABLED = options.decode_kernel == "cuda"
+    cuda_kernel.CHOICE = options.decode_kernel
     begin = time.perf_counter()
     try:
         choice = choose(runner, options, make)

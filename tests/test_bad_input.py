@@ -366,7 +366,7 @@ def test_allocator_and_chunk_attention(model):
     message = refusal(model(), "--kv-quant-chunk-attention", "exact", kv_quant_chunk_attention="exact")
     assert "raw, quantized" in message
     message = refusal(model(), "--kv-quant-decode-kernel", "fast", kv_quant_decode_kernel="fast")
-    assert "triton, cuda" in message
+    assert "auto, triton, cuda" in message
     message = refusal(model(), "--kv-quant-decode-kernel", "cuda", kv_quant_decode_kernel="cuda")
     assert "--kv-quant-decode-kernel cuda: not on --device cpu: it is a kernel for Hopper" in message
 

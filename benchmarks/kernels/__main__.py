@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         print("benchmarks.kernels needs a CUDA device", file=sys.stderr)
         return 2
     tuned = retune(args.tuning)
-    cuda.ENABLED = args.cuda
+    cuda.CHOICE = "cuda" if args.cuda else "triton"
     torch.backends.cuda.matmul.allow_tf32 = False  # the reference is float32
     gc.freeze()  # a collection before each capture is then quick
     provenance = record.provenance(sys.argv[1:] if argv is None else argv, args.commit)

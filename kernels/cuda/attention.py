@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TypeGuard
 
@@ -15,12 +15,13 @@ from ..terms import Terms
 from . import compile as nvrtc
 from . import launch
 from .operands import MAX_BITS, bits_of
-from .source import ROWS, Shape, source, text_of
+from .source import ROWS, Shape, part_bytes, source, text_of
 
-#: Whether it is used where it can be, in place of Triton's.
-ENABLED = False
+#: What reads rows in decode: "triton"; "cuda", where it serves a layer; "auto", where it is the faster one, too.
+CHOICE = "auto"
 MAX_ROW_TILES = 2  # of ROWS query rows, that a program serves
 _LOG2E = 1.4426950408889634
+_SHARED_BYTES = 227 * 1024  # of a multiprocessor
 _TYPES = "P" * 10 + "iiifii"
 
 
@@ -31,11 +32,14 @@ class Tuning:
 
     programs: int
     stages: int = 2
-    parts: int = 2
+    parts: int = 1
 
 
 def _tuning(tables: ColumnTables, row_tiles: int) -> Tuning:
-    return Tuning(16 if len(tables.v_spec.segments) * row_tiles <= 8 else 8)
+    """Two parts where they fit for the most programs: more bytes take registers that they are short of, too."""
+    tuning = Tuning(16 if len(tables.v_spec.segments) * row_tiles <= 8 else 8)
+    fit = 2 * tuning.stages * 16 * part_bytes(tables.k_templates, tables.v_spec) <= _SHARED_BYTES
+    return replace(tuning, parts=2) if fit else tuning
 
 
 @cache
@@ -51,17 +55,23 @@ def device_lacks(device: torch.device) -> str | None:
 
 
 def lacks(tables: Tables) -> str | None:
-    """Why this kernel does not serve a layer, or None."""
-    if not ENABLED:
-        return "nobody asked for the CUDA kernel"
+    """Why this kernel cannot serve a layer, or None."""
     if not isinstance(tables, ColumnTables):
         return "rows that are not in columns"
     return _values_lack(tables.v_spec) or device_lacks(tables.device)
 
 
-def serves(tables: Tables) -> TypeGuard[ColumnTables]:
-    """Whether decode reads a layer's rows by this kernel."""
-    return lacks(tables) is None
+def serves(tables: Tables, rows: int) -> TypeGuard[ColumnTables]:
+    """Whether decode reads a layer's rows by this kernel, for ``rows`` query rows of a KV head."""
+    if CHOICE == "triton" or not isinstance(tables, ColumnTables) or lacks(tables):
+        return False
+    return CHOICE == "cuda" or _faster(tables.v_spec, rows)
+
+
+@cache
+def _faster(values: CodeSpec, rows: int) -> bool:
+    """Than Triton's, by what was measured on an H200 (docs/kernels.md)."""
+    return rows <= ROWS or max(map(bits_of, values.segments)) > 2
 
 
 def row_tiles(rows: int) -> int:

@@ -183,25 +183,29 @@ DEVICE const float* query_row(const Program& p, int row) {
   return p.q + token * p.stride_qt + (i64)(p.head * GROUP + last % GROUP) * p.stride_qh;
 }
 
-// Of the head's codes in the block of a slot, and a number of bytes for each row before it there.
+// Of the head's codes in the block of a slot, and a number of bytes for each row before it there. Products with numbers
+// that no compiler knows are not made into sums, of which there are many elsewhere.
 DEVICE u64 row_at(u64 base, u32 slot, u32 bytes) {
-  return mad_wide(slot >> 4, ROW_BYTES * BLOCK_SLOTS, base) + (slot & 15) * bytes;
+  return mad_wide(slot & 15, opaque(bytes), mad_wide(slot >> 4, opaque(ROW_BYTES * BLOCK_SLOTS), base));
 }
 
 template <class Keys> DEVICE void start_part(const Program& p, u32 to, u32 slot, const Lane& at) {
   const u32 low = shfl(slot, at.lane >> 1), high = shfl(slot, 16 + (at.lane >> 1));
   const u64 half = p.keys + (at.lane & 1) * 16;
   const u64 first = row_at(half, low, 32), second = row_at(half, high, 32);
-  const u64 block = mad_wide(slot >> 4, ROW_BYTES * BLOCK_SLOTS, p.keys);
+  const u64 block = mad_wide(slot >> 4, opaque(ROW_BYTES * BLOCK_SLOTS), p.keys);
   Keys::copy(to, From{block, slot & 15, {first, second}}, at.lane);
   const u32 to_values = p.to_values;
   Values::copy(to + VALUES_AT, From{block + to_values, slot & 15, {first + to_values, second + to_values}}, at.lane);
   copy_async<4>(to + SCALES_AT + at.lane * 4, (const void*)row_at(p.scales, slot, 4));
 }
 
-template <class Keys> DEVICE void start_tile(const Program& p, u32 to, const u32 (&slot)[PARTS], const Lane& at) {
+// The parts that a split has.
+template <class Keys>
+DEVICE void start_tile(const Program& p, u32 to, int from, const u32 (&slot)[PARTS], const Lane& at) {
 #pragma unroll
-  for (int i = 0; i < PARTS; i++) start_part<Keys>(p, to + i * PART_BYTES, slot[i], at);
+  for (int i = 0; i < PARTS; i++)
+    if (from + i * PART < p.end) start_part<Keys>(p, to + i * PART_BYTES, slot[i], at);
 }
 
 DEVICE u32 slot_of(const Program& p, int token) { return (u32)p.slots[smaller(token, p.end - 1)]; }
@@ -211,9 +215,17 @@ DEVICE void load_slots(const Program& p, int from, u32 (&slot)[PARTS]) {
   for (int i = 0; i < PARTS; i++) slot[i] = slot_of(p, from + i * PART + (int)lane());
 }
 
+DEVICE const float* mean_of(const Program& p, int token) {
+  return p.means + ((i64)(token / PAGE_OR_ONE) * HEADS + p.head) * PADDED;
+}
+
+DEVICE void prefetch_mean(const Program& p, int token) {
+  if (token < p.end) prefetch_l1(mean_of(p, token) + lane() * PADDED / 32);
+}
+
 // What the page's mean gives to the lane's rows, in base 2.
 template <class Keys> DEVICE void page_bias(const Program& p, int token, const Lane& at, float (&bias)[ROW_TILES]) {
-  const Pair* mean = (const Pair*)(p.means + ((i64)(token / PAGE_OR_ONE) * HEADS + p.head) * PADDED) + at.t;
+  const Pair* mean = (const Pair*)mean_of(p, token) + at.t;
 #pragma unroll
   for (int n = 0; n < ROW_TILES; n++) {
     float sum = Keys::dot((const Pair*)query_row(p, 4 * n + (at.g >> 1)) + at.t, mean, at.g & 1);
@@ -222,6 +234,7 @@ template <class Keys> DEVICE void page_bias(const Program& p, int token, const L
     sum += shfl_xor(sum, 4);
     bias[n] = shfl(sum, 8 * at.t) * p.to_log2;
   }
+  prefetch_mean(p, token + PAGE_OR_ONE);
 }
 
 template <class Keys> DEVICE void attend(const Program& p) {
@@ -233,7 +246,7 @@ template <class Keys> DEVICE void attend(const Program& p) {
 
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) {
-    if (p.begin + s * TILE < p.end) start_tile<Keys>(p, tiles + s * STAGE_BYTES, p.ahead[s], at);
+    start_tile<Keys>(p, tiles + s * STAGE_BYTES, p.begin + s * TILE, p.ahead[s], at);
     copy_commit();
   }
   u32 slot[PARTS];
@@ -280,7 +293,7 @@ template <class Keys> DEVICE void attend(const Program& p) {
     syncwarp();
     {
       const int next = stage == 0 ? STAGES - 1 : stage - 1, ahead = from + (STAGES - 1) * TILE;
-      if (ahead < p.end) start_tile<Keys>(p, tiles + next * STAGE_BYTES, slot, at);
+      start_tile<Keys>(p, tiles + next * STAGE_BYTES, ahead, slot, at);
       copy_commit();
       load_slots(p, ahead + TILE, slot);
     }
@@ -292,6 +305,15 @@ template <class Keys> DEVICE void attend(const Program& p) {
 #pragma unroll
     for (int i = 0; i < PARTS; i++) {
       const int first = from + i * PART;
+      if (i > 0 && first >= p.end) {  // none of it is there
+#pragma unroll
+        for (int j = 4 * i; j < 4 * i + 4; j++) {
+          v_scale[j] = 1;
+#pragma unroll
+          for (int n = 0; n < ROW_TILES; n++) x[n][j] = -1e30f;
+        }
+        continue;
+      }
       if (PAGE > 0 && (first == p.begin || first % PAGE_OR_ONE == 0)) page_bias<Keys>(p, first, at, bias);
       Logits logits;
 #pragma unroll
@@ -379,7 +401,11 @@ template <class Keys> DEVICE void attend(const Program& p) {
         second[i][n] = movmatrix(prmt(weight[4 * i + 2], weight[4 * i + 3], 0x4051) ^ 0x80800000u);
       }
     }
-    Values::multiply(tile + VALUES_AT, at, tables, first, second, sums);
+    if (PARTS == 1 || from + PART < p.end) {
+      Values::multiply(tile + VALUES_AT, at, tables, first, second, sums);
+    } else {
+      Values::multiply_first(tile + VALUES_AT, at, tables, first, second, sums);
+    }
   }
   copy_wait<0>();
 
@@ -537,6 +563,7 @@ KERNEL decode(const float* q,                // [B * QUERIES, Hq, dim], rotated
       prefetch_l2((const void*)row_at(scales, slot, 4));
     }
   }
+  if (PAGE > 0) prefetch_mean(program, begin);
   wait_ahead();
   release_next();
   // EACH KIND

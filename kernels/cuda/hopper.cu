@@ -257,6 +257,7 @@ DEVICE u32 fma_f16x2(u32 a, u32 b, u32 c) {
 
 // Beside the kernels ahead and behind (programmatic dependent launch).
 
+DEVICE void prefetch_l1(const void* global) { asm volatile("prefetch.global.L1 [%0];" ::"l"(global) : "memory"); }
 DEVICE void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory"); }
 
 // Until the kernel ahead is complete and its writes are seen. Loads through const __restrict__ are moved before it:

@@ -42,7 +42,8 @@ _SCALES = 4 * PART
 
 @dataclass(frozen=True)
 class Shape:
-    """All that a binary is compiled for. row_tiles: of ROWS query rows, in one program. parts: of PART tokens, in a tile."""
+    """All that a binary is compiled for. row_tiles: of ROWS query rows, in one program. parts: of PART tokens, in a
+    tile."""
 
     row_bytes: int
     k_stride: int
@@ -69,8 +70,7 @@ class Shape:
 
     @property
     def part_bytes(self) -> int:
-        """Of a part in shared memory."""
-        return max(map(_code_bytes, self.keys)) + _code_bytes(self.values) + _SCALES
+        return part_bytes(self.keys, self.values)
 
     @property
     def shared_bytes(self) -> int:
@@ -84,6 +84,11 @@ def _bin_bytes(repeat: int) -> int:
 
 def _code_bytes(spec: CodeSpec) -> int:
     return sum(map(_bin_bytes, spec.repeat))
+
+
+def part_bytes(keys: tuple[CodeSpec, ...], values: CodeSpec) -> int:
+    """Of a part in shared memory."""
+    return max(map(_code_bytes, keys)) + _code_bytes(values) + _SCALES
 
 
 def _bins(spec: CodeSpec) -> list[tuple[int, int, int]]:
@@ -258,8 +263,8 @@ def _operands(keys: _Keys) -> list[str]:
 def _loads(spec: CodeSpec, prefix: str, wide: str, narrow: str, before: Mapping[int, str], to: int = 0) -> list[str]:
     """A part's words to registers, as :func:`.operands.register_names` calls them.
 
-    wide, narrow: what loads a bin of 16 bits, and any other. before: by columns per word, the bits ahead of a lane's. to:
-    the part's first byte.
+    wide, narrow: what loads a bin of 16 bits, and any other. before: by columns per word, the bits ahead of a lane's.
+    to: the part's first byte.
     """
     lines = []
     for (_, repeat, at), names in zip(_bins(spec), register_names(spec, prefix), strict=True):
@@ -298,9 +303,7 @@ def _key_products(keys: _Keys) -> list[str]:
 
 
 def _value_class(spec: CodeSpec, parts: int, part_bytes: int) -> str:
-    names = [f"v{part}_" for part in range(parts)]
-    quads, selectors = ([of(spec, name) for name in names] for of in (value_quads, value_selectors))
-    direct = {quad.segment for quad in quads[0]}
+    direct = {quad.segment for quad in value_quads(spec)}
     widths = [bits_of(pieces) for pieces in spec.segments]
     per_levels = [(direct_per_level if s in direct else integers_per_level)(w) for s, w in enumerate(widths)]
     lines = [
@@ -316,13 +319,26 @@ def _value_class(spec: CodeSpec, parts: int, part_bytes: int) -> str:
         *(f"if (segment == {s}) return {1 / per_level:.9e}f;" for s, per_level in enumerate(per_levels)),
         "return 0;",
         "}",
-        "template <class S> static MEMBER void multiply(u32 tile, const Lane& at, const Tables& tables,"
-        " const u32 (&first)[PARTS][ROW_TILES], const u32 (&second)[PARTS][ROW_TILES], S& sums) {",
     ]
+    for name, count in (("multiply", parts), ("multiply_first", 1)):
+        lines += [
+            f"template <class S> static MEMBER void {name}(u32 tile, const Lane& at, const Tables& tables,"
+            " const u32 (&first)[PARTS][ROW_TILES], const u32 (&second)[PARTS][ROW_TILES], S& sums) {",
+            *_value_products(spec, count, part_bytes),
+            "}",
+        ]
+    return "\n".join([*lines, "};"])
+
+
+def _value_products(spec: CodeSpec, parts: int, part_bytes: int) -> list[str]:
+    """Of the first ``parts`` parts of a tile."""
+    names = [f"v{part}_" for part in range(parts)]
+    quads, selectors = ([of(spec, name) for name in names] for of in (value_quads, value_selectors))
     before = {4: "4 * (at.g >> 2)", 8: "2 * (at.g >> 1)"}
+    lines = []
     for part, name in enumerate(names):
         lines += _loads(spec, name, "load_wide_values", "ldmatrix4_trans", before, part * part_bytes)
-    if direct:  # the weights' own sum, of which the middle of codes is taken off
+    if quads[0]:  # the weights' own sum, of which the middle of codes is taken off
         ones = ", ".join(["0x01010101u"] * 4)
         lines.append("{ int c[ROW_TILES][4] = {};")
         lines += [f"products(c, {ones}, first[{part}], second[{part}]);" for part in range(parts)]
@@ -343,7 +359,7 @@ def _value_class(spec: CodeSpec, parts: int, part_bytes: int) -> str:
             low, high = selector.selectors
             lines.append(f"::multiply<{selector.width}>(c, {low}, {high}, b0[{part}], b1[{part}], tables);")
         lines.append(f"sums.add({of_parts[0].segment}, 0, c); }}")
-    return "\n".join([*lines, "}", "};"])
+    return lines
 
 
 @cache
@@ -393,7 +409,8 @@ def source(shape: Shape) -> str:
     lookups = "\n".join(_lookup(w) for w in sorted(widths) if w <= MAX_BITS)
     kinds_text = "\n".join(_key_class(kind, shape.keys[kind]) for kind in kinds)
     calls = "\n".join(f"if (KINDS == 1 || kind == {kind}) attend<Keys{kind}>(program);" for kind in kinds)
-    parts = ["\n".join(head), body, tables, lookups, kinds_text, _value_class(shape.values, shape.parts, shape.part_bytes)]
+    values = _value_class(shape.values, shape.parts, shape.part_bytes)
+    parts = ["\n".join(head), body, tables, lookups, kinds_text, values]
     return "\n\n".join([*parts, rest.replace("// EACH KIND\n", calls + "\n")])
 
 

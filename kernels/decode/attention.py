@@ -83,7 +83,7 @@ def target_splits(tables: Tables, num_heads: int, q_len: int = 1) -> int:
     A constant of the device and the model, so that it can stand in a CUDA graph.
     """
     rows = num_heads // tables.heads * q_len
-    if cuda.serves(tables):
+    if cuda.serves(tables, rows):
         per_sm, programs = cuda.programs(tables, rows)
         return max(1, multiprocessors(tables.device) * per_sm // (tables.heads * programs))
     block_m = _block_m(tables, rows)
@@ -179,7 +179,7 @@ def decode_attention(
     if rotated is None:
         rotated = rotate_queries(tables.k, q, num_heads // tables.heads)
     attend: Callable[..., None] = _attend if isinstance(tables, ColumnTables) else any_layout.attend
-    if cuda.serves(tables):
+    if cuda.serves(tables, num_heads // tables.heads * q_len):
         attend = cuda.attend
     where = q_len, target, splits, scratch.out, scratch.lse
     attend(tables, rotated, rows, kv_indptr, kv_indices, sm_scale, terms, tree, *where)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.cuda import attention as cuda
 from ..kernels.decode.attention import DecodeScratch
 from ..kernels.layer import TritonLayer
 from ..speculation import Verification
@@ -22,12 +23,13 @@ MAX_REQUESTS = 4096  # that SGLang runs at a time where nothing else is said
 class Buffers:
     """One for all layers and batch sizes, so that no captured graph keeps its own.
 
-    prefill: the dense kernel that reads the workspace. scratch: of decode's splits. graph_slots: int32, the slots of
-    the largest captured batch at full context; None without graphs. verification: of drafts, with splits of its own;
-    None without speculation.
+    prefill: the dense kernel that reads the workspace. decode_attention: what reads rows in a decode step. scratch: of
+    decode's splits. graph_slots: int32, the slots of the largest captured batch at full context; None without graphs.
+    verification: of drafts, with splits of its own; None without speculation.
     """
 
     prefill: Prefill
+    decode_attention: str
     workspace: Workspace
     scratch: DecodeScratch
     graph_slots: torch.Tensor | None
@@ -53,6 +55,7 @@ class Buffers:
         scratch = DecodeScratch.of(layer.tables, requests, num_heads, ahead) if verification else None
         return cls(
             prefill=prefill,
+            decode_attention="CUDA" if cuda.serves(layer.tables, num_heads // layer.tables.heads) else "Triton",
             workspace=Workspace(layer, prefill.attend, runner.dtype, runner.device, tokens, least=together),
             scratch=DecodeScratch.of(layer.tables, requests, num_heads),
             graph_slots=new_graph_slots(captured * (context + ahead), runner.device) if captured else None,

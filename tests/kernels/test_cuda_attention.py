@@ -83,7 +83,7 @@ class _OnCpu:
 
 @pytest.fixture(autouse=True)
 def _emulated(monkeypatch):
-    monkeypatch.setattr(cuda, "ENABLED", True)
+    monkeypatch.setattr(cuda, "CHOICE", "cuda")
     if DEVICE == "cuda":
         return
     if reason := cuda_on_cpu.missing():

@@ -22,6 +22,7 @@ KERNEL every(u32* out, const char* in, i64 rows, int seven, float half) {
   const u32 at = shared_address(shared), l = lane(), pick = l * 0x01010101u;
   int row = 0;
   auto put = [&](u32 x) { out[(block_x() + grid_x() * block_y()) * rows * 32 + row++ * 32 + l] = x; };
+  prefetch_l1(in);
   prefetch_l2(in);
   wait_ahead();
   release_next();
@@ -57,11 +58,12 @@ KERNEL every(u32* out, const char* in, i64 rows, int seven, float half) {
   put(opaque(l)), put((u32)wide), put((u32)(wide >> 32)), put(bits_set(l));
   put(bits(larger(half, (float)l))), put(bits(smaller(half, (float)l)));
   put(larger((int)l - 9, 2)), put(smaller((int)l - 9, 2));
+  put(upper_half(a) & 0xffff);
   put(sum_of_all((int)l - 9)), put(largest_of_all((int)l - 9));
   put(block_x()), put(block_y()), put(grid_x()), put(grid_y()), put(seven);
 }
 """
-ROWS = 51
+ROWS = 52
 TYPES = "PPqif"
 
 needs_nvrtc = pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))
@@ -341,7 +343,7 @@ def expected(words: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     rows += [pair(x + 2, 7.5), pair(x - 2, -6.5), pair(2 * x, 3.5), pair(2 * x + 2, 10.5)]
     rows += [lanes, (lanes % 2) * -(2**31) + 5, lanes // 2, torch.tensor([n.bit_count() for n in range(32)])]
     rows += [bits(x.clamp(min=0.5)), bits(x.clamp(max=0.5)), (lanes - 9).clamp(min=2), (lanes - 9).clamp(max=2)]
-    rows += [same(int(lanes.sum()) - 9 * 32), same(22)]
+    rows += [same(0x3800), same(int(lanes.sum()) - 9 * 32), same(22)]
     rows += [same(0), same(0), same(grid[0]), same(grid[1]), same(7)]
     return torch.stack([row.int() for row in rows])
 

@@ -61,6 +61,8 @@ DEVICE void prefetch_l2(const void* p, LINE) {
     emulator::calls.prefetches++;
 }
 
+DEVICE void prefetch_l1(const void* p, LINE) { prefetch_l2(p, line); }
+
 DEVICE void wait_ahead(LINE) {
     emulator::self(line).waited = true;
     emulator::calls.waits++;

@@ -54,6 +54,7 @@ def register():
             ahead = verification.q_len if verification else 0
             return Buffers(
                 prefill=Prefill(triton_attention, "SGLang's Triton kernel"),
+                decode_attention="Triton",
                 workspace=Workspace(layer, triton_attention, runner.dtype, "cpu", 40, least=window and window + CHUNK),
                 scratch=DecodeScratch.of(layer.tables, MOST, self.num_head),
                 graph_slots=new_graph_slots(MOST * (context + ahead), "cpu"),
