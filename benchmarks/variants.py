@@ -15,6 +15,10 @@ greedy. Columns, where they do not say it themselves:
     accept         tokens of a verification step, the mean of all prompts
     tokens_per_s   behind an answer's first token, the median of all prompts
     first_s        seconds to the first token of a fresh prompt, the median of all prompts
+
+--beside N adds a row to each of the first variants, called after it and N, as in plain+3: its own answers once more,
+each while N other requests are being answered. Prompts are read alone as before, so only the batch of the steps is
+another; where these answers part is what a server's rounding alone does.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +46,7 @@ COLUMNS = (
     *("accept", "tokens_per_s", "first_s", "start_s", "note"),
 )
 LAST = 64  # tokens of a prompt whose log-probabilities are compared
+OTHER = 32  # tokens of a prompt that is answered beside another
 TOP = 20  # tokens that are looked through where two answers part
 SOURCES = ("argparse", "ast", "inspect", "pickle", "subprocess", "tarfile", "typing", "turtle", "doctest", "zipfile")
 
@@ -114,14 +120,49 @@ def answer(server: Server, ids: list[int], new: int) -> Answer:
     )
 
 
-def parted(first: Answer, other: Answer) -> tuple[int, float]:
+def parted(first: Answer, other: list[int]) -> tuple[int, float]:
     """How many tokens two answers begin with, and how much less likely the other's next one is to the first, nats: at
     least so much where it is not among the TOP."""
-    same = next((i for i, (a, b) in enumerate(zip(first.tokens, other.tokens, strict=True)) if a != b), None)
+    same = next((i for i, (a, b) in enumerate(zip(first.tokens, other, strict=True)) if a != b), None)
     if same is None:
         return len(first.tokens), 0.0
     place = first.best[same]
-    return same, max(place.values()) - place.get(other.tokens[same], min(place.values()))
+    return same, max(place.values()) - place.get(other[same], min(place.values()))
+
+
+def where_they_part(first: list[Answer], others: list[list[int]]) -> dict:
+    both = [parted(a, b) for a, b in zip(first, others, strict=True)]
+    return {"same": min(same for same, _ in both), "of": len(first[0].tokens), "tie": max(tie for _, tie in both)}
+
+
+@contextmanager
+def answering(server: Server, texts: Iterable[list[int]], new: int) -> Iterator[None]:
+    """Within the context greedy answers to ``texts`` are being written, of at most ``new`` tokens; then they are given
+    up. ServerError if one has ended before."""
+    with ExitStack() as stack:
+        threads, going = stack.enter_context(ThreadPoolExecutor()), []
+        stack.callback(requests.post, server.url + "/abort_request", json={"abort_all": True}, timeout=60)
+        for ids in texts:
+            sampling = {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}
+            body = {"input_ids": ids, "sampling_params": sampling, "stream": True}
+            response = requests.post(server.url + "/generate", json=body, stream=True, timeout=1800)
+            response.raise_for_status()
+            lines = response.iter_lines()
+            next(lines)  # it was read, and its answer begins
+            going.append(threads.submit(list, lines))
+        yield
+        if any(other.done() for other in going):
+            raise ServerError("what was to be answered beside a prompt was so before it")
+
+
+def answered_beside(server: Server, ids: list[int], new: int, others: list[list[int]]) -> list[int]:
+    """The tokens of an answer to ``ids`` while others are being answered. ServerError."""
+    server.flush()
+    with answering(server, others, 4 * new):
+        meta = server.generate(ids, new)
+    if meta["cached_tokens"]:  # read otherwise than alone
+        raise ServerError(f"a prompt beside others shares {meta['cached_tokens']} tokens with them")
+    return [token for _, token, *_ in meta["output_token_logprobs"]]
 
 
 @dataclass(frozen=True)
@@ -145,14 +186,11 @@ class Seen:
         return cls(cold, warm, [answer(server, ids, new) for ids in texts])
 
     def beside(self, first: Seen) -> dict:
-        both = [parted(a, b) for a, b in zip(first.answers, self.answers, strict=True)]
         accepts = [a.accept for a in self.answers if a.accept]
         return {
             "cold": gap(self.cold, first.cold),
             "warm": gap(self.warm, first.cold),
-            "same": min(same for same, _ in both),
-            "of": len(first.answers[0].tokens),
-            "tie": max(tie for _, tie in both),
+            **where_they_part(first.answers, [a.tokens for a in self.answers]),
             "accept": fmean(accepts) if accepts else "",
             "tokens_per_s": median(a.tokens_per_s for a in self.answers),
             "first_s": median(a.first_s for a in self.answers),
@@ -191,6 +229,7 @@ def measure(args: argparse.Namespace, record: Record) -> int:
     """How many servers failed."""
     pairs = [(cache, variant) for cache in args.cache for variant in args.variant]
     texts = {n: prompts(args.model, n, args.prompts) for n in args.lengths}
+    others = [ids[::-1] for ids in prompts(args.model, OTHER, args.beside)]  # none begins as a prompt does
     failed = 0
     with started(args, pairs) as servers:
         broken = wait_for(servers.values(), args.start)
@@ -206,7 +245,12 @@ def measure(args: argparse.Namespace, record: Record) -> int:
                 for n in args.lengths:
                     seen = Seen.of(server, texts[n], args.new)
                     first = firsts.setdefault((cache, n), seen)
-                    record.add(Row({**row, "input_tokens": n, "prompts": args.prompts, **seen.beside(first)}))
+                    row |= {"input_tokens": n, "prompts": args.prompts}
+                    record.add(Row({**row, **seen.beside(first)}))
+                    if args.beside and first is seen:
+                        again = [answered_beside(server, ids, args.new, others) for ids in texts[n]]
+                        named = {"variant": f"{variant}+{args.beside}"}
+                        record.add(Row({**row, **named, **where_they_part(first.answers, again)}))
             except (ServerError, requests.RequestException, TimeoutError) as e:
                 failed += 1
                 lines = [line for line in str(e).splitlines() if "Error" in line or line.startswith("error:")]
@@ -230,6 +274,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--share", type=float, metavar="F", help="of a GPU's memory, for all servers together; default: SGLang's own")
     add("--lengths", type=lengths, default=[1000, 8000], metavar="N,N", help="tokens of a prompt; default: 1000,8000")
     add("--prompts", type=int, default=4, help="of each length (default 4)")
+    add("--beside", type=int, default=0, metavar="N", help="the first variant's answers beside N others, too")
     add("--new", type=int, default=200, help="tokens of an answer (default 200)")
     add("--start", type=float, default=400, metavar="SECONDS", help="in which servers must start (default 400)")
     add("--logs", type=Path, metavar="FOLDER", help="keep the servers' logs there")
@@ -239,7 +284,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--model {args.model}: no tokenizer_config.json there; name a model's folder")
     if min(args.lengths) <= LAST:
         parser.error(f"--lengths {min(args.lengths)}: more than {LAST} are needed, of which the last are compared")
-    for name, value, least in (("--prompts", args.prompts, 1), ("--new", args.new, 2)):
+    for name, value, least in (("--prompts", args.prompts, 1), ("--new", args.new, 2), ("--beside", args.beside, 0)):
         if value < least:
             parser.error(f"{name} {value}: {least} is the least")
     return args

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _BYTE, _POSITION = -1640531535, 668265263  # odd
 BYTE, POSITION = tl.constexpr(_BYTE), tl.constexpr(_POSITION)
-_AT_ONCE = 1 << 16  # rows that are gathered for a comparison of many
+_AT_ONCE = 1 << 13  # rows that are gathered for a comparison of many: some 20 MB, where a GPU's memory is taken
 _SLOT_BITS, _POSITION_BITS = 32, 22
 
 

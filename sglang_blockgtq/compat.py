@@ -209,6 +209,7 @@ CALLS = {
     ),
     "layers.attention.base_attn_backend.AttentionBackend.shared_read_ends": "SharedReadEnds.IN_REPLAY",
     "managers.data_parallel_controller.DataParallelController.get_init_info": "self._scheduler_init_infos",
+    "managers.scheduler.Scheduler.flush_cache": "self.is_fully_idle(ignore_waiting=self._engine_paused)",
     "managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper.handle": "self._flush_cache()",
     "managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper.check_pending": "self._flush_cache()",
     "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.update_weights_from_distributed": (

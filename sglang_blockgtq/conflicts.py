@@ -157,6 +157,12 @@ REFUSALS = (
     Refusal(
         "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", _set, "packed pools are sized before graphs are captured", "unset it"
     ),
+    Refusal(
+        "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
+        _set,
+        "a graph of what prepares a step would leave out what the host does then for drafts' trees and checks of rows",
+        "unset it",
+    ),
     Refusal("SGLANG_USE_HND_KVCACHE", _set, "packed rows have their own layout", "unset it"),
 )
 

@@ -365,11 +365,11 @@ def _attach_storage_backend(orig: Any, self: Any, storage_backend: str, *args: A
 
 
 def _flush_cache(self: Any, *args: Any, **kwargs: Any) -> None:
-    """self: a Scheduler. Before its prefix cache is emptied."""
+    """self: a Scheduler. Before its prefix cache is emptied, which it is only where nothing runs."""
     from .pool import packed_pool
 
     pool = packed_pool(self.tp_worker.model_runner.token_to_kv_pool)
-    if pool is not None and pool.check is not None:
+    if pool is not None and pool.check is not None and self.is_fully_idle(ignore_waiting=self._engine_paused):
         pool.check.compare_cached(self.tree_cache)
 
 

@@ -44,7 +44,9 @@ def draft_bytes_per_token(configurator: Any) -> int:
     from sglang.srt.speculative.dflash_utils import dflash_draft_cell_size_per_token
 
     algorithm, aux = configurator.spec_algorithm, configurator.spec_aux_config
-    if not (algorithm.is_eagle() or algorithm.is_standalone()) or not aux.eagle_draft_num_layers:
+    # Of heads in the target's own checkpoint SGLang counts none where the target's config does not say how many.
+    layers = aux.eagle_draft_num_layers or aux.draft_kv_num_layers
+    if not (algorithm.is_eagle() or algorithm.is_standalone()) or not layers:
         return 0
     model = aux.draft_model_config or configurator.model_config
     _, dtype = configure_kv_cache_dtype(
@@ -58,7 +60,7 @@ def draft_bytes_per_token(configurator: Any) -> int:
     )
     return dflash_draft_cell_size_per_token(
         draft_model_config=model,
-        draft_num_layers=int(aux.eagle_draft_num_layers),
+        draft_num_layers=int(layers),
         draft_kv_cache_dtype=dtype,
         tp_size=configurator.draft_attn_tp_size,
     )

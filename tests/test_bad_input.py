@@ -175,7 +175,9 @@ def test_a_prefill_graph_asked_for_in_json(model):
     assert "--cuda-graph-config prefill.backend=full: not with" in message and "breakable" in message
 
 
-@pytest.mark.parametrize("name", ["SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "SGLANG_USE_HND_KVCACHE"])
+@pytest.mark.parametrize(
+    "name", ["SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "SGLANG_ENABLE_METADATA_GLUE_GRAPH", "SGLANG_USE_HND_KVCACHE"]
+)
 def test_variables_of_sglang(model, monkeypatch, name):
     monkeypatch.setenv(name, "1")
     message = refusal(model())

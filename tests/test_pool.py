@@ -9,6 +9,7 @@ import pytest
 import torch
 from sglang.srt.platforms import current_platform
 
+from sglang_blockgtq import plugin
 from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.moments import Moments
 from sglang_blockgtq.calibrate.quality import Quality
@@ -141,6 +142,16 @@ def test_checksums_go_with_their_rows(monkeypatch):
     with pytest.raises(DamagedRow, match="slot 5 of layer 4 .* at position 1, one of 1 such rows"):
         pool.check.compare_cached(tree)
     pool.check.compare_cached(SimpleNamespace())  # a cache without prefixes
+    runner, asked = SimpleNamespace(token_to_kv_pool=pool), []
+
+    def scheduler(idle: bool) -> SimpleNamespace:
+        more = {"tree_cache": tree, "tp_worker": SimpleNamespace(model_runner=runner), "_engine_paused": False}
+        return SimpleNamespace(**more, is_fully_idle=lambda ignore_waiting: asked.append(ignore_waiting) or idle)
+
+    plugin._flush_cache(scheduler(idle=False))  # SGLang will not empty the cache, and requests may be writing to it
+    with pytest.raises(DamagedRow):
+        plugin._flush_cache(scheduler(idle=True))
+    assert asked == [False, False]
     x = torch.zeros(1, HEADS * DIM)
     with pytest.raises(NotImplementedError, match="checksums"):
         pool.set_kv_buffer(SimpleNamespace(layer_id=1), torch.tensor([1]), x, x)

@@ -25,9 +25,13 @@ class Model(SimpleNamespace):
         return max(1, 4 // ranks)
 
 
-def configurator(algorithm: str | None, layers: int | None = 3, ranks: int = 1, draft: bool = True) -> SimpleNamespace:
-    """What sizes a target's cache, whose own layers are not looked at."""
-    aux = SimpleNamespace(eagle_draft_num_layers=layers, draft_model_config=Model() if draft else None)
+def configurator(
+    algorithm: str | None, layers: int | None = 3, ranks: int = 1, draft: bool = True, heads: int | None = None
+) -> SimpleNamespace:
+    """What sizes a target's cache, whose own layers are not looked at. heads: that the target's checkpoint holds."""
+    aux = SimpleNamespace(
+        eagle_draft_num_layers=layers, draft_kv_num_layers=heads, draft_model_config=Model() if draft else None
+    )
     return SimpleNamespace(
         server_args=SimpleNamespace(_kvq=KVQuantOptions()),
         is_draft_worker=False,
@@ -44,6 +48,7 @@ def test_a_drafts_cache_is_counted_as_what_it_is(monkeypatch):
         of_layer = 4 * (64 + 32) * 2
         assert draft_bytes_per_token(configurator("STANDALONE")) == 3 * of_layer
         assert draft_bytes_per_token(configurator("EAGLE", layers=1, draft=False)) == of_layer
+        assert draft_bytes_per_token(configurator("NEXTN", layers=None, heads=1)) == of_layer
         assert draft_bytes_per_token(configurator("EAGLE3", ranks=2)) == 3 * of_layer // 2
         assert draft_bytes_per_token(configurator("NGRAM")) == draft_bytes_per_token(configurator("EAGLE", None)) == 0
         get_context().override("test", speculative_draft_kv_cache_dtype="fp8_e4m3")

@@ -114,10 +114,10 @@ def server_arguments(args: argparse.Namespace) -> list[str]:
 class Run:
     """The phases, and what is known so far."""
 
-    def __init__(self, args: argparse.Namespace, server: Server, text: list[int]):
+    def __init__(self, args: argparse.Namespace, server: Server, text: list[int], last: int):
         self.args, self.server = args, server
         self.load = Load(server.url, args.plan, args.seed, text)
-        self.replay = Replay(server.url, args.bound or BOUNDS[args.bits])
+        self.replay = Replay(server.url, args.bound or BOUNDS[args.bits], last)
         self.calm: Replay | None = None
         self.flushes = 0
         self._took = {False: 0.0, True: 0.0}  # seconds of load without and with a rush, as seen last
@@ -154,7 +154,7 @@ class Run:
         load.play(time.monotonic() + 0.05 * (self.end - self.begin))
         load.close()
         self.load.errors += load.errors
-        self.calm = Replay(self.server.url, self.replay.bound)
+        self.calm = Replay(self.server.url, self.replay.bound, self.replay.last)
         self.calm.read(load.ready, 1)
         self.replay.outliers += [f"without pressure: {text}" for text in self.calm.outliers]
         self.replay.errors += self.calm.errors
@@ -209,6 +209,7 @@ class Run:
             "rows compared": sum(compared) if self.args.check_rows else None,
             "answers replayed": len(self.replay.gaps),
             "tokens replayed": self.replay.tokens,
+            "last ids of the vocabulary read": self.replay.renamed,
             "gap, nats": spread(self.replay.gaps),
             "worst token, nats": round(self.replay.worst, 4),
             "gap without pressure, nats": spread(self.calm.gaps) if self.calm else None,
@@ -245,13 +246,14 @@ def main(argv: list[str] | None = None) -> int:
         print(wrong, file=sys.stderr)
         return 2
     import torch
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.check_rows is None:
         args.check_rows = 64 if args.device == "cpu" else 0
     text = AutoTokenizer.from_pretrained(args.model)((files("sglang") / "test" / "long_prompt.txt").read_text())
     ids = text["input_ids"] * (1 + 8 * args.context // len(text["input_ids"]))
+    last = AutoConfig.from_pretrained(args.model).get_text_config().vocab_size - 1
     # What SGLang expects an answer to need when it lets a request in: a turn's tokens. Else it would keep a place for
     # each token of an answer that has a fixed length, and never retract one.
     estimate = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": str(args.plan.essay[0])}
@@ -261,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with Server(args.model, *arguments, log=args.log, env=env) as server:
             server.wait()
-            run = Run(args, server, ids)
+            run = Run(args, server, ids, last)
             run.go()
             found = run.summary()
             wrong = failures(run, found)

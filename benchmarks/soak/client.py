@@ -31,10 +31,10 @@ class Outcome:
 
 
 class Client:
-    """Of a server at ``url``; for one thread."""
+    """Of a server at ``url``; for one thread. last: the vocabulary's last id, see :func:`named`."""
 
-    def __init__(self, url: str):
-        self.url, self._session = url, requests.Session()
+    def __init__(self, url: str, last: int | None = None):
+        self.url, self.last, self._session = url, last, requests.Session()
         self._session.trust_env = False  # a proxy is not for the machine itself
 
     def post(self, path: str, body: dict, timeout: float = PATIENCE) -> requests.Response:
@@ -74,8 +74,9 @@ class Client:
         tokens = [token for _, token, *_ in found]
         if meta["cached_tokens"]:
             raise WrongAnswer(f"a cold prompt of {len(ids)} tokens: {meta['cached_tokens']} were cached")
-        if tokens != ids[1:]:
-            others = [(i, a, b) for i, (a, b) in enumerate(zip(tokens, ids[1:], strict=False)) if a != b]
+        sent = named(ids[1:], self.last)
+        if tokens != sent:
+            others = [(i, a, b) for i, (a, b) in enumerate(zip(tokens, sent, strict=False)) if a != b]
             said = f"log-probabilities of {len(tokens)} tokens, {len(others)} of another token"
             if others:
                 said += ", the first at {} of {} in place of {}".format(*others[0])
@@ -120,6 +121,13 @@ class Client:
             max(meta["cached_tokens"] for meta in metas),
             complete,
         )
+
+
+def named(ids: list[int], last: int | None) -> list[int]:
+    """How SGLang 0.5.23 names a prompt's tokens beside their log-probabilities: the vocabulary's last id, and what is
+    beyond, which would be of an image, is called 0 (``SchedulerLogprobResultProcessor``). Those that it generates keep
+    their names."""
+    return ids if last is None else [0 if token >= last else token for token in ids]
 
 
 def follows(grammar: str, text: str) -> bool:

@@ -10,7 +10,7 @@ from statistics import fmean
 
 import requests
 
-from .client import Client, WrongAnswer
+from .client import Client, WrongAnswer, named
 from .session import Reading
 
 SHORT = 8  # tokens of an answer whose mean says little
@@ -33,10 +33,12 @@ class Bound:
 
 @dataclass
 class Replay:
-    """gaps: mean of each answer, nats. outliers: in words. read: prompts and tokens so far, in seconds."""
+    """gaps: mean of each answer, nats. outliers: in words. read: prompts and tokens so far, in seconds. renamed: tokens
+    of prompts that had the vocabulary's ``last`` id, which SGLang calls by another name."""
 
     url: str
     bound: Bound
+    last: int | None = None
     gaps: list[float] = field(default_factory=list)
     worst: float = 0.0
     tokens: int = 0
@@ -44,6 +46,7 @@ class Replay:
     errors: list[str] = field(default_factory=list)
     prompts: int = 0
     prompt_tokens: int = 0
+    renamed: int = 0
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -65,7 +68,7 @@ class Replay:
         return self.prompt_tokens / self.seconds if self.prompt_tokens else 100.0
 
     def _work(self, todo: list[Reading]) -> None:
-        client = Client(self.url)
+        client = Client(self.url, self.last)
         while not self.errors:
             with self._lock:
                 if not todo:
@@ -83,6 +86,7 @@ class Replay:
         """read: log-probabilities of all the text's tokens but the first."""
         self.prompts += 1
         self.prompt_tokens += len(reading.ids)
+        self.renamed += sum(a != b for a, b in zip(reading.ids, named(reading.ids, self.last), strict=True))
         for answer in reading.answers:
             if answer.logprobs is None:
                 continue

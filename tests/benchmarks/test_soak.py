@@ -14,7 +14,7 @@ import pytest
 from stand_in import JsonServer
 
 from benchmarks.soak import __main__ as program
-from benchmarks.soak.client import Client, WrongAnswer, follows
+from benchmarks.soak.client import Client, WrongAnswer, follows, named
 from benchmarks.soak.plan import Plan, PlanError
 from benchmarks.soak.replay import Bound, Replay
 from benchmarks.soak.session import GRAMMARS, Answer, Reading, Session, Turn
@@ -22,6 +22,7 @@ from benchmarks.soak.session import GRAMMARS, Answer, Reading, Session, Turn
 PLAN = Plan.of(context=768, turns=30, parallel=4, sessions=8)
 TEXTS = {"regex": "Yes, since it is late now.", "json_schema": '{"tool": "read", "line": 3}'}
 NOISE = 0.01
+LAST = 255  # id of the vocabulary
 
 
 class Fake(JsonServer):
@@ -54,7 +55,7 @@ class Fake(JsonServer):
         if self.fault == "row" and self.answers % 10 == 0:
             made[-1] -= 2
         reason = "abort" if "rid" in body and self.random.random() < 0.7 else "stop" if grammar else "length"
-        read = list(zip(lps, ids, strict=False)) if "logprob_start_len" in body else []
+        read = list(zip(lps, named(ids, LAST), strict=False)) if "logprob_start_len" in body else []
         meta = {"output_token_logprobs": list(zip(made, tokens, strict=True)), "finish_reason": {"type": reason}}
         meta |= {"input_token_logprobs": read, "cached_tokens": 7 * (not read or self.fault == "cached")}
         text = TEXTS.get(grammar, "") + "!" * (self.fault == "grammar")
@@ -90,7 +91,9 @@ def soak(monkeypatch, tmp_path, capsys):
     import transformers
 
     tokenizer = SimpleNamespace(from_pretrained=lambda *_: lambda text: {"input_ids": [*text.encode()[:20_000]]})
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=LAST + 1))
     monkeypatch.setattr(transformers, "AutoTokenizer", tokenizer)
+    monkeypatch.setattr(transformers, "AutoConfig", SimpleNamespace(from_pretrained=lambda *_: config))
     monkeypatch.setattr(program, "missing_plugin", lambda args: None)
     monkeypatch.setattr(program, "exit_on_sigterm", lambda: None)
 
@@ -206,6 +209,26 @@ def test_answers_are_compared_token_by_token():
     replay.compare(Reading(ids, [Answer(5, ids[5:15], [-1.25] * 10)], 3), read)
     assert replay.outliers[1:] == ["session 3, 10 tokens from 5 on: 0.250 nats a token"]
     assert Bound(1, 0.3).allows(-8.0, -8.8) and not Bound(1, 0.3).allows(-0.2, -0.6)  # the likelier, the nearer
+
+
+def test_the_last_id_of_a_vocabulary_has_another_name():
+    """SGLang's own function names it 0 in a prompt, which is no loss; a wrong name of any other token is one."""
+    from sglang.srt.managers.scheduler_components.logprob_result_processor import SchedulerLogprobResultProcessor
+
+    ids = [7, LAST - 1, LAST, 3]
+    processor = SchedulerLogprobResultProcessor(model_config=SimpleNamespace(vocab_size=LAST + 1))
+    request = SimpleNamespace(
+        origin_input_ids=ids, logprob_start_len=0, logprob=SimpleNamespace(), is_prefill_only=False
+    )
+    processor._process_input_token_logprobs(request, [-1.0] * 4)
+    assert request.logprob.input_token_logprobs_idx == named(ids, LAST) == [7, LAST - 1, 0, 3]
+    with Fake() as fake:
+        assert len(Client(fake.url, LAST).read(ids)) == 3
+        with pytest.raises(WrongAnswer, match=f"1 of another token, the first at 1 of 0 in place of {LAST}"):
+            Client(fake.url).read(ids)
+    replay = Replay("", Bound(1, 1), LAST)
+    replay.compare(Reading(ids, [], 1), [-1.0] * 3)
+    assert replay.renamed == 1
 
 
 def test_grammars():

@@ -3,7 +3,9 @@ does not start where memory runs out."""
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import requests
@@ -76,6 +78,35 @@ def test_from_host_memory(launch, token_ids, flags):
     push_out(server, token_ids)
     answers.append(server.generate(prompt, max_new_tokens=32)["output_ids"])
     assert mean_gap(from_host, from_cache) < SAME and answers[0] == answers[1]
+
+
+def test_rows_are_checked_under_load(launch, token_ids):
+    """Sessions whose turns hit the prefix cache, side by side, then every row at a flush. The option is refused here
+    until this passes: the plugin lets it in, and where the server stalls its log says in which line."""
+    plugin = str(Path(__file__).parent / "checks_on_gpu")
+    server = launch(
+        *("--kv-quant-k-bits=3", "--kv-quant-v-bits=3", "--kv-quant-check-rows=64", "--max-total-tokens=9000"),
+        *("--max-running-requests=16", "--cuda-graph-max-bs-decode=8", "--chunked-prefill-size=512"),
+        env={"PYTHONPATH": plugin},
+    )
+
+    def session(number: int) -> int:
+        ids = token_ids[:300] + token_ids[300 + 40 * number :][:40]
+        for turn in range(4):
+            body = {"input_ids": ids, "sampling_params": {"max_new_tokens": 30, "temperature": 0, "ignore_eos": True}}
+            answer = requests.post(server.url + "/generate", json=body, timeout=60)
+            answer.raise_for_status()
+            ids = ids + answer.json()["output_ids"] + token_ids[1000 * turn + number :][:50]
+        return len(ids)
+
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            assert list(threads.map(session, range(16))) == [340 + 4 * 80] * 16
+        server.flush()
+    except requests.RequestException as e:
+        pytest.fail(f"{e}\n{server.log.read_text(errors='replace')[-20_000:]}")
+    log = server.log.read_text(errors="replace")
+    assert int(re.search(r"blockgtq: (\d+) rows of each layer compared: all are as written", log)[1]) > 5000
 
 
 def test_memory_that_runs_out_at_graph_capture_ends_the_start(launch):

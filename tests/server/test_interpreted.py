@@ -7,10 +7,12 @@ short that prompts and steps cross from one to the next.
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.server
 
@@ -18,27 +20,30 @@ PLUGIN, DRAFTS = (Path(__file__).parent / name for name in ("interpreted", "draf
 PAGE, PROMPT, HIT, CHUNK, NEW = 64, 84, 70, 32, 5
 #: nats. Measured: 1e-4, and 6e-4 where a code turned. With the slots of an earlier step the tokens are other ones.
 LIMIT = 5e-3
+ARGS = "--dtype=float32", "--max-total-tokens=600", f"--chunked-prefill-size={CHUNK}", "--max-running-requests=4"
 #: nats that a token may be less likely than the best, when all is read as one prompt. Measured: 0.016.
 TIE = 0.1
+
+
+def cut_to_two_layers(smollm2: str, folder: Path) -> str:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module", params=["real", "window"])
 def two_layers(request, smollm2, tmp_path_factory) -> str:
     if request.param == "window":
         return request.getfixturevalue("gemma2")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = str(tmp_path_factory.mktemp("model") / "two-layers")
-    model = AutoModelForCausalLM.from_pretrained(smollm2)
-    model.model.layers = model.model.layers[:2]
-    model.config.num_hidden_layers = 2
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
-    return folder
+    return cut_to_two_layers(smollm2, tmp_path_factory.mktemp("model") / "two-layers")
 
 
-@pytest.fixture(scope="module")
-def table(two_layers, tmp_path_factory) -> str:
+def table_for(model_folder: str, folder: Path) -> str:
     """Of eight bits: a batch of another size rounds otherwise, and a code on a threshold turns, which then is little.
 
     Its cost is said to be known, so that no server measures it in the interpreter.
@@ -51,15 +56,20 @@ def table(two_layers, tmp_path_factory) -> str:
     from sglang_blockgtq.calibrate.quality import Quality
     from sglang_blockgtq.calibrate.text import read_text, token_sequences
 
-    model = AutoModelForCausalLM.from_pretrained(two_layers, dtype="float32").eval()
-    sequences = token_sequences(AutoTokenizer.from_pretrained(two_layers), read_text(None), 2048, 2048)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="float32").eval()
+    sequences = token_sequences(AutoTokenizer.from_pretrained(model_folder), read_text(None), 2048, 2048)
     rope = rope_blocks(model.config)
     names = {"config_hash": config_hash(model.config), "page": PAGE}
     made = build_table(collect(model, sequences, rope, progress=False), rope, k_bits=8, v_bits=8, **names)
     assert made.header.page == PAGE and made.tensors["mean"].any(-1).any(-1).all()
-    path = tmp_path_factory.mktemp("table") / "table.safetensors"
+    path = folder / "table.safetensors"
     made.with_quality(Quality(0.0, 0.0, 0, 0.0, 1)).save(path)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def table(two_layers, tmp_path_factory) -> str:
+    return table_for(two_layers, tmp_path_factory.mktemp("table"))
 
 
 def answers(server, ids) -> dict[str, list[tuple[int, float]]]:
@@ -90,8 +100,7 @@ def answers(server, ids) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_kernels_answer_like_pytorch(launch, two_layers, table, token_ids):
-    args = "--dtype=float32", "--max-total-tokens=600", f"--chunked-prefill-size={CHUNK}", "--max-running-requests=4"
-    args += (f"--kv-quant-table={table}",)
+    args = *ARGS, f"--kv-quant-table={table}"
     plain = launch(*args, model=two_layers)
     want = answers(plain, token_ids)
     plain.stop()
@@ -102,17 +111,133 @@ def test_kernels_answer_like_pytorch(launch, two_layers, table, token_ids):
     if "gemma" in two_layers:
         return
     # Drafts that are found in the text change nothing: rows of rejected ones are written over, accepted ones moved.
-    drafts = "--speculative-algorithm=NGRAM", "--speculative-num-draft-tokens=6"
+    # Nor do checksums differ, which go with them.
+    drafts = "--speculative-algorithm=NGRAM", "--speculative-num-draft-tokens=6", "--kv-quant-check-rows=8"
     env = {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{PLUGIN}:{DRAFTS}"}
     drafting = launch(*args, *drafts, model=two_layers, env=env)
     check(answers(drafting, token_ids), want)
-    prompt = token_ids[:12] * 3
-    meta = drafting.generate(prompt, max_new_tokens=4 * NEW, logprob_start=len(prompt) - 1)["meta_info"]
+    check_drafts(drafting, token_ids)
+    drafting.flush()
+    assert "rows of each layer compared: all are as written" in drafting.log.read_text(errors="replace")
+    drafting.stop()
+
+
+CHAIN = "--speculative-num-steps=3", "--speculative-eagle-topk=1", "--speculative-num-draft-tokens=4"
+TREE = "--speculative-num-steps=3", "--speculative-eagle-topk=2", "--speculative-num-draft-tokens=6"
+
+
+@pytest.mark.parametrize(
+    "algorithm, shape",
+    [
+        ("EAGLE3", CHAIN),
+        ("NEXTN", TREE),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("STANDALONE", TREE), ("EAGLE", CHAIN))),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "chain" if x is CHAIN else "tree",
+)
+def test_drafts_of_a_model_change_nothing(launch, smollm2, token_ids, tmp_path, algorithm, shape):
+    target, draft = cut_to_two_layers(smollm2, tmp_path / "target"), tmp_path / "draft"
+    args = [*ARGS, *shape, f"--speculative-algorithm={algorithm}", "--disable-cuda-graph"]
+    if algorithm == "STANDALONE":
+        args.append(f"--speculative-draft-model-path={target}")
+    elif algorithm == "NEXTN":
+        add_mtp_head(target)  # the checkpoint is its own draft
+    else:
+        draft.mkdir()
+        {"EAGLE": save_eagle_head, "EAGLE3": save_eagle3_head}[algorithm](target, draft)
+        args.append(f"--speculative-draft-model-path={draft}")
+    args.append(f"--kv-quant-table={table_for(target, tmp_path)}")
+    server = launch(*args, model=target, env={"TRITON_INTERPRET": "1", "PYTHONPATH": f"{PLUGIN}:{DRAFTS}"})
+    check_drafts(server, token_ids)
+    server.stop()
+
+
+def check_drafts(server, ids) -> None:
+    """Some are accepted, and what comes of it is what the model would say token by token."""
+    prompt = ids[:12] * 3
+    meta = server.generate(prompt, max_new_tokens=4 * NEW, logprob_start=len(prompt) - 1)["meta_info"]
     assert meta["spec_verify_ct"] < meta["completion_tokens"] == 4 * NEW
     answer = [token for _, token, *_ in meta["output_token_logprobs"]]
-    drafting.flush()
-    assert max(drafting.behind_best(prompt, answer)) < TIE
-    drafting.stop()
+    server.flush()
+    assert max(server.behind_best(prompt, answer)) < TIE
+
+
+def random_layer(config: dict, prefix: str, wide: int = 1) -> dict[str, torch.Tensor]:
+    """A decoder layer's, small: what comes in goes out nearly as it was. wide: hidden vectors that attention reads."""
+    torch.manual_seed(0)
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    shapes = {"self_attn.q_proj": (hidden, wide * hidden), "self_attn.o_proj": (hidden, hidden)}
+    shapes |= {f"self_attn.{name}_proj": (kv, wide * hidden) for name in "kv"}
+    shapes |= {f"mlp.{name}_proj": (inner, hidden) for name in ("gate", "up")} | {"mlp.down_proj": (hidden, inner)}
+    out = {f"{prefix}{name}.weight": 0.01 * torch.randn(shape) for name, shape in shapes.items()}
+    norms = "input_layernorm", "post_attention_layernorm"
+    return out | {f"{prefix}{name}.weight": torch.ones(hidden) for name in norms}
+
+
+def save(folder: str | Path, config: dict, tensors: dict[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    (Path(folder) / "config.json").write_text(json.dumps(config))
+
+
+def config_of(target: str) -> dict:
+    return json.loads((Path(target) / "config.json").read_text())
+
+
+def save_eagle_head(target: str, folder: Path) -> None:
+    """Random but for one thing: it guesses that the last token comes again, which the target's two layers do a lot."""
+    config = config_of(target)
+    hidden = config["hidden_size"]
+    tensors = random_layer(config, "layers.0.") | {
+        "fc.weight": torch.cat((torch.eye(hidden), 0.01 * torch.randn(hidden, hidden)), 1),
+        "fc.bias": torch.zeros(hidden),
+    }
+    del tensors["layers.0.input_layernorm.weight"]  # it has none
+    config |= {"architectures": ["LlamaForCausalLMEagle"], "num_hidden_layers": 1, "tie_word_embeddings": False}
+    save(folder, config, tensors)
+
+
+def save_eagle3_head(target: str, folder: Path) -> None:
+    """Random, over the embedding and the first layer's output, with a vocabulary of its own: of 16 tokens that the
+    target says next in any place of a text."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = AutoTokenizer.from_pretrained(target)(
+        "It was a bright cold day in April, and the clocks.", return_tensors="pt"
+    )
+    made = AutoModelForCausalLM.from_pretrained(target).generate(**text, max_new_tokens=40, do_sample=False)
+    likely = sorted(set(made[0].tolist()))[:16]
+    config = config_of(target)
+    hidden = config["hidden_size"]
+    tensors = random_layer(config, "midlayer.", wide=2) | {
+        "midlayer.hidden_norm.weight": torch.ones(hidden),
+        "norm.weight": torch.ones(hidden),
+        "fc.weight": 0.01 * torch.randn(hidden, 2 * hidden),
+        "lm_head.weight": torch.randn(len(likely), hidden),
+        "d2t": torch.tensor(likely) - torch.arange(len(likely)),
+    }
+    config |= {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "tie_word_embeddings": False}
+    config |= {"draft_vocab_size": len(likely), "eagle_config": {"eagle_aux_hidden_state_layer_ids": [-1, 0]}}
+    save(folder, config, tensors)
+
+
+def add_mtp_head(target: str) -> None:
+    """Make a MiMo of the target, which is a Qwen2 with such heads; random as that of EAGLE."""
+    from safetensors.torch import load_file
+
+    tensors, config = load_file(Path(target) / "model.safetensors"), config_of(target)
+    hidden, head = config["hidden_size"], "model.mtp_layers.0."
+    tensors |= random_layer(config, head) | {
+        head + "input_proj.weight": torch.cat((0.01 * torch.randn(hidden, hidden), torch.eye(hidden)), 1),
+        **{f"{head}{name}_layernorm.weight": torch.ones(hidden) for name in ("token", "hidden", "final")},
+    }
+    for name in [name for name in tensors if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]:
+        tensors[name.replace("weight", "bias")] = torch.zeros(len(tensors[name]))
+    kept = {name: value for name, value in config.items() if name not in ("attention_bias", "mlp_bias", "head_dim")}
+    kept |= {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2", "num_nextn_predict_layers": 1}
+    save(target, kept, tensors)
 
 
 def check(got, want) -> None:
