@@ -200,11 +200,14 @@ def launch(smollm2, table_cache, tmp_path_factory):
         flags = ["--kv-quant", "blockgtq", "--kv-quant-cache-dir", table_cache]
         if not any(arg.startswith(BITS) for arg in args):
             flags += ["--kv-quant-preset", "balanced"]
-        extra = dict(env or {})
+        extra, plugin = dict(env or {}), None
         if record:
-            plugin = Path(__file__).parent / record
-            path = os.pathsep.join(filter(None, (str(plugin), extra.get("PYTHONPATH", os.environ.get("PYTHONPATH")))))
-            extra |= {"BLOCKGTQ_RECORD": str(folder / "record.jsonl"), "PYTHONPATH": path}
+            plugin = str(Path(__file__).parent / record)
+            extra["BLOCKGTQ_RECORD"] = str(folder / "record.jsonl")
+        # What this process was told stays: a server takes the package from where the tests do.
+        paths = plugin, extra.get("PYTHONPATH"), os.environ.get("PYTHONPATH")
+        if any(paths):
+            extra["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         log = folder / "log"
         with log.open("w") as out:
             process = subprocess.Popen(
