@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PANEL = "panel_smollm2"
 STEPS = ("serving_h100_long/serving", "qwen2.5-3b")  # record of servers, model
-LAYER = ("kernels_h100", "Llama-3.1-8B")  # record of kernels, shape
+LAYER = ("kernels_h200", "Llama-3.1-8B")  # record of kernels, shape
 #: method of the panel -> (what the reader sees, color); another method of the record is drawn in grey, by its name
 METHODS = {
     "template": ("template (this package)", "#4a3aa7"),

@@ -168,18 +168,18 @@ def late(row: dict, other: float) -> str:
 def attention() -> str:
     """Decode attention of one layer on the GPU."""
     best: dict[tuple, dict[str, float]] = {}
-    for r in read("kernels_h100.csv"):
+    for r in read("kernels_h200.csv"):
         if r["kernel"] != "decode" or r["index"] != "shuffled" or not r["us"]:
             continue
         method = r["method"].split("-")[1] if r["method"].endswith(("bf16", "fp8")) else f"{r['method']} {r['k_bits']}"
         at = best.setdefault((r["shape"], int(r["batch"]), int(r["context"])), {})
         at[method] = min(float(r["us"]), at.get(method, float("inf")))
     lines = [
-        "| decode attention, us per layer | bf16 | fp8 | uniform K3V3 | **K3V3** | **K2V2** | K3V3 against bf16 |",
+        "| decode attention, us per layer | bf16 | fp8 | **K4V4** | **K3V3** | **K2V2** | K3V3 against bf16 |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for (shape, batch, context), us in best.items():
-        cells = [us.get(name) for name in ("bf16", "fp8", "uniform 3", "template 3", "template 2")]
+        cells = [us.get(name) for name in ("bf16", "fp8", "template 4", "template 3", "template 2")]
         name, shown = f"{shape}, {batch} x {context // 1024}K", (f"{x:.1f}" if x else "" for x in cells)
         lines.append(f"| {name} | {' | '.join(shown)} | {cells[0] / cells[3]:.2f}x |")
     return "\n".join(lines)
@@ -315,15 +315,15 @@ def commits(of: dict[str, str]) -> str:
     )
 
 
-#: Records of decode attention that README may show, the newest first.
-KERNELS = ("kernels_h200.csv", "decode_wide_h200.csv", "decode_sinks_h200.csv")
+#: The record of decode attention that README shows.
+KERNELS = "kernels_h200.csv"
 #: README's table of speed: what the reader sees, and where it is from: attention of a layer (shape, requests, tokens),
 #: a server on two GPUs (measure, tokens), or servers under load (model, scenario, case, measure, whether less is
 #: better). One table comes out for each GPU.
 GAINS: tuple[tuple, ...] = (
+    ("attention of a layer, Llama-3.1-8B's heads, 8 x 32K, us", "kernel", "Llama-3.1-8B", 8, 32768),
     ("attention of a layer, Qwen2.5-3B's heads, 8 x 32K, us", "kernel", "Qwen2.5-3B", 8, 32768),
     ("attention of a layer, Qwen3.5-27B's heads, 8 x 32K, us", "kernel", "Qwen3.5-27B", 8, 32768),
-    ("attention of a layer, gpt-oss-20b's heads, 8 x 32K, us", "kernel", "gpt-oss-20b", 8, 32768),
     ("two GPUs: decode step behind 32K, Llama-3.1-8B, ms", "two", "decode_step", 32768),
     ("tokens that fit, Llama-3.1-8B", "server", "llama-3.1-8b", "capacity", "start", "tokens", False),
     ("8 x 32K, Llama-3.1-8B, tokens/s", "server", "llama-3.1-8b", "batch", "8x32768", "output_throughput", False),
@@ -343,19 +343,18 @@ Figures = tuple[str, str, dict[str, float]]  # GPU, commit of K3V3, figure of "b
 
 
 def of_kernel(shape: str, batch: int, context: int) -> Figures:
-    """Decode attention from the first record that has it; of bf16 and fp8 the fastest kernel."""
-    for name in KERNELS:
-        us: dict[str, float] = {}
-        for r in read(name):
-            at = r["shape"], int(r["batch"]), int(r["context"])
-            if r["kernel"] != "decode" or r["index"] != "shuffled" or at != (shape, batch, context) or not r["us"]:
-                continue
-            ours = "K3V3" if (r["method"], r["k_bits"]) == ("template", "3") else ""
-            method = r["method"].split("-")[1] if r["method"].endswith(("bf16", "fp8")) else ours
-            us[method] = min(float(r["us"]), us.get(method, float("inf")))
-        if us:
-            return about(name)["gpu"], short(about(name)["commit"]), us
-    raise ValueError(f"none of {', '.join(KERNELS)} has {shape}, {batch} x {context}")
+    """Decode attention; of bf16 and fp8 the fastest kernel."""
+    us: dict[str, float] = {}
+    for r in read(KERNELS):
+        at = r["shape"], int(r["batch"]), int(r["context"])
+        if r["kernel"] != "decode" or r["index"] != "shuffled" or at != (shape, batch, context) or not r["us"]:
+            continue
+        ours = "K3V3" if (r["method"], r["k_bits"]) == ("template", "3") else ""
+        method = r["method"].split("-")[1] if r["method"].endswith(("bf16", "fp8")) else ours
+        us[method] = min(float(r["us"]), us.get(method, float("inf")))
+    if not us:
+        raise ValueError(f"{KERNELS} does not have {shape}, {batch} x {context}")
+    return about(KERNELS)["gpu"], short(about(KERNELS)["commit"]), us
 
 
 def of_two(measure: str, tokens: int) -> Figures:

@@ -83,8 +83,6 @@ def test_rows_to_check(model):
     for value in ("x", "-1", "2.5", "100000"):
         message = refusal(model(), f"--kv-quant-check-rows={value}", kv_quant_check_rows=value)
         assert f"--kv-quant-check-rows {value}: a whole number up to 65536 is needed" in message
-    message = refusal(model(), "--kv-quant-check-rows=8", "--device=cuda", kv_quant_check_rows=8, device="cuda")
-    assert "--kv-quant-check-rows 8: not on --device cuda" in message
     both = {"kv_quant_check_rows": 8, "enable_hierarchical_cache": True}
     message = refusal(model(), "--kv-quant-check-rows=8", "--enable-hierarchical-cache", **both)
     assert "--kv-quant-check-rows 8: HiCache keeps no checksums" in message

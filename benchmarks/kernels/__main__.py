@@ -65,7 +65,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME=NUMBER",
         help="of decode, as in registers=168 stages=3",
     )
-    parser.add_argument("--cuda", action="store_true", help="read rows by the CUDA kernel where it serves them")
+    parser.add_argument(
+        "--decode-kernel",
+        choices=("auto", "triton", "cuda"),
+        default="auto",
+        help="what reads packed rows, as a server's --kv-quant-decode-kernel (default auto)",
+    )
     parser.add_argument("--quick", action="store_true", help="three lengths, shuffled index")
     parser.add_argument("--check", action="store_true", help="check results and compile kernels, time nothing")
     parser.add_argument("--budget", type=float, default=285, help="seconds for everything (default 285)")
@@ -86,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         print("benchmarks.kernels needs a CUDA device", file=sys.stderr)
         return 2
     tuned = retune(args.tuning)
-    cuda.CHOICE = "cuda" if args.cuda else "triton"
+    cuda.CHOICE = args.decode_kernel
     torch.backends.cuda.matmul.allow_tf32 = False  # the reference is float32
     gc.freeze()  # a collection before each capture is then quick
     provenance = record.provenance(sys.argv[1:] if argv is None else argv, args.commit)

@@ -78,7 +78,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--parallel", type=int, default=12, help="requests at a time (default 12)")
     add("--turns", type=int, default=30, help="of a session (default 30)")
     add("--context", type=int, default=768, help="tokens of a session at most (default 768)")
-    add("--check-rows", type=int, help="that each step compares with their checksums (default 64; 0 on a GPU)")
+    add("--check-rows", type=int, default=64, help="that each step compares with their checksums (default 64)")
     add("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--server-args", type=shlex.split, default=[], metavar="ARGS", help='more of them: --server-args="--a --b"')
     add("--log", type=Path, help="keep the server's log there")
@@ -249,8 +249,6 @@ def main(argv: list[str] | None = None) -> int:
     from transformers import AutoConfig, AutoTokenizer
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.check_rows is None:
-        args.check_rows = 64 if args.device == "cpu" else 0
     text = AutoTokenizer.from_pretrained(args.model)((files("sglang") / "test" / "long_prompt.txt").read_text())
     ids = text["input_ids"] * (1 + 8 * args.context // len(text["input_ids"]))
     last = AutoConfig.from_pretrained(args.model).get_text_config().vocab_size - 1

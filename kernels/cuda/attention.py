@@ -11,6 +11,7 @@ import torch
 
 from ..device.gpu import multiprocessors
 from ..device.tables import CodeSpec, ColumnTables, Tables
+from ..format.columns import COLUMNS
 from ..terms import Terms
 from . import compile as nvrtc
 from . import launch
@@ -36,10 +37,12 @@ class Tuning:
 
 
 def _tuning(tables: ColumnTables, row_tiles: int) -> Tuning:
-    """Two parts where they fit for the most programs: more bytes take registers that they are short of, too."""
+    """As measured on an H200. Two parts where they fit for the most programs, since more bytes take more registers,
+    too; with 16 programs keys of many bits have taken those already."""
     tuning = Tuning(16 if len(tables.v_spec.segments) * row_tiles <= 8 else 8)
     fit = 2 * tuning.stages * 16 * part_bytes(tables.k_templates, tables.v_spec) <= _SHARED_BYTES
-    return replace(tuning, parts=2) if fit else tuning
+    levelled = any(bits_of(pieces) > MAX_BITS for keys in tables.k_templates for pieces in keys.segments)
+    return replace(tuning, parts=2) if fit and (row_tiles > 1 or not levelled) else tuning
 
 
 @cache
@@ -70,8 +73,11 @@ def serves(tables: Tables, rows: int) -> TypeGuard[ColumnTables]:
 
 @cache
 def _faster(values: CodeSpec, rows: int) -> bool:
-    """Than Triton's, by what was measured on an H200 (docs/kernels.md)."""
-    return rows <= ROWS or max(map(bits_of, values.segments)) > 2
+    """Than Triton's, where that was measured on an H200 (docs/kernels.md): heads of 128 channels with up to four query
+    rows, heads of more with up to eight, and values of three bits or four."""
+    segments = len(values.segments)
+    most = ROWS if segments <= 128 // COLUMNS else 2 * ROWS
+    return segments >= 128 // COLUMNS and rows <= most and max(map(bits_of, values.segments)) > 2
 
 
 def row_tiles(rows: int) -> int:

@@ -6,10 +6,18 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from sglang_blockgtq.kernels.cuda import attention as cuda
+
 
 @pytest.fixture(autouse=True)
 def _poisoned(nan_poison):
     """Every kernel test runs on poisoned memory."""
+
+
+@pytest.fixture(autouse=True)
+def _by_triton(monkeypatch):
+    """Decode attention is Triton's unless a test says otherwise, on any GPU."""
+    monkeypatch.setattr(cuda, "CHOICE", "triton")
 
 
 class _PatchedOnce:

@@ -12,6 +12,7 @@ from sglang_blockgtq.kernels.cuda import source
 from sglang_blockgtq.kernels.cuda.operands import MAX_BITS, integers_per_level, signed_bytes
 from sglang_blockgtq.kernels.decode.attention import decode_attention
 from sglang_blockgtq.kernels.decode.splits import num_splits
+from sglang_blockgtq.kernels.device.tables import ColumnTables
 from sglang_blockgtq.kernels.format.codebook import boundaries, codebook_table, levels
 from sglang_blockgtq.kernels.terms import PLAIN, Terms
 
@@ -29,6 +30,7 @@ from .matrix import (
     assert_same,
     data,
     decode_queries,
+    make_codec,
     over,
     relative_error,
 )
@@ -118,6 +120,18 @@ def decode(case: Case, q_len: int = 1, target: int = 8, **options):
         scratch=scratch,
         **options,
     )
+
+
+@pytest.mark.parametrize("choice, dim, v_bits, rows, expected", [
+    ("auto", 128, 3, 4, True), ("auto", 128, 4, 1, True), ("auto", 256, 3, 8, True),
+    ("auto", 128, 3, 5, False), ("auto", 256, 3, 9, False), ("auto", 64, 3, 4, False),
+    ("auto", 128, 2, 4, False), ("auto", 128, 5, 4, False),
+    ("cuda", 64, 2, 32, True), ("cuda", 128, 5, 4, False), ("triton", 128, 3, 4, False),
+])  # fmt: skip
+def test_which_kernel_serves(choice, dim, v_bits, rows, expected, monkeypatch):
+    monkeypatch.setattr(cuda, "CHOICE", choice)
+    monkeypatch.setattr(cuda, "device_lacks", lambda device: None)
+    assert cuda.serves(ColumnTables.of(make_codec(Case("uniform", 3, v_bits, dim, 1, 2))), rows) is expected
 
 
 @over(served([*IN_COLUMNS, *OTHER_HEADS, *LARGE]))
