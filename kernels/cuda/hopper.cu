@@ -178,15 +178,6 @@ DEVICE bool any(bool p) {
   return d != 0;
 }
 
-DEVICE bool all(bool p) {
-  u32 d;
-  asm volatile(
-      "{ .reg .pred p; setp.ne.u32 p, %1, 0; vote.sync.all.pred p, p, 0xffffffff; selp.u32 %0, 1, 0, p; }"
-      : "=r"(d)
-      : "r"((u32)p));
-  return d != 0;
-}
-
 DEVICE void syncwarp() { asm volatile("bar.warp.sync 0xffffffff;" ::: "memory"); }
 
 // Numbers.
@@ -209,13 +200,6 @@ DEVICE float rcp(float x) {
   return d;
 }
 
-// To nearest, ties to even.
-DEVICE int round_int(float x) {
-  int d;
-  asm("cvt.rni.s32.f32 %0, %1;" : "=r"(d) : "f"(x));
-  return d;
-}
-
 DEVICE u32 pack_f16x2(float low, float high) {
   u32 d;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
@@ -230,12 +214,6 @@ DEVICE float f16(u32 bits) {
 }
 
 // .rn: a product and a sum are not made one operation.
-
-DEVICE u32 add_f16x2(u32 a, u32 b) {
-  u32 d;
-  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
 
 DEVICE u32 sub_f16x2(u32 a, u32 b) {
   u32 d;

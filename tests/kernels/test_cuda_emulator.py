@@ -144,7 +144,7 @@ def test_words_go_from_lane_to_lane():
         float f = shfl(float(lane()), i) + shfl_xor(float(lane()), 16);
         out[3] = u32(f);
         out[4] = ballot(mine & 1);
-        out[5] = any(lane() == 7) + 2 * any(lane() > 31) + 4 * all(lane() < 32) + 8 * all(lane() != 7);
+        out[5] = any(lane() == 7) + 2 * any(lane() > 31);
         out[6] = u32(shfl_xor(-int(lane()), 1));
         out[7] = u32(shfl_up(-int(lane()), 31));
     }
@@ -158,7 +158,7 @@ def test_words_go_from_lane_to_lane():
     np.testing.assert_array_equal(got[2], x[np.where(LANE < 3, LANE, LANE - 3)])
     np.testing.assert_array_equal(got[3], source + (LANE ^ 16))
     np.testing.assert_array_equal(got[4].view(np.uint32), int(sum((int(x[i]) & 1) << i for i in LANE)))
-    np.testing.assert_array_equal(got[5], 1 + 4)
+    np.testing.assert_array_equal(got[5], 1)
     np.testing.assert_array_equal(got[6], -(LANE ^ 1))
     np.testing.assert_array_equal(got[7], -np.where(LANE < 31, LANE, 0))
 
@@ -168,9 +168,9 @@ def test_float16_is_rounded_once():
     KERNEL halves(const u32* x, int n, u32* out, float* wide) {
         for (int i = lane(); i < n; i += 32) {
             u32 a = x[3 * i], b = x[3 * i + 1], c = x[3 * i + 2];
-            u32* to = out + 5 * i;
-            to[0] = add_f16x2(a, b), to[1] = sub_f16x2(a, b), to[2] = mul_f16x2(a, b), to[3] = fma_f16x2(a, b, c);
-            to[4] = pack_f16x2(f16(a) * 1.0009765f, f16(b));
+            u32* to = out + 4 * i;
+            to[0] = sub_f16x2(a, b), to[1] = mul_f16x2(a, b), to[2] = fma_f16x2(a, b, c);
+            to[3] = pack_f16x2(f16(a) * 1.0009765f, f16(b));
             wide[i] = f16(a);
         }
     }
@@ -180,15 +180,15 @@ def test_float16_is_rounded_once():
     x[:4, 0], x[:4, 1, 0] = 3, [683, 683, 685, 685]
     x[:4, 1, 1], x[:4, 2] = x[:4, 1, 0], (2**-24 * np.array([1, -1, 1, -1]))[:, None]
     x[4] = [[2**-24, 2**-14], [0.5, 2**-11], [0, 0]]  # subnormal, and half of the smallest
-    out, wide = torch.zeros(len(x), 5, dtype=torch.int32), torch.zeros(len(x))
+    out, wide = torch.zeros(len(x), 4, dtype=torch.int32), torch.zeros(len(x))
     compile(text, "halves").launch((1, 1), 0, [words(x.reshape(-1)), c_int(len(x)), out, wide])
-    got = out.numpy().view(np.float16).reshape(-1, 5, 2)
-    assert got[:4, 3, 0].tolist() == [2050, 2048, 2056, 2054]
+    got = out.numpy().view(np.float16).reshape(-1, 4, 2)
+    assert got[:4, 2, 0].tolist() == [2050, 2048, 2056, 2054]
     with np.errstate(all="ignore"):
         a, b, c = x.astype(np.float64).transpose(1, 0, 2)  # where each of these is exact
         scaled = x[:, 0, 0].astype(np.float32) * np.float32(1.0009765)
         packed = np.stack([scaled, x[:, 1, 0].astype(np.float32)], 1)
-        expected = np.stack([a + b, a - b, a * b, a * b + c, packed], 1).astype(np.float16)
+        expected = np.stack([a - b, a * b, a * b + c, packed], 1).astype(np.float16)
     np.testing.assert_array_equal(got, expected)  # a NaN is equal to another here
     np.testing.assert_array_equal(wide.numpy(), x[:, 0, 0].astype(np.float32))
     assert set(out.numpy().view(np.uint16).reshape(got.shape)[np.isnan(got)]) == {0x7FFF}
@@ -196,8 +196,7 @@ def test_float16_is_rounded_once():
 
 def test_functions_of_float32():
     text = """
-    KERNEL functions(const float* x, int* whole, float* out) {
-        whole[lane()] = round_int(x[lane()]);
+    KERNEL functions(const float* x, float* out) {
         out += 3 * lane();
         out[0] = exp2f_(x[lane()]), out[1] = log2f_(x[lane()]), out[2] = rcp(x[lane()]);
     }
@@ -205,11 +204,8 @@ def test_functions_of_float32():
     inf, nan = np.inf, np.nan
     x = [0.5, 1.5, 2.5, -0.5, -1.5, 3e9, -3e9, inf, -inf, nan, 2.0**31, -(2.0**31), 0, -0.0, -126, -126.5, -149, -2000]
     x += [float(i) + 0.25 for i in range(32 - len(x))]
-    whole, out = torch.zeros(32, dtype=torch.int32), torch.zeros(32, 3)
-    compile(text, "functions").launch((1, 1), 0, [torch.tensor(x), whole, out])
-    low, high = -(2**31), 2**31 - 1
-    expected = [0, 2, 2, 0, -2, high, low, high, low, 0, high, low, 0, 0, -126, -126, -149, -2000]
-    assert whole.tolist()[:18] == expected
+    out = torch.zeros(32, 3)
+    compile(text, "functions").launch((1, 1), 0, [torch.tensor(x), out])
     x = np.array(x)
     with np.errstate(all="ignore"):
         powers, logarithms, inverses = np.exp2(x), np.log2(x), 1 / x

@@ -63,19 +63,9 @@ DEVICE float exp2f_(float x) {  // ex2.approx.ftz
 DEVICE float log2f_(float x) { return log2f(x); }
 DEVICE float rcp(float x) { return 1.0f / x; }
 
-DEVICE int round_int(float x) {  // cvt.rni.s32.f32
-    if (x != x) return 0;
-    if (x >= 0x1p31f) return INT32_MAX;
-    if (x <= -0x1p31f) return INT32_MIN;
-    return int(nearbyintf(x));
-}
-
 DEVICE float f16(u32 bits) { return emulator::widen(bits); }
 DEVICE u32 pack_f16x2(float low, float high) { return emulator::narrow(low) | emulator::narrow(high) << 16; }
 
-DEVICE u32 add_f16x2(u32 a, u32 b) {
-    return emulator::for_both([=](int shift) { return f16(a >> shift) + f16(b >> shift); });
-}
 DEVICE u32 sub_f16x2(u32 a, u32 b) {
     return emulator::for_both([=](int shift) { return f16(a >> shift) - f16(b >> shift); });
 }

@@ -81,5 +81,4 @@ DEVICE int sum_of_all(int x, LINE) { return emulator::reduced("sum_of_all", line
 DEVICE int largest_of_all(int x, LINE) { return emulator::reduced("largest_of_all", line, x, emulator::greater); }
 DEVICE u32 ballot(bool x, LINE) { return emulator::vote("ballot", line, x); }
 DEVICE bool any(bool x, LINE) { return emulator::vote("any", line, x) != 0; }
-DEVICE bool all(bool x, LINE) { return emulator::vote("all", line, x) == ~0u; }
 DEVICE void syncwarp(LINE) { emulator::vote("syncwarp", line, true); }
