@@ -13,10 +13,13 @@ from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative.eagle_utils import TreeMaskMode
 
+from sglang_blockgtq.backend import cuda, warm_up
 from sglang_blockgtq.backend.cuda import TritonPackedBackend
 from sglang_blockgtq.backend.extend import ExtendPlan
+from sglang_blockgtq.kernels.cuda.attention import KernelError
 from sglang_blockgtq.kernels.decode.tree import Tree
 from sglang_blockgtq.kernels.terms import PLAIN
+from sglang_blockgtq.options import KVQuantError, KVQuantOptions
 from sglang_blockgtq.speculation import Verification
 
 HEADS, GROUP, DIM, LAYERS = 2, 3, 16, (4, 9, 5)  # by id, in the order in which the model runs them
@@ -404,3 +407,18 @@ def test_workers_write_trees_to_the_backends_mask(verifying):
     assert (mask.mode, mask.is_read) == (TreeMaskMode.QLEN_ONLY, True)
     verifying.buffers.verification = None
     assert verifying._new_verify_mask(runner) is None
+
+
+def test_kernel_that_cannot_be_used_is_told_by_its_option(backend, monkeypatch):
+    def fails(todo, device):
+        raise KernelError("NVRTC does not compile decode:\nline 7")
+
+    monkeypatch.setattr(warm_up, "jobs", lambda *_: [])
+    monkeypatch.setattr(warm_up, "run", fails)
+    monkeypatch.setattr(cuda, "current", lambda: SimpleNamespace(options=KVQuantOptions()))
+    backend.pool.layers, backend.num_head = {4: SimpleNamespace(rows=torch.empty(0))}, 6
+    backend.buffers.scratch = None
+    runner = SimpleNamespace(dtype=torch.float16, req_to_token_pool=SimpleNamespace(size=4))
+    with pytest.raises(KVQuantError, match="--kv-quant-decode-kernel auto: .* NVRTC does not compile decode:") as told:
+        backend._warm_up(runner)
+    assert str(told.value).endswith("line 7; triton leaves it out")

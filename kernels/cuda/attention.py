@@ -26,6 +26,10 @@ _SHARED_BYTES = 227 * 1024  # of a multiprocessor
 _TYPES = "P" * 10 + "iiifii"
 
 
+class KernelError(RuntimeError):
+    """The kernel does not compile, or the driver does not take it."""
+
+
 @dataclass(frozen=True)
 class Tuning:
     """programs: of a multiprocessor, at a time; they leave each thread 65,536 / 32 / programs registers. stages: tiles
@@ -132,11 +136,14 @@ def shape_of(
 
 @cache
 def kernel_of(shape: Shape, device: torch.device) -> launch.Kernel:
-    """Compiled, or from the cache on disk."""
+    """Compiled, or from the cache on disk. KernelError."""
     text = nvrtc.joined({"hopper.cu": text_of("hopper.cu"), "decode.cu": source(shape)})
     with torch.cuda.device(device):
-        cubin = nvrtc.compile(text, "decode", defines={"MIN_BLOCKS": shape.programs})
-        return launch.Kernel(cubin, "decode", _TYPES, device)
+        try:
+            cubin = nvrtc.compile(text, "decode", defines={"MIN_BLOCKS": shape.programs})
+            return launch.Kernel(cubin, "decode", _TYPES, device)
+        except RuntimeError as error:
+            raise KernelError(str(error)) from error
 
 
 @dataclass(frozen=True)

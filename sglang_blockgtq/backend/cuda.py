@@ -17,8 +17,9 @@ from sglang.srt.layers.attention.triton_backend import ForwardMetadata, TritonAt
 from sglang.srt.layers.attention.verify_mask import VerifyMask
 from sglang.srt.speculative.eagle_utils import TreeMaskMode
 
+from ..kernels.cuda.attention import KernelError
 from ..kernels.decode.gather import gather_slots
-from ..options import NAME
+from ..options import NAME, KVQuantError, flag
 from ..runtime import current
 from ..terms import terms_of
 from . import require_packed_pool, warm_up
@@ -73,7 +74,7 @@ class TritonPackedBackend(TritonAttnBackend):
         return VerifyMask(buffer=buffer, mode=TreeMaskMode.QLEN_ONLY, max_bs=requests)
 
     def _warm_up(self, runner: Any) -> None:
-        """Have every kernel compiled before a graph is captured or a request waits for it."""
+        """Have every kernel compiled before a graph is captured or a request waits for it. KVQuantError."""
         started, layers = time.monotonic(), list(self.pool.layers.values())
         most = runner.req_to_token_pool.size
         todo = warm_up.jobs(layers[0], self.buffers.scratch, self.num_head, runner.dtype, most)
@@ -87,7 +88,11 @@ class TritonPackedBackend(TritonAttnBackend):
         todo.append(lambda: self.buffers.workspace.warm_up(layers))
         if self.pool.check:
             todo += [partial(self.pool.check.warm_up, n, self._ahead) for n in warm_up.batch_sizes(most)]
-        warm_up.run(todo, layers[0].rows.device)
+        try:
+            warm_up.run(todo, layers[0].rows.device)
+        except KernelError as error:
+            asked = f"{flag('decode_kernel')} {current().options.decode_kernel}"
+            raise KVQuantError(f"{asked}: the CUDA kernel cannot be used: {error}; triton leaves it out") from error
         logger.info(
             "%s: decode attention in %s, prefill attention in %s over %d tokens at a time; kernels ready after %.1f s",
             NAME,
