@@ -3,7 +3,8 @@
 ``python -m benchmarks.fidelity peers --model-path MODEL --out peers.csv``
 Each text is one sequence of ``--length`` tokens, every token reads keys and values as a server would decode it, its own
 window included. ``kl_late`` is that of the second half, where windows of a few hundred tokens are a small part of what
-is read. ``--append`` goes on with a file, for another model or after an interruption.
+is read. ``--append`` goes on with a file, for another model or after an interruption. ``--windows`` measures this
+package alone, with other numbers of exact tokens.
 """
 
 from __future__ import annotations
@@ -88,6 +89,19 @@ def entries() -> Iterator[Entry]:
     yield from (Entry(name, *bits, exact) for name, bits, exact, _ in WINDOWED)
     yield from dict.fromkeys(Entry("template", *ours, exact) for *_, exact, ours in WINDOWED)
     yield from (Entry(name, *bits) for name, bits, *_ in WINDOWED if name.startswith("oscar"))
+
+
+def windowed(windows: list[tuple[int, int]]) -> Iterator[Entry]:
+    """This package with so many first and last tokens exact, keys and values."""
+    yield from (Entry("template", *pair, (Exact(*window),) * 2) for pair in OURS for window in windows)
+
+
+def first_and_last(text: str) -> tuple[int, int]:
+    """FIRST+LAST of the command line."""
+    parts = text.split("+")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text}: FIRST+LAST is needed, as in 4+32")
+    return int(parts[0]), int(parts[1])
 
 
 class Caches:
@@ -205,6 +219,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--only", nargs="+", default=[], metavar="ROW", help="method, bits or both: oscar, K3V3, 'kivi K2V2'"
     )
+    p.add_argument(
+        "--windows",
+        nargs="+",
+        type=first_and_last,
+        default=[],
+        metavar="FIRST+LAST",
+        help="this package with so many exact tokens: 0+8 4+32",
+    )
     p.add_argument("--text", type=Path, help="evaluation text; default: the report that comes with SGLang")
     p.add_argument("--calibration-text", help="calibration text; default: that of the server")
     return p
@@ -212,7 +234,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    rows = [e for e in entries() if not args.only or {e.label.split(" [")[0], *e.label.split()[:2]} & set(args.only)]
+    every = windowed(args.windows) if args.windows else entries()
+    rows = [e for e in every if not args.only or {e.label.split(" [")[0], *e.label.split()[:2]} & set(args.only)]
     if not rows:
         labels = ", ".join(dict.fromkeys(e.label for e in entries()))
         parser().error(f"--only {' '.join(args.only)}: no row is called so; there are {labels}")

@@ -116,9 +116,19 @@ def test_a_file_is_gone_on_with(run_program):
         run_program.go("--texts", "1", "--append")
 
 
+def test_windows_of_ones_own(run_program):
+    assert run_program.go("--windows", "0+0", "0+8", "4+8", "--only", "K3V3", "--texts", "1") == 0
+    rows = run_program.read()
+    assert [r["exact_keys"] for r in rows] == [r["exact_values"] for r in rows] == ["none", "last 8", "first 4 last 8"]
+    assert {(r["method"], r["k_bits"]) for r in rows} == {("template", "3")}
+    none, last, both = (float(r["kl"]) for r in rows)
+    assert none > last > both > 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--windows", "4-8"], "4-8: FIRST+LAST is needed, as in 4+32"),
         (["--only", "nobody"], "--only nobody: no row is called so; there are exact K32V32"),
         (["--length", "255"], "--length 255: at least 256 tokens"),
         (["--length", "401"], "--texts 2 --length 401: there are 5 texts"),
