@@ -91,17 +91,18 @@ def entries() -> Iterator[Entry]:
     yield from (Entry(name, *bits) for name, bits, *_ in WINDOWED if name.startswith("oscar"))
 
 
-def windowed(windows: list[tuple[int, int]]) -> Iterator[Entry]:
+def windowed(windows: list[str]) -> Iterator[Entry]:
     """This package with so many first and last tokens exact, keys and values."""
-    yield from (Entry("template", *pair, (Exact(*window),) * 2) for pair in OURS for window in windows)
+    exact = [Exact(*map(int, window.split("+"))) for window in windows]
+    yield from (Entry("template", *pair, (of, of)) for pair in OURS for of in exact)
 
 
-def first_and_last(text: str) -> tuple[int, int]:
+def first_and_last(text: str) -> str:
     """FIRST+LAST of the command line."""
     parts = text.split("+")
     if len(parts) != 2 or not all(part.isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"{text}: FIRST+LAST is needed, as in 4+32")
-    return int(parts[0]), int(parts[1])
+    return text
 
 
 class Caches:
