@@ -129,9 +129,10 @@ TREE = "--speculative-num-steps=3", "--speculative-eagle-topk=2", "--speculative
 @pytest.mark.parametrize(
     "algorithm, shape",
     [
-        ("EAGLE3", CHAIN),
         ("NEXTN", TREE),
-        *(pytest.param(*case, marks=pytest.mark.long) for case in (("STANDALONE", TREE), ("EAGLE", CHAIN))),
+        pytest.param("EAGLE3", CHAIN, marks=pytest.mark.long),
+        pytest.param("STANDALONE", TREE, marks=pytest.mark.long),
+        pytest.param("EAGLE", CHAIN, marks=pytest.mark.long),
     ],
     ids=lambda x: x if isinstance(x, str) else "chain" if x is CHAIN else "tree",
 )
