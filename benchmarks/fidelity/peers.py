@@ -235,10 +235,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    every = windowed(args.windows) if args.windows else entries()
+    every = list(windowed(args.windows) if args.windows else entries())
     rows = [e for e in every if not args.only or {e.label.split(" [")[0], *e.label.split()[:2]} & set(args.only)]
     if not rows:
-        labels = ", ".join(dict.fromkeys(e.label for e in entries()))
+        labels = ", ".join(dict.fromkeys(e.label for e in every))
         parser().error(f"--only {' '.join(args.only)}: no row is called so; there are {labels}")
     if args.length < SHORTEST:
         parser().error(f"--length {args.length}: at least {SHORTEST} tokens are needed")

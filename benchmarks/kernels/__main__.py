@@ -13,6 +13,7 @@ import torch
 
 from sglang_blockgtq.kernels.cuda import attention as cuda
 from sglang_blockgtq.kernels.decode import attention
+from sglang_blockgtq.options import DECODE_KERNELS
 
 from . import cases, record, run, timing
 
@@ -39,7 +40,10 @@ def tuning(text: str) -> tuple[str, int]:
 
 
 def retune(changes: list[tuple[str, int]]) -> dict[str, dict]:
-    """Take the changes of ``--tuning`` for every loop of decode. What each has then, for the record."""
+    """Take the changes of ``--tuning`` for every loop of Triton's decode, which then reads all rows. What each has, for
+    the record."""
+    if changes:
+        cuda.CHOICE = "triton"
     names = "TUNING", "TEMPLATES_TUNING", "WIDE_TUNING"
     for name in names:
         setattr(attention, name, replace(getattr(attention, name), **dict(changes)))
@@ -63,11 +67,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=tuning,
         default=[],
         metavar="NAME=NUMBER",
-        help="of decode, as in registers=168 stages=3",
+        help="of Triton's decode, as in registers=168 stages=3",
     )
     parser.add_argument(
         "--decode-kernel",
-        choices=("auto", "triton", "cuda"),
+        choices=DECODE_KERNELS,
         default="auto",
         help="what reads packed rows, as a server's --kv-quant-decode-kernel (default auto)",
     )
@@ -76,7 +80,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=285, help="seconds for everything (default 285)")
     parser.add_argument("--pool-tokens", type=int, default=1 << 20, help="tokens of the pools (default 1048576)")
     parser.add_argument("--commit", help="commit to record, where there is no git")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.tuning and args.decode_kernel == "cuda":
+        parser.error("--tuning is of Triton's decode: leave it or --decode-kernel cuda out")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,8 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("benchmarks.kernels needs a CUDA device", file=sys.stderr)
         return 2
-    tuned = retune(args.tuning)
     cuda.CHOICE = args.decode_kernel
+    tuned = retune(args.tuning)
     torch.backends.cuda.matmul.allow_tf32 = False  # the reference is float32
     gc.freeze()  # a collection before each capture is then quick
     provenance = record.provenance(sys.argv[1:] if argv is None else argv, args.commit)

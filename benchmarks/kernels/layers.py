@@ -115,7 +115,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--shape", nargs="+", choices=shapes, default=["qwen2.5-3b"])
     add("--method", nargs="+", choices=METHODS, default=["template-k3v3"])
     add("--lengths", nargs="+", type=lengths, default=[(1, 4096), (1, 131072)], metavar="BxN", help="e.g. 1x128K 8x32K")
-    add("--tuning", nargs="+", type=tuning, default=[], metavar="NAME=NUMBER", help="of decode, as in stages=3")
+    add("--tuning", nargs="+", type=tuning, default=[], metavar="NAME=NUMBER", help="of Triton's decode: stages=3")
     add("--commit", help="commit to record, where there is no git")
     return parser.parse_args(argv)
 

@@ -15,12 +15,13 @@ from ..format.columns import COLUMNS
 from ..terms import Terms
 from . import compile as nvrtc
 from . import launch
-from .operands import MAX_BITS, bits_of
+from .operands import MAX_BITS, most_bits
 from .source import ROWS, Shape, part_bytes, source, text_of
 
 #: What reads rows in decode: "triton"; "cuda", where it serves a layer; "auto", where it is the faster one, too.
 CHOICE = "auto"
 MAX_ROW_TILES = 2  # of ROWS query rows, that a program serves
+MOST_PROGRAMS = 16  # of a multiprocessor
 _LOG2E = 1.4426950408889634
 _SHARED_BYTES = 227 * 1024  # of a multiprocessor
 _TYPES = "P" * 10 + "iiifii"
@@ -42,16 +43,16 @@ class Tuning:
 
 def _tuning(tables: ColumnTables, row_tiles: int) -> Tuning:
     """As measured on an H200. Two parts where they fit for the most programs, since more bytes take more registers,
-    too; with 16 programs keys of many bits have taken those already."""
-    tuning = Tuning(16 if len(tables.v_spec.segments) * row_tiles <= 8 else 8)
-    fit = 2 * tuning.stages * 16 * part_bytes(tables.k_templates, tables.v_spec) <= _SHARED_BYTES
-    levelled = any(bits_of(pieces) > MAX_BITS for keys in tables.k_templates for pieces in keys.segments)
+    too; with the most programs keys of many bits have taken those already."""
+    tuning = Tuning(MOST_PROGRAMS if len(tables.v_spec.segments) * row_tiles <= 8 else MOST_PROGRAMS // 2)
+    fit = 2 * tuning.stages * MOST_PROGRAMS * part_bytes(tables.k_templates, tables.v_spec) <= _SHARED_BYTES
+    levelled = any(most_bits(keys) > MAX_BITS for keys in tables.k_templates)
     return replace(tuning, parts=2) if fit and (row_tiles > 1 or not levelled) else tuning
 
 
 @cache
 def _values_lack(spec: CodeSpec) -> str | None:
-    return f"values of more than {MAX_BITS} bits" if max(map(bits_of, spec.segments)) > MAX_BITS else None
+    return f"values of more than {MAX_BITS} bits" if most_bits(spec) > MAX_BITS else None
 
 
 @cache
@@ -81,7 +82,7 @@ def _faster(values: CodeSpec, rows: int) -> bool:
     rows, heads of more with up to eight, and values of three bits or four."""
     segments = len(values.segments)
     most = ROWS if segments <= 128 // COLUMNS else 2 * ROWS
-    return segments >= 128 // COLUMNS and rows <= most and max(map(bits_of, values.segments)) > 2
+    return segments >= 128 // COLUMNS and rows <= most and most_bits(values) > 2
 
 
 def row_tiles(rows: int) -> int:

@@ -183,17 +183,18 @@ DEVICE const float* query_row(const Program& p, int row) {
   return p.q + token * p.stride_qt + (i64)(p.head * GROUP + last % GROUP) * p.stride_qh;
 }
 
-// Of the head's codes in the block of a slot, and a number of bytes for each row before it there. Products with numbers
-// that no compiler knows are not made into sums, of which there are many elsewhere.
-DEVICE u64 row_at(u64 base, u32 slot, u32 bytes) {
-  return mad_wide(slot & 15, opaque(bytes), mad_wide(slot >> 4, opaque(ROW_BYTES * BLOCK_SLOTS), base));
-}
+// Of what is at base in the first block, in the block of a slot. Products with numbers that no compiler knows are not
+// made into sums, of which there are many elsewhere.
+DEVICE u64 block_of(u64 base, u32 slot) { return mad_wide(slot >> 4, opaque(ROW_BYTES * BLOCK_SLOTS), base); }
+
+// The same behind a number of bytes for each row before it there.
+DEVICE u64 row_at(u64 base, u32 slot, u32 bytes) { return mad_wide(slot & 15, opaque(bytes), block_of(base, slot)); }
 
 template <class Keys> DEVICE void start_part(const Program& p, u32 to, u32 slot, const Lane& at) {
   const u32 low = shfl(slot, at.lane >> 1), high = shfl(slot, 16 + (at.lane >> 1));
   const u64 half = p.keys + (at.lane & 1) * 16;
   const u64 first = row_at(half, low, 32), second = row_at(half, high, 32);
-  const u64 block = mad_wide(slot >> 4, opaque(ROW_BYTES * BLOCK_SLOTS), p.keys);
+  const u64 block = block_of(p.keys, slot);
   Keys::copy(to, From{block, slot & 15, {first, second}}, at.lane);
   const u32 to_values = p.to_values;
   Values::copy(to + VALUES_AT, From{block + to_values, slot & 15, {first + to_values, second + to_values}}, at.lane);

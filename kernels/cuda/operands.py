@@ -74,6 +74,11 @@ def bits_of(pieces: tuple[int, ...]) -> int:
     return sum(pieces[2::4])
 
 
+def most_bits(spec: CodeSpec) -> int:
+    """Of a segment."""
+    return max(map(bits_of, spec.segments))
+
+
 def code_of(spec: CodeSpec, segment: int, half: int, prefix: str) -> Code:
     """Where a code of a segment lies, for a column below 8 (half 0) or the one 8 further.
 

@@ -129,6 +129,7 @@ def test_windows_of_ones_own(run_program):
     ("options", "message"),
     [
         (["--windows", "4-8"], "4-8: FIRST+LAST is needed, as in 4+32"),
+        (["--windows", "0+8", "--only", "oscar"], "--only oscar: no row is called so; there are template K2V2"),
         (["--only", "nobody"], "--only nobody: no row is called so; there are exact K32V32"),
         (["--length", "255"], "--length 255: at least 256 tokens"),
         (["--length", "401"], "--texts 2 --length 401: there are 5 texts"),

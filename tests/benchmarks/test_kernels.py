@@ -106,7 +106,11 @@ def test_tuning_is_taken_for_every_loop(monkeypatch):
     before = {name: getattr(cli.attention, name) for name in names}
     for name in names:
         monkeypatch.setattr(cli.attention, name, before[name])
+    monkeypatch.setattr(cli.cuda, "CHOICE", "auto")
+    cli.retune([])
+    assert cli.cuda.CHOICE == "auto"
     recorded = cli.retune([("stages", 3)])
+    assert cli.cuda.CHOICE == "triton", "another kernel has no such loop"
     for name in names:
         assert getattr(cli.attention, name) == cli.replace(before[name], stages=3)
         assert recorded[name.lower()]["stages"] == 3
@@ -118,6 +122,9 @@ def test_command_line_without_a_device(tmp_path, monkeypatch, capsys):
     assert "CUDA" in capsys.readouterr().err
     assert cli.main(["--out", str(tmp_path / "a.csv"), "--only", "nothing/*"]) == 2
     assert "no such case" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["--out", str(tmp_path / "a.csv"), "--tuning", "stages=3", "--decode-kernel", "cuda"])
+    assert "--tuning is of Triton's decode" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
