@@ -1,1 +1,3 @@
 """Bit allocation for a model: moments of its queries and keys, widths, tables. No sglang import."""
+
+RECENT = 8  # last tokens of a request that a server reads exactly where nothing else is said

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .calibrate import RECENT
+
 NAME = "blockgtq"
 #: ServerArgs carries the options under this name; underscore attributes survive sealing and pickling.
 ATTRIBUTE = "_kvq"
@@ -34,6 +36,7 @@ LADDER = ((2, 2), (2.5, 2), (2.5, 2.5), (3, 2.5), (3, 3), (3.5, 3), (3.5, 3.5), 
 TARGET_KL = 0.03
 DEFAULT_RANGE = (3.0, 8.0)
 MOST_CHECKED = 65_536  # rows a step
+MOST_RECENT = 64  # tokens of a request that are kept exactly
 DEFAULT_PRESET = "auto"
 DEFAULT_BITS = 3.0
 DEFAULT_ALLOCATOR = "template"
@@ -66,6 +69,8 @@ class KVQuantOptions:
     chunk_attention: what the keys and values of the running chunk look like to the chunk itself.
         "raw": exact, as computed. "quantized": as they will be read back later, so that a cold prompt
         and its repetition from the prefix cache give the same answer.
+    exact_recent: the last tokens of a running request that decode reads exactly, its own among them. None: RECENT
+        where the server can, else 0.
     check_rows: rows that are compared with their checksums at each step; 0 for none, and no checksums.
     recalibrate: what makes a new table once weights were replaced. "never", or "flush": the next /flush_cache.
     """
@@ -82,6 +87,7 @@ class KVQuantOptions:
     decode_kernel: str = "auto"
     max_kl: float | None = None
     bits_range: tuple[float, float] = DEFAULT_RANGE
+    exact_recent: int | None = None
     check_rows: int = 0
     recalibrate: str = "never"
 
@@ -205,6 +211,11 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
     add("max_kl", "NATS", "Do not start if the cache costs more than this KL of the answer a token, e.g. 0.05.")
     add("bits_range", "LOW-HIGH", "What --kv-quant-preset auto may choose from (default 3-8).")
     add(
+        "exact_recent",
+        "N",
+        f"Decode reads a running request's last N tokens exactly, up to {MOST_RECENT} (default {RECENT}; 0: none).",
+    )
+    add(
         "check_rows",
         "N",
         "Compare N of the rows that each step reads with their checksums, and end the server where one differs "
@@ -312,16 +323,16 @@ def _tokens(name: str, value: Any, text: str | None) -> int:
     return tokens
 
 
-def _rows(name: str, value: Any) -> int:
+def _count(name: str, value: Any, most: int, example: int) -> int:
     try:
-        rows = int(str(value))
+        count = int(str(value))
     except ValueError:
-        rows = -1
-    if not 0 <= rows <= MOST_CHECKED:
+        count = -1
+    if not 0 <= count <= most:
         raise KVQuantError(
-            f"{flag(name)} {value}: a whole number up to {MOST_CHECKED} is needed, e.g. 16, or 0 for none"
+            f"{flag(name)} {value}: a whole number up to {most} is needed, e.g. {example}, or 0 for none"
         )
-    return rows
+    return count
 
 
 def parse(values: dict[str, Any]) -> KVQuantOptions | None:
@@ -381,7 +392,9 @@ def parse(values: dict[str, Any]) -> KVQuantOptions | None:
     if "decode_kernel" in given:
         out["decode_kernel"] = _choice("decode_kernel", given["decode_kernel"], DECODE_KERNELS)
     if "check_rows" in given:
-        out["check_rows"] = _rows("check_rows", given["check_rows"])
+        out["check_rows"] = _count("check_rows", given["check_rows"], MOST_CHECKED, 16)
+    if "exact_recent" in given:
+        out["exact_recent"] = _count("exact_recent", given["exact_recent"], MOST_RECENT, RECENT)
     if "recalibrate" in given:
         out["recalibrate"] = _choice("recalibrate", given["recalibrate"], RECALIBRATE)
     if "cache_dir" in given:
