@@ -66,6 +66,8 @@ SIGNATURES = {
         "enable_mamba_extra_buffer",
         "start_layer",
     ],
+    "mem_cache.memory_pool.ReqToTokenPool.free_rows": ["self", "indices"],
+    "beam_search.coordinator.BeamCoordinator.validate_and_init": ["self", "req", "recv_req"],
     "mem_cache.memory_pool.KVCache.__init__": [
         "size",
         "page_size",
@@ -193,6 +195,9 @@ CALLS = {
         "_hybrid_full_attention_pool_class("
     ),
     "mem_cache.memory_pool.HybridLinearKVPool.__init__": "self.full_kv_pool = TokenToKVPoolClass(",
+    "mem_cache.memory_pool.ReqToTokenPool.__init__": "self.free_slots = list(range(1, self._alloc_size))",
+    "mem_cache.memory_pool.ReqToTokenPool.alloc_rows": "self.free_slots[-need_size:]",
+    "beam_search.coordinator.BeamCoordinator._spawn_member_rows": "alloc_rows(",
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._handle_max_mamba_cache": "mamba_full_memory_ratio",
     "mem_cache.kv_cache_configurator.KVCacheConfigurator._build_hybrid_swa_kv_pool": (
         "token_to_kv_pool_class=swa_pool_class"

@@ -287,10 +287,20 @@ def check_decode_kernel(asked: KVQuantOptions, get: Callable[[str], Any]) -> Non
         )
 
 
+def check_recent(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
+    """Raises KVQuantError where exact tokens are asked for beside drafts."""
+    if asked.exact_recent and (algorithm := get("speculative_algorithm")) is not None:
+        raise KVQuantError(
+            f"{flag('exact_recent')} {asked.exact_recent}: not with --speculative-algorithm {algorithm}: drafts are "
+            "verified over packed rows alone; leave one of both out"
+        )
+
+
 def check_user_args(get: Callable[[str], Any], asked: KVQuantOptions) -> None:
     """Refuse conflicting options. ``get(field)`` gives the user's value or None. Raises KVQuantError."""
     _check(get, asked)
     check_decode_kernel(asked, get)
+    check_recent(asked, get)
 
 
 def check_resolved(server_args: Any = None) -> None:

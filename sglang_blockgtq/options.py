@@ -395,6 +395,11 @@ def parse(values: dict[str, Any]) -> KVQuantOptions | None:
         out["check_rows"] = _count("check_rows", given["check_rows"], MOST_CHECKED, 16)
     if "exact_recent" in given:
         out["exact_recent"] = _count("exact_recent", given["exact_recent"], MOST_RECENT, RECENT)
+    if out.get("exact_recent") and out.get("chunk_attention") == "quantized":
+        raise KVQuantError(
+            f"{flag('exact_recent')} {out['exact_recent']}: {flag('chunk_attention')} quantized reads every token as it "
+            "is stored; leave one of both out"
+        )
     if "recalibrate" in given:
         out["recalibrate"] = _choice("recalibrate", given["recalibrate"], RECALIBRATE)
     if "cache_dir" in given:

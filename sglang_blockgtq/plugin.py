@@ -364,6 +364,23 @@ def _attach_storage_backend(orig: Any, self: Any, storage_backend: str, *args: A
     return orig(self, storage_backend, *args, **kwargs)
 
 
+def _free_rows(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """Exact copies are of the requests with the highest indices, which are handed out from the end of this list."""
+    from . import runtime
+
+    if (recent := runtime.copies()) is not None and recent.rows < self.size:
+        self.free_slots.sort()
+
+
+def _validate_beams(orig: Any, self: Any, *args: Any, **kwargs: Any) -> str | None:
+    from . import runtime
+    from .recent import refuse_beams
+
+    if (recent := runtime.copies()) is not None:
+        return refuse_beams(recent)
+    return orig(self, *args, **kwargs)
+
+
 def _flush_cache(self: Any, *args: Any, **kwargs: Any) -> None:
     """self: a Scheduler. Before its prefix cache is emptied, which it is only where nothing runs."""
     from .pool import packed_pool
@@ -469,6 +486,8 @@ _HOOKS: Hooks = {
         "AROUND",
         _attach_storage_backend,
     ),
+    "mem_cache.memory_pool.ReqToTokenPool.free_rows": ("AFTER", _free_rows),
+    "beam_search.coordinator.BeamCoordinator.validate_and_init": ("AROUND", _validate_beams),
     "managers.scheduler.Scheduler.flush_cache": ("BEFORE", _flush_cache),
     "managers.scheduler.Scheduler.get_init_info": ("AFTER", _init_info),
     "managers.data_parallel_controller.DataParallelController.get_init_info": ("AFTER", _replicas_info),

@@ -26,10 +26,12 @@ from .terms import terms_of
 
 if TYPE_CHECKING:
     from .backend.buffers import Buffers
+    from .kernels.decode.recent import Recent
     from .kernels.layer import TritonLayer
 
 logger = logging.getLogger(__name__)
 
+MAX_REQUESTS = 4096  # that SGLang runs at a time where nothing else is said
 #: What SGLang allocates per token outside the pool and does not count: input buffers sized by the pool
 #: (about 48 bytes) and the allocator's free list (8 bytes, twice while it merges).
 UNCOUNTED_BYTES_PER_TOKEN = 64
@@ -49,6 +51,7 @@ class Runtime:
     window_bytes_per_token: int = 0  # of its layers with a window, where they stay in 16 bits
     layers: dict[int, PackedLayer] = field(default_factory=dict)  # by layer id
     buffers: Buffers | None = None  # on a GPU
+    recent: Recent | None = None  # exact copies of the last tokens
 
     @property
     def counted_bytes_per_token(self) -> int:
@@ -77,6 +80,7 @@ class Runtime:
             "ratio": round(self.bf16_bytes_per_token / self.bytes_per_token, 3),
             "bytes_per_token_head": round(self.table.bytes_per_token_head(), 3),
             "chunk_attention": self.options.chunk_attention,
+            "exact_recent": self.options.exact_recent,
             "check_rows": self.options.check_rows,
             "table_hash": header.table_hash,
             "table_origin": self.origin,
@@ -99,7 +103,8 @@ class Runtime:
     def memory(self) -> dict[str, int]:
         """Bytes on this rank by kind, without the rows: all of it is there before the cache is sized."""
         tables = sum(layer.table_bytes for layer in self.layers.values())
-        return {"tables": tables, **(self.buffers.nbytes() if self.buffers else {})}
+        recent = {"exact_recent": self.recent.nbytes} if self.recent else {}
+        return {"tables": tables, **recent, **(self.buffers.nbytes() if self.buffers else {})}
 
     def line(self) -> str:
         """The one start-up line."""
@@ -147,6 +152,11 @@ def current() -> Runtime:
     return _current
 
 
+def copies() -> Recent | None:
+    """The exact copies of the last tokens in this process; None also where nothing is packed."""
+    return None if _current is None else _current.recent
+
+
 def set_current(runtime: Runtime | None) -> None:
     global _current
     _current = runtime
@@ -162,11 +172,12 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
 
     Whatever is allocated here lowers the free memory that SGLang sizes the cache by.
     """
-    from sglang.srt.runtime_context import get_memory
+    from sglang.srt.runtime_context import get_memory, get_schedule
 
     from .capture import attention_layers, local_heads
     from .conflicts import check_granularity, check_layers, check_resolved, check_runner
     from .hybrid import balance_memory, check_hybrid
+    from .recent import copies_of, resolve
     from .split import balance_windows, check_split
     from .states import release
 
@@ -189,6 +200,7 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
             "the model spreads its heads in an unsupported way, use another --tp-size"
         )
     ids = {x.layer_id: row_of[x.layer_id] for x in here}
+    options = resolve(options, runner, attention)
 
     def make(table: AllocationTable) -> dict[int, PackedLayer]:
         made = layers_of(table, heads, ids.values(), runner.device, runner.model_config.context_len)
@@ -202,6 +214,8 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
         release()
     seconds = time.perf_counter() - begin
     table, layers, buffers = choice.table, choice.layers, None
+    requests = get_schedule().max_running_requests or MAX_REQUESTS
+    recent = copies_of(options, runner, list(layers.values()), requests)
     if get_memory().enable_hierarchical_cache:
         from .hicache import one_width
 
@@ -213,7 +227,7 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
         of_kernels = cast("dict[int, TritonLayer]", layers)  # as all are on a GPU
         if options.decode_kernel == "cuda" and (lacks := cuda_kernel.lacks(next(iter(of_kernels.values())).tables)):
             raise KVQuantError(f"{flag('decode_kernel')} cuda: it does not read these rows: {lacks}; triton works")
-        buffers = Buffers.of(of_kernels, runner, here[0].tp_q_head_num, window)
+        buffers = Buffers.of(of_kernels, runner, here[0].tp_q_head_num, requests, window)
         torch.cuda.empty_cache()
     runtime = Runtime(
         options=options,
@@ -226,6 +240,7 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
         window_bytes_per_token=runner.kv_cache_dtype.itemsize * _elements(x for x in every if x not in attention),
         layers=layers,
         buffers=buffers,
+        recent=recent,
     )
     check_ranks(table.header.table_hash, runtime.bytes_per_token)
     set_current(runtime)

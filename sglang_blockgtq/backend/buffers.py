@@ -16,7 +16,6 @@ from .extend import Workspace
 from .prefill import Prefill, choose
 
 SLOT = torch.int32  # of a decode step's slots
-MAX_REQUESTS = 4096  # that SGLang runs at a time where nothing else is said
 
 
 @dataclass
@@ -37,13 +36,13 @@ class Buffers:
     verify_scratch: DecodeScratch | None = None
 
     @classmethod
-    def of(cls, layers: Mapping[int, TritonLayer], runner: Any, num_heads: int, window: int = 0) -> Buffers:
-        """For a ModelRunner with ``num_heads`` query heads on this rank, whose cache is not yet there. window: the
-        largest of its layers; a chunk and the window before it lie in the workspace together."""
+    def of(cls, layers: Mapping[int, TritonLayer], runner: Any, num_heads: int, requests: int, window: int = 0) -> Buffers:
+        """For a ModelRunner with ``num_heads`` query heads on this rank, whose cache is not yet there, and up to
+        ``requests`` requests at a time. window: the largest of its layers; a chunk and the window before it lie in the
+        workspace together."""
         from sglang.srt.runtime_context import get_exec, get_schedule
 
         layer, context = next(iter(layers.values())), runner.model_config.context_len
-        requests = get_schedule().max_running_requests or MAX_REQUESTS
         tokens = min(get_schedule().max_total_tokens or context, context)
         chunk = get_schedule().chunked_prefill_size or -1
         together = min(window + chunk if chunk > 0 else context, tokens) if window else 0

@@ -11,7 +11,7 @@ from ..kernels.host.attention import causal_attention
 from ..kernels.reference import read_tree
 from ..runtime import current
 from ..terms import terms_of
-from . import require_packed_pool
+from . import copies_of, require_packed_pool
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -40,6 +40,7 @@ class TorchPackedBackend(AttentionBackend):
         self.req_to_token_pool = runner.req_to_token_pool
         self.quantized_chunk = current().options.chunk_attention == "quantized"
         self.verification: dict[str, Any] = {}  # how the queries of a step that verifies drafts are read
+        self.recent, self.copies = copies_of(runner, self.pool.layers)
 
     def support_triton(self) -> bool:
         return False
@@ -54,6 +55,9 @@ class TorchPackedBackend(AttentionBackend):
         if forward_batch.forward_mode.is_decode():
             fresh = 1
             lengths = forward_batch.seq_lens.tolist()
+            if self.recent is not None:
+                counts = self.recent.begin(forward_batch.req_pool_indices, forward_batch.seq_lens)
+                lengths = [n - exact for n, exact in zip(lengths, counts.tolist(), strict=True)]
         elif forward_batch.forward_mode.is_target_verify():
             spec, before = forward_batch.spec_info, forward_batch.seq_lens
             q_len = fresh = spec.draft_token_num
@@ -76,18 +80,24 @@ class TorchPackedBackend(AttentionBackend):
     def _encode(self, k, v, layer: RadixAttention, forward_batch, save_kv_cache: bool) -> TorchLayer:
         packed = self.pool.layer(layer.layer_id)
         if save_kv_cache:
-            k = k.view(-1, packed.heads, packed.head_dim)
-            v = v.view(-1, packed.heads, packed.v_head_dim)
-            packed.encode(k, v, forward_batch.out_cache_loc, forward_batch.positions)
+            packed.encode(*_by_head(k, v, packed), forward_batch.out_cache_loc, forward_batch.positions)
             if self.pool.check:
                 self.pool.check.wrote(layer.layer_id, forward_batch)
         return packed
+
+    def _remember(self, k, v, layer: RadixAttention, forward_batch: ForwardBatch) -> None:
+        new = forward_batch.extend_seq_lens_cpu
+        requests, before = forward_batch.req_pool_indices[: len(new)], forward_batch.extend_prefix_lens[: len(new)]
+        self.copies[layer.layer_id].remember(k, v, requests, before, torch.tensor([0, *new]).cumsum(0))
 
     def forward_decode(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):
         terms = terms_of(layer, kwargs)
         packed = self._encode(k, v, layer, forward_batch, save_kv_cache)
         q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        out = packed.decode(q3, self.kv_indptr, self.read, layer.scaling, terms=terms, **self.verification)
+        options = dict(self.verification)
+        if self.recent is not None:
+            options["recent"] = self.copies[layer.layer_id].read(*_by_head(k, v, packed))
+        out = packed.decode(q3, self.kv_indptr, self.read, layer.scaling, terms=terms, **options)
         return out.flatten(1)
 
     def forward_extend(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):
@@ -95,6 +105,8 @@ class TorchPackedBackend(AttentionBackend):
             return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         terms = terms_of(layer, kwargs)
         packed = self._encode(k, v, layer, forward_batch, save_kv_cache)
+        if self.recent is not None and save_kv_cache:
+            self._remember(*_by_head(k, v, packed), layer, forward_batch)
         if self.quantized_chunk:
             k, v = packed.dense(forward_batch.out_cache_loc, forward_batch.positions)
         heads = layer.tp_q_head_num
@@ -115,6 +127,10 @@ class TorchPackedBackend(AttentionBackend):
         # Rows beyond the real tokens (padding) are not anybody's; keep them finite.
         out[start:] = 0
         return out.to(q.dtype).flatten(1)
+
+
+def _by_head(k: torch.Tensor, v: torch.Tensor, packed: TorchLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    return k.view(-1, packed.heads, packed.head_dim), v.view(-1, packed.heads, packed.v_head_dim)
 
 
 def _neighbours(slots: torch.Tensor) -> torch.Tensor | slice:

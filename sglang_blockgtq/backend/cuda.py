@@ -22,7 +22,7 @@ from ..kernels.decode.gather import gather_slots
 from ..options import NAME, KVQuantError, flag
 from ..runtime import current
 from ..terms import terms_of
-from . import require_packed_pool, warm_up
+from . import copies_of, require_packed_pool, warm_up
 from .buffers import SLOT, Buffers, new_graph_slots
 from .extend import ExtendPlan
 
@@ -52,6 +52,7 @@ class TritonPackedBackend(TritonAttnBackend):
         first = pool.layers[self.first_layer]
         self.pages = (first.tables.means.page, first.tables.means.nowhere) if first.has_means else (0, 0)
         self.quantized_chunk = current().options.chunk_attention == "quantized"
+        self.recent, self.copies = copies_of(runner, pool.layers)
         self.buffers = self._buffers(runner)
         self._warm_up(runner)
         self._verify_mask = self._new_verify_mask(runner)
@@ -77,7 +78,8 @@ class TritonPackedBackend(TritonAttnBackend):
         """Have every kernel compiled before a graph is captured or a request waits for it. KVQuantError."""
         started, layers = time.monotonic(), list(self.pool.layers.values())
         most = runner.req_to_token_pool.size
-        todo = warm_up.jobs(layers[0], self.buffers.scratch, self.num_head, runner.dtype, most)
+        copies = self.copies.get(self.first_layer)
+        todo = warm_up.jobs(layers[0], self.buffers.scratch, self.num_head, runner.dtype, most, copies)
         if self.buffers.verification:
             verification, scratch = self._verifying()
             q_len, tree = verification.q_len, verification.tree
@@ -159,7 +161,7 @@ class TritonPackedBackend(TritonAttnBackend):
             raise RuntimeError(f"{NAME}: this pool's table of requests holds no slots ({table.entry_page_size=})")
         requests, lengths = table.row_ids[:batch], forward_batch.seq_lens[:batch]
         more = queries if forward_batch.forward_mode.is_target_verify() else 0
-        gather_slots(table.ids, requests, lengths, meta.kv_indptr, meta.kv_indices, more)
+        gather_slots(table.ids, requests, lengths, meta.kv_indptr, meta.kv_indices, more, self.recent)
         if self.pool.check:
             self.pool.check.sample(meta.kv_indptr, meta.kv_indices, fresh=queries)
 
@@ -203,6 +205,8 @@ class TritonPackedBackend(TritonAttnBackend):
         if save_kv_cache:
             rotated = packed.encode(*_by_head(k, v, layer), forward_batch.out_cache_loc, positions, q3)
             self._wrote(layer, forward_batch)
+        if self.recent is not None:
+            options["recent"] = self.copies[layer.layer_id].read(*_by_head(k, v, layer))
         out = q3.new_empty(q3.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         kv_indptr = meta.kv_indptr[: q3.shape[0] // meta.max_extend_len + 1]
         options |= {"rotated": rotated, "scratch": scratch, "out": out}
@@ -218,6 +222,7 @@ class TritonPackedBackend(TritonAttnBackend):
         if save_kv_cache:
             packed.encode(k3, v3, forward_batch.out_cache_loc, forward_batch.positions)
             self._wrote(layer, forward_batch)
+            self._remember(k3, v3, layer, forward_batch)
         if self.quantized_chunk:
             k3, v3 = packed.dense(forward_batch.out_cache_loc, forward_batch.positions, q.dtype)
         q3 = _heads(q, layer.tp_q_head_num, layer.qk_head_dim)
@@ -229,6 +234,12 @@ class TritonPackedBackend(TritonAttnBackend):
         for new, plan in self._extend_plans(layer, forward_batch, terms.window):
             self.buffers.workspace(packed, plan, q3[new], k3[new], v3[new], layer.scaling, out[new], terms)
         return target
+
+    def _remember(self, k3, v3, layer: RadixAttention, forward_batch: Any) -> None:
+        if self.recent is not None:
+            n, qo_indptr = len(forward_batch.extend_seq_lens_cpu), self.forward_metadata.qo_indptr
+            requests, before = forward_batch.req_pool_indices[:n], forward_batch.extend_prefix_lens[:n]
+            self.copies[layer.layer_id].remember(k3, v3, requests, before, qo_indptr[: n + 1])
 
     def _wrote(self, layer: RadixAttention, forward_batch: Any) -> None:
         if self.pool.check:

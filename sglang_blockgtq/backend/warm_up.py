@@ -10,6 +10,7 @@ import torch
 
 from ..kernels.decode.attention import DecodeScratch
 from ..kernels.decode.gather import gather_slots
+from ..kernels.decode.recent import RecentLayer
 from ..kernels.decode.splits import request_block
 from ..kernels.decode.tree import Tree
 from ..kernels.device.tables import ColumnTables
@@ -31,16 +32,24 @@ def batch_sizes(most: int) -> Iterator[int]:
         size = request_block(size) + 1
 
 
-def jobs(layer: TritonLayer, scratch: DecodeScratch, num_heads: int, dtype: torch.dtype, most: int) -> list[Job]:
+def jobs(
+    layer: TritonLayer,
+    scratch: DecodeScratch,
+    num_heads: int,
+    dtype: torch.dtype,
+    most: int,
+    copies: RecentLayer | None = None,
+) -> list[Job]:
     """Calls that compile what a step needs for batches of up to ``most`` requests, no kernel twice.
 
     layer: any, since a binary serves all; slot 0 is written, which no request has. num_heads: of the query.
-    dtype: the model's.
+    dtype: the model's. copies: exact ones of its last tokens, of which none is written.
     """
     with_query = (0, num_heads) if layer.fast else (0,)
     return [
-        *(partial(_gather, batch, layer.rows.device) for batch in batch_sizes(most)),
-        *(partial(_decode, layer, scratch, num_heads, dtype, batch) for batch in batch_sizes(most)),
+        *(partial(_gather, batch, layer.rows.device, copies) for batch in batch_sizes(most)),
+        *(partial(_decode, layer, scratch, num_heads, dtype, batch, copies=copies) for batch in batch_sizes(most)),
+        *([partial(_remember, layer, dtype, copies)] if copies else []),
         *(partial(_encode, layer, heads, dtype, tokens) for tokens in encoded_at_once(layer) for heads in with_query),
     ]
 
@@ -79,11 +88,24 @@ def _encode(layer: TritonLayer, num_heads: int, dtype: torch.dtype, tokens: int)
     layer.encode(k, v, zeros, zeros, q)
 
 
-def _gather(batch: int, device: torch.device) -> None:
+def _nobody(batch: int, device: torch.device) -> torch.Tensor:
+    """int64 ``[batch]``: the index of what pads a batch, in SGLang's table of requests."""
+    return torch.zeros(batch, dtype=torch.int64, device=device)
+
+
+def _gather(batch: int, device: torch.device, copies: RecentLayer | None) -> None:
     table, slots = torch.zeros(batch, 1, dtype=SLOT, device=device), torch.zeros(batch, dtype=SLOT, device=device)
-    requests = torch.zeros(batch, dtype=torch.int64, device=device)
+    requests, recent = _nobody(batch, device), copies.recent if copies else None
     kv_indptr = torch.empty(batch + 1, dtype=torch.int32, device=device)
-    gather_slots(table, requests, requests + 1, kv_indptr, slots)
+    gather_slots(table, requests, requests + 1, kv_indptr, slots, recent=recent)
+
+
+def _remember(layer: TritonLayer, dtype: torch.dtype, copies: RecentLayer) -> None:
+    device = layer.rows.device
+    k = torch.zeros(1, layer.heads, layer.head_dim, dtype=dtype, device=device)
+    v = torch.zeros(1, layer.heads, layer.v_head_dim, dtype=dtype, device=device)
+    qo_indptr = torch.arange(2, dtype=torch.int32, device=device)
+    copies.remember(k, v, _nobody(1, device), _nobody(1, device).int(), qo_indptr)
 
 
 def _decode(
@@ -94,6 +116,7 @@ def _decode(
     batch: int,
     q_len: int = 1,
     tree: Tree | None = None,
+    copies: RecentLayer | None = None,
 ) -> None:
     device, tokens = layer.rows.device, batch * q_len
     q = torch.zeros(tokens, num_heads, layer.head_dim, dtype=dtype, device=device)
@@ -101,7 +124,11 @@ def _decode(
     slots = torch.zeros(tokens, dtype=SLOT, device=device)
     rotated = torch.zeros(q.shape, dtype=torch.float32, device=device) if layer.fast else None
     bits = None if tree is None else tree.bits[:tokens]
-    layer.decode(q, kv_indptr, slots, 1.0, q_len=q_len, tree=bits, rotated=rotated, scratch=scratch)
+    recent = None
+    if copies is not None:  # the step's requests are still nobody's, as gathered
+        k = torch.zeros(tokens, layer.heads, layer.head_dim, dtype=dtype, device=device)
+        recent = copies.read(k, k.new_zeros(tokens, layer.heads, layer.v_head_dim))
+    layer.decode(q, kv_indptr, slots, 1.0, q_len=q_len, tree=bits, rotated=rotated, scratch=scratch, recent=recent)
 
 
 def run(todo: Sequence[Job], device: torch.device) -> None:

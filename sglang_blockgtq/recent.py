@@ -1,0 +1,82 @@
+"""--kv-quant-exact-recent: a running request's last tokens, kept exactly beside their rows.
+
+Rows are what is cached, shared and moved. The copies are a request's own, at its index in SGLang's table of requests:
+they begin with the first token of its last prefill, and each decode step adds its token. Definition:
+:func:`.kernels.reference.recent_step`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from .calibrate import RECENT
+from .kernels.decode.recent import Recent
+from .options import NAME, KVQuantError, KVQuantOptions, flag
+from .ranks import is_rank_zero
+from .terms import terms_of
+
+if TYPE_CHECKING:
+    from .kernels.layer import PackedLayer
+
+logger = logging.getLogger(__name__)
+
+#: Requests that have copies at a time. Those beyond read packed rows alone.
+MOST_REQUESTS = 256
+
+
+def resolve(options: KVQuantOptions, runner: Any, attention: Iterable[Any]) -> KVQuantOptions:
+    """The options with a number of exact tokens, 0 where the server cannot have them and nobody asked for some.
+
+    attention: the RadixAttention modules whose rows are packed. Raises KVQuantError.
+    """
+    windowed = next((x.layer_id for x in attention if terms_of(x, {}).window), None)
+    if runner.spec_algorithm.is_speculative():
+        why = "drafts are verified over packed rows alone"
+    elif windowed is not None:
+        why = f"layer {windowed} has a window, which counts packed tokens"
+    elif options.chunk_attention == "quantized":
+        why = f"with {flag('chunk_attention')} quantized every token is read as it is stored"
+    else:
+        return replace(options, exact_recent=RECENT if options.exact_recent is None else options.exact_recent)
+    if options.exact_recent:
+        raise KVQuantError(f"{flag('exact_recent')} {options.exact_recent}: {why}; leave the option out")
+    if options.exact_recent is None and is_rank_zero():
+        logger.info("%s: no token is read exactly: %s", NAME, why)
+    return replace(options, exact_recent=0)
+
+
+def copies_of(options: KVQuantOptions, runner: Any, layers: Sequence[PackedLayer], requests: int) -> Recent | None:
+    """Room for the copies of up to ``requests`` requests; None where no token is read exactly."""
+    if not options.exact_recent:
+        return None
+    first, rows = layers[0], min(requests, MOST_REQUESTS)
+    if requests > rows and is_rank_zero():
+        logger.info(
+            "%s: the last %d tokens of %d requests at a time are read exactly, of others none",
+            NAME,
+            options.exact_recent,
+            rows,
+        )
+    return Recent.of(
+        len(layers),
+        rows,
+        requests,
+        options.exact_recent,
+        first.heads,
+        first.head_dim,
+        first.v_head_dim,
+        runner.dtype,
+        runner.device,
+    )
+
+
+def refuse_beams(recent: Recent) -> str:
+    """What a request for beams is told: beams take each other's tokens over in SGLang's table, with the slots of their
+    rows, while copies are of a request."""
+    return (
+        f"Beam search is not supported with {flag('exact_recent')} {recent.window}; "
+        f"start the server with {flag('exact_recent')} 0 for it."
+    )

@@ -1,0 +1,73 @@
+"""--kv-quant-exact-recent in the real server: what is exact is exact, for every request, and is a request's own.
+
+Two bits, with which a packed token shows, and so many exact tokens that a short request reads nothing else: its
+log-probabilities are those of transformers.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+import torch
+
+pytestmark = pytest.mark.server
+
+EXACT, NEW = 48, 12
+#: nats, of a token's log-probability: float32 in another order; and what one of packed rows is off by at least.
+SAME, PACKED = 2e-3, 0.05
+
+
+@pytest.fixture(scope="module")
+def server(launch):
+    bits = "--kv-quant-k-bits=2", "--kv-quant-v-bits=2", f"--kv-quant-exact-recent={EXACT}"
+    return launch("--dtype=float32", "--max-total-tokens=3000", "--max-running-requests=6", *bits)
+
+
+@pytest.fixture(scope="module")
+def gap(server, smollm2):
+    """prompt -> the largest |difference| of an answer's log-probabilities from transformers', and the cached tokens."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+
+    def of(prompt: list[int]) -> tuple[float, int]:
+        meta = server.generate(prompt, NEW, logprob_start=len(prompt) - 1, ignore_eos=True)["meta_info"]
+        logprobs, answer = zip(*((lp, token) for lp, token, *_ in meta["output_token_logprobs"]), strict=True)
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        exact = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        return float((exact - torch.tensor(logprobs)).abs().max()), meta["cached_tokens"]
+
+    return of
+
+
+def test_requests_that_are_exact_as_a_whole(server, gap, token_ids):
+    """Side by side, of all lengths, more than run at a time, so that copies of earlier requests lie in their places."""
+    prompts = [token_ids[i * 50 : i * 50 + 3 + 3 * i] for i in range(11)]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        found = list(pool.map(gap, prompts))
+    assert max(worst for worst, _ in found) < SAME
+    assert server.info()["kv_quant"]["exact_recent"] == EXACT
+
+
+def test_what_lies_before_is_packed(gap, token_ids):
+    assert gap(token_ids[1000:1200])[0] > PACKED
+
+
+def test_a_cached_beginning_is_packed(gap, token_ids):
+    """Its exact copies were another request's."""
+    prompt = token_ids[2000 : 2000 + EXACT - NEW]
+    cold, cached = gap(prompt)
+    assert cold < SAME and cached == 0
+    worst, cached = gap(prompt)
+    assert worst > PACKED and cached == len(prompt) - 1
+
+
+def test_beams_are_refused(server, token_ids):
+    """Which take each other's tokens over."""
+    body = {"input_ids": token_ids[:8], "sampling_params": {"max_new_tokens": 2, "beam_width": 2}}
+    response = requests.post(server.url + "/generate", json=body, timeout=60)
+    assert response.status_code == 400
+    assert f"not supported with --kv-quant-exact-recent {EXACT}" in response.text
