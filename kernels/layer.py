@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 
@@ -11,6 +13,7 @@ from . import reference
 from .any_layout.encode import AnyEncoder
 from .any_layout.tables import AnyTables
 from .decode.attention import DecodeScratch, decode_attention
+from .decode.recent import RecentRead
 from .device.tables import MAX_POSITIONS, ColumnTables, difference, overwrite
 from .encode.encoder import Encoder
 from .format.codec import LayerCodec
@@ -91,11 +94,12 @@ class PackedLayer(ABC):
         tree: torch.Tensor | None = None,
         terms: Terms = PLAIN,
         rotated: torch.Tensor | None = None,
+        recent: RecentRead | None = None,
         scratch: DecodeScratch | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention ``[B * q_len, Hq, Dv]`` of q_len queries ``q [B * q_len, Hq, D]`` per request over the rows of its
-        slots, their own the last; tree int32 ``[B * q_len]``: see :func:`.decode.attention.decode_attention`."""
+        slots, their own the last. tree, recent: see :func:`.decode.attention.decode_attention`."""
 
     @abstractmethod
     def dense(
@@ -221,11 +225,14 @@ class TorchLayer(PackedLayer):
         tree=None,
         terms=PLAIN,
         rotated=None,
+        recent=None,
         scratch=None,
         out=None,
     ):
         """kv_indices: also a slice, of one request's neighbouring slots."""
         rows = self.gather(kv_indices)
+        if recent is not None:
+            return self._decode_beside(recent, q, rows, kv_indptr, sm_scale, terms)
         if self.reader is None:
             options = {"q_len": q_len, "terms": terms, "tree": tree}
             return reference.decode_attention(self.codec, q, rows, kv_indptr, sm_scale, **options)[0].to(q.dtype)
@@ -234,6 +241,23 @@ class TorchLayer(PackedLayer):
             seen = rows[which]
             out[i] = self.reader.attend(q[i], seen, sm_scale, terms) if len(seen) else 0
         return out
+
+    def _decode_beside(self, recent, q, rows, kv_indptr, sm_scale, terms):
+        """A query for each request over its packed rows and its exact tokens."""
+        copies, plain = recent.copies, replace(terms, sinks=None)
+        exact = reference.recent_attention(q, recent.k, recent.v, copies.k, copies.v, recent.step, sm_scale, plain)
+        if self.reader is None:
+            packed = reference.decode_attention(self.codec, q, rows, kv_indptr, sm_scale, terms=plain)
+        else:
+            packed = (
+                q.new_zeros(*q.shape[:2], self.v_head_dim, dtype=torch.float32),
+                torch.full_like(exact[1], -torch.inf),
+            )
+            for i, (begin, end) in enumerate(pairwise(kv_indptr.tolist())):
+                if begin < end:
+                    packed[0][i], packed[1][i] = self.reader.attend_with_lse(q[i], rows[begin:end], sm_scale, plain)
+        out, lse = reference.merge_states(*packed, *exact)
+        return terms.with_sinks(out, lse).to(q.dtype)
 
     def dense(self, slots, positions=None, dtype=torch.float32):
         rows, read = self.gather(slots), self.reader.dense if self.reader else partial(reference.decode, self.codec)

@@ -219,6 +219,72 @@ def gather_slots(
     return indptr, torch.cat(slots) if slots else req_to_token.new_empty(0)
 
 
+def recent_step(
+    first: torch.Tensor, top: int, window: int, requests: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The row of copies of each request ``[B]`` or -1, the position of its token, and how many tokens are exact: the
+    last ``window`` of its ``lengths [B]``, but none before ``first [R]`` (:class:`.decode.recent.Recent`)."""
+    rows = top - requests
+    rows = torch.where((rows >= 0) & (rows < len(first)), rows, -1)
+    exact = (lengths - first[rows.clamp(min=0)]).clamp(0, window)
+    return rows, lengths - 1, torch.where(rows >= 0, exact, 0)
+
+
+def remember(
+    first: torch.Tensor,
+    top: int,
+    k_copies: torch.Tensor,
+    v_copies: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    requests: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    qo_indptr: torch.Tensor,
+) -> None:
+    """See :meth:`.decode.recent.RecentLayer.remember`; k_copies ``[R, W, H, D]``, v_copies ``[R, W, H, Dv]``."""
+    window, indptr = k_copies.shape[1], qo_indptr.tolist()
+    for b, (request, before) in enumerate(zip(requests.tolist(), prefix_lens.tolist(), strict=True)):
+        row, begin, end = top - request, indptr[b], indptr[b + 1]
+        if not 0 <= row < len(first) or begin == end:
+            continue
+        first[row] = before
+        last = slice(max(begin, end - window), end)
+        places = (before + torch.arange(last.start - begin, end - begin, device=k.device)) % window
+        k_copies[row, places], v_copies[row, places] = k[last], v[last]
+
+
+def recent_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_copies: torch.Tensor,
+    v_copies: torch.Tensor,
+    step: torch.Tensor,
+    sm_scale: float,
+    terms: Terms = PLAIN,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries ``q [B, Hq, D]`` of a decode step against their exact tokens: their own k ``[B, H, D]``, v ``[B, H, Dv]``
+    and the copies before it. step ``[3, B]``: as :func:`recent_step` gives it.
+
+    Returns out ``[B, Hq, Dv]`` and lse ``[B, Hq]`` float32, without sinks; zeros and -inf where none is exact. The
+    step's tokens are copied.
+    """
+    heads, window = k.shape[1], k_copies.shape[1]
+    out = torch.zeros(*q.shape[:2], v.shape[2], device=q.device)
+    lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
+    for b, (row, position, count) in enumerate(step.T.tolist()):
+        if row < 0:
+            continue
+        k_copies[row, position % window], v_copies[row, position % window] = k[b], v[b]
+        if count:
+            places = torch.arange(position + 1 - count, position + 1, device=q.device) % window
+            grouped = q[b].float().unflatten(0, (heads, -1))
+            logits = torch.einsum("hgd,nhd->hgn", grouped, k_copies[row, places].float()) * sm_scale
+            o, l = _softmax_attend(terms.capped(logits)[:, :, None], v_copies[row, places].float())
+            out[b], lse[b] = o[0].flatten(0, 1), l[0].flatten()
+    return out, lse
+
+
 def merge_states(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

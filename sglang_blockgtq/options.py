@@ -397,8 +397,8 @@ def parse(values: dict[str, Any]) -> KVQuantOptions | None:
         out["exact_recent"] = _count("exact_recent", given["exact_recent"], MOST_RECENT, RECENT)
     if out.get("exact_recent") and out.get("chunk_attention") == "quantized":
         raise KVQuantError(
-            f"{flag('exact_recent')} {out['exact_recent']}: {flag('chunk_attention')} quantized reads every token as it "
-            "is stored; leave one of both out"
+            f"{flag('exact_recent')} {out['exact_recent']}: {flag('chunk_attention')} quantized reads all tokens as "
+            "they are stored; leave one of both out"
         )
     if "recalibrate" in given:
         out["recalibrate"] = _choice("recalibrate", given["recalibrate"], RECALIBRATE)

@@ -24,6 +24,7 @@ from ..device.tables import ColumnTables, Tables
 from ..terms import PLAIN, Terms
 from .kernel import decode_kernel
 from .merge import merge_splits
+from .recent import RecentRead
 from .splits import num_splits, request_block
 from .tree import MAX_Q_LEN
 
@@ -133,6 +134,7 @@ def decode_attention(
     tree: torch.Tensor | None = None,
     terms: Terms = PLAIN,
     rotated: torch.Tensor | None = None,
+    recent: RecentRead | None = None,
     target: int | None = None,
     scratch: DecodeScratch | None = None,
     out: torch.Tensor | None = None,
@@ -145,6 +147,8 @@ def decode_attention(
     (:mod:`..format.layout`). kv_indptr ``[B + 1]`` and kv_indices (slots), int32 or int64.
     terms: a window, a cap, sinks; the LSE knows no sinks.
     rotated: q in stored channels as float32, where encode has made it already.
+    recent: what each request's last tokens are read from instead, which kv_indices lacks; their own are kept there. One
+    query a request, without a window. None: rows alone.
     target: splits wanted for all requests together, by default what fills the device (see :mod:`.splits`).
     scratch and ``out [B * q_len, Hq, Dv]`` may be given, for CUDA graphs.
 
@@ -160,6 +164,10 @@ def decode_attention(
         raise ValueError(f"q {tuple(q.shape)}: {q_len} queries for each of {requests} requests are needed")
     if tree is not None and (tree.shape != q.shape[:1] or tree.dtype != torch.int32):
         raise ValueError(f"tree {tree.dtype} {tuple(tree.shape)}: int32 [{q.shape[0]}] is needed, of each query")
+    if recent is not None:
+        if q_len > 1 or terms.window:
+            raise ValueError(f"recent: not with q_len {q_len} and window {terms.window}: 1 and 0 are needed")
+        recent.check(requests, tables.heads, tables.k.dim, tables.v.dim)
     if target is None:
         target = target_splits(tables, num_heads, q_len)
     splits = num_splits(requests, target)
@@ -185,7 +193,22 @@ def decode_attention(
     attend(tables, rotated, rows, kv_indptr, kv_indices, sm_scale, terms, tree, *where)
     # The tokens that all queries of a request see together.
     span = terms.window + q_len - 1 if terms.window else 0
-    merge_splits(tables.v, scratch.out, scratch.lse, kv_indptr, q_len, target, out, lse, span, terms.sinks)
+    merge_splits(
+        tables.v,
+        scratch.out,
+        scratch.lse,
+        kv_indptr,
+        q_len,
+        target,
+        out,
+        lse,
+        span,
+        terms.sinks,
+        recent,
+        q,
+        sm_scale,
+        terms.cap,
+    )
     return out, lse
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..device.gpu import multiprocessors
+from .recent import Recent
 from .splits import request_block
 
 BLOCK = 1024  # tokens that a program copies at a time
@@ -19,7 +20,8 @@ _PER_SM = 8  # programs; each has 4 warps
 
 
 @triton.jit(
-    do_not_specialize=["more", "num_requests", "stride"], do_not_specialize_on_alignment=["requests", "lengths"]
+    do_not_specialize=["more", "num_requests", "stride", "top", "rows", "steps"],
+    do_not_specialize_on_alignment=["requests", "lengths", "first"],
 )
 def gather_slots_kernel(
     req_to_token,  # int32 [rows, stride]
@@ -30,13 +32,29 @@ def gather_slots_kernel(
     more,  # tokens of each request behind its length
     num_requests,
     stride,
+    first,  # int32 [rows], from which position exact copies are there (decode.recent); or None
+    step,  # int32 [3, steps]
+    top,
+    rows,
+    steps,
     REQUESTS: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     part, request = tl.program_id(0), tl.program_id(1)
     r = tl.arange(0, REQUESTS)
     length_of = tl.load(lengths + r, mask=r < num_requests, other=0).to(tl.int64) + more
     row = tl.load(requests + request).to(tl.int64)
+    if first is not None:
+        copies = top - tl.load(requests + r, mask=r < num_requests, other=0).to(tl.int32)
+        there = (r < num_requests) & (copies >= 0) & (copies < rows)
+        exact = length_of.to(tl.int32) - tl.load(first + copies, mask=there, other=0)
+        exact = tl.where(there, tl.minimum(tl.maximum(exact, 0), WINDOW), 0)
+        if (part == 0) & (request == 0):
+            tl.store(step + r, tl.where(there, copies, -1), mask=r < num_requests)
+            tl.store(step + steps + r, (length_of - 1).to(tl.int32), mask=r < num_requests)
+            tl.store(step + 2 * steps + r, exact, mask=r < num_requests)
+        length_of -= exact
     begin = tl.sum(tl.where(r < request, length_of, 0), 0)
     length = tl.sum(tl.where(r == request, length_of, 0), 0).to(tl.int32)
     if part == 0:
@@ -61,11 +79,13 @@ def gather_slots(
     kv_indptr: torch.Tensor,
     kv_indices: torch.Tensor,
     more: int = 0,
+    recent: Recent | None = None,
 ) -> None:
     """Fill ``kv_indptr [B + 1]`` with the running sum of lengths and ``kv_indices`` with the requests' slots.
 
     req_to_token int32 ``[rows, most tokens]``, contiguous within a row. requests ``[B]``: the rows; lengths ``[B]``:
-    how many of a row's slots; more: of those that follow. kv_indices: room for all of them, which is not checked, as
+    how many of a row's slots; more: of those that follow. recent: whose exact tokens are left out, and whose ``step``
+    is filled. kv_indices: room for all of them, which is not checked, as
     lengths are on the device.
     The grid does not depend on a length. Raises ValueError on other shapes.
     """
@@ -75,6 +95,8 @@ def gather_slots(
         raise ValueError(f"{shapes}: [{batch}] and [{batch + 1}] are needed")
     if req_to_token.dim() != 2 or req_to_token.stride(1) != 1:
         raise ValueError(f"req_to_token {tuple(req_to_token.shape)}: rows of contiguous slots are needed")
+    if recent is not None and recent.step.shape[1] < batch:
+        raise ValueError(f"recent: a step of {recent.step.shape[1]} requests at most, not of {batch}")
     if not batch:
         kv_indptr.zero_()
         return
@@ -87,7 +109,13 @@ def gather_slots(
         more,
         batch,
         req_to_token.stride(0),
+        recent and recent.first,
+        recent and recent.step,
+        recent.top if recent else 0,
+        recent.rows if recent else 0,
+        recent.step.shape[1] if recent else 0,
         REQUESTS=request_block(batch),
+        WINDOW=recent.window if recent else 0,
         BLOCK=BLOCK,
         num_warps=4,
     )

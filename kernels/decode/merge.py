@@ -1,12 +1,12 @@
 """Merges of partial attentions over disjoint keys, exact by their log-sum-exp.
 
 Definition: :func:`..reference.merge_states`. :func:`merge_splits` merges decode attention's splits and rotates the
-result by ``v_out``. Both are linear in the splits' outputs, so the rotation comes last and once. Where each request has
-a few splits, one launch does it all: a program merges them for the heads of one group, which share the matrix. Where
-requests are few and each has many splits, a first launch merges 64 at a time, in the place of the first of them, which
-spreads them over the GPU; where requests are many, all of a row's. A second launch then merges what is left and
-rotates it: one program for each row where rows are few, else 16 rows at a time, so that the matrix is read a sixteenth
-as often.
+result by ``v_out``. Both are linear in the splits' outputs, so the rotation comes last and once, and behind it the
+exact tokens (:mod:`.recent`). Where each request has a few splits, one launch does it all: a program merges them for
+the heads of one group, which share the matrix. Where requests are few and each has many splits, a first launch merges
+64 at a time, in the place of the first of them, which spreads them over the GPU; where requests are many, all of a
+row's. A second launch then merges what is left and rotates it: one program for each row where rows are few, else 16
+rows at a time, so that the matrix is read a sixteenth as often.
 
 :func:`merge_into` merges attention over a piece of a prefix into what there is.
 """
@@ -23,6 +23,7 @@ import triton.language as tl
 from ..device.dependent import dependent, wait_and_release
 from ..device.launch import Launch
 from ..device.tables import Side
+from .recent import RecentRead, arguments, exact_part, join
 from .splits import request_block, request_splits, splits_of
 
 CHUNK = 64  # splits that are merged into one by the first launch
@@ -133,6 +134,7 @@ def merge_group_kernel(
     partial_lse,
     matrix,  # float32 [H, PADDED, PADDED] (in, out)
     sinks,  # [Hq], or None
+    recent,  # what is read exactly (recent.arguments), or None
     kv_indptr,
     out,
     lse,
@@ -141,6 +143,10 @@ def merge_group_kernel(
     num_heads,
     stride_ot,
     stride_oh,
+    EXACT: tl.constexpr,  # tokens read exactly at most, their cap, and the keys' channels
+    CAP: tl.constexpr,
+    K_DIM: tl.constexpr,
+    K_PADDED: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,  # at least GROUP
     QUERIES: tl.constexpr,
@@ -158,9 +164,13 @@ def merge_group_kernel(
     column = first_column + tl.arange(0, COLUMNS)
     weights = _weights(matrix, head, channel, column, PADDED)
     first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS, SPAN)
-    wait_and_release(DEPENDENT)
     g = tl.arange(0, ROWS)
     j = head * GROUP + g
+    if recent is not None:
+        exact = exact_part(
+            recent, token + 0 * g, j, g < GROUP, column, first_column, GROUP, EXACT, CAP, K_DIM, K_PADDED, DIM
+        )
+    wait_and_release(DEPENDENT)
     # Within a request 32 bits are enough to count in.
     base = (first.to(tl.int64) * QUERIES + token % QUERIES) * num_heads
     parts, states = partial_out + base * DIM, partial_lse + base
@@ -173,9 +183,12 @@ def merge_group_kernel(
         row = (split * (QUERIES * num_heads))[:, None] + j[None, :]
         peak, total, merged = _fold(parts, states, row, live, channel, peak, total, merged, DIM)
     merged, merged_lse = _finish(peak, total, merged)
-    if sinks is not None:
-        merged *= _beside_sinks(sinks, j, merged_lse, g < GROUP)[:, None]
     rotated = tl.dot(tl.trans(weights), tl.trans(merged), input_precision="tf32x3")
+    if recent is not None:
+        packed_share, exact_share, merged_lse = join(merged_lse, exact[0], exact[1])
+        rotated = rotated * packed_share[None, :] + tl.trans(exact[2] * exact_share[:, None])
+    if sinks is not None:
+        rotated *= _beside_sinks(sinks, j, merged_lse, g < GROUP)[None, :]
     to = out + token.to(tl.int64) * stride_ot + j[None, :] * stride_oh + column[:, None]
     live_row = g < GROUP
     tl.store(to, rotated.to(out.dtype.element_ty), mask=live_row[None, :] & (column < DIM)[:, None])
@@ -192,6 +205,7 @@ def merge_row_kernel(
     partial_lse,
     matrix,  # float32 [H, PADDED, PADDED] (in, out)
     sinks,  # [Hq], or None
+    recent,  # what is read exactly (recent.arguments), or None
     kv_indptr,
     out,
     lse,
@@ -200,6 +214,10 @@ def merge_row_kernel(
     num_heads,
     stride_ot,
     stride_oh,
+    EXACT: tl.constexpr,  # tokens read exactly at most, their cap, and the keys' channels
+    CAP: tl.constexpr,
+    K_DIM: tl.constexpr,
+    K_PADDED: tl.constexpr,
     GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
     DIM: tl.constexpr,
@@ -214,6 +232,11 @@ def merge_row_kernel(
     column = first_column + tl.arange(0, COLUMNS)
     weights = _weights(matrix, j // GROUP, channel, column, PADDED)
     first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS, SPAN)
+    if recent is not None:
+        one = tl.arange(0, 1)
+        exact = exact_part(
+            recent, token + one, j + one, one == 0, column, first_column, GROUP, EXACT, CAP, K_DIM, K_PADDED, DIM
+        )
     wait_and_release(DEPENDENT)
     peak = -1e30
     total = 0.0
@@ -224,9 +247,12 @@ def merge_row_kernel(
         row = ((first + split).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
         peak, total, merged = _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM)
     merged, merged_lse = _finish(peak, total, merged)
-    if sinks is not None:
-        merged *= _beside_sinks(sinks, j, merged_lse, True)
     rotated = tl.sum(merged[:, None] * weights, 0)
+    if recent is not None:
+        packed_share, exact_share, merged_lse = join(merged_lse, tl.sum(exact[0], 0), tl.sum(exact[1], 0))
+        rotated = rotated * packed_share + tl.sum(exact[2], 0) * exact_share
+    if sinks is not None:
+        rotated *= _beside_sinks(sinks, j, merged_lse, True)
     to = out + token.to(tl.int64) * stride_ot + j * stride_oh
     tl.store(to + column, rotated.to(out.dtype.element_ty), mask=column < DIM)
     if first_column == 0:
@@ -242,6 +268,7 @@ def merge_tile_kernel(
     partial_lse,
     matrix,
     sinks,
+    recent,
     kv_indptr,
     out,
     lse,
@@ -251,6 +278,10 @@ def merge_tile_kernel(
     num_heads,
     stride_ot,
     stride_oh,
+    EXACT: tl.constexpr,  # tokens read exactly at most, their cap, and the keys' channels
+    CAP: tl.constexpr,
+    K_DIM: tl.constexpr,
+    K_PADDED: tl.constexpr,
     GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
     DIM: tl.constexpr,
@@ -278,6 +309,8 @@ def merge_tile_kernel(
     some = tl.sum(tl.where(index[None, :] == request[:, None], count[None, :], 0), 1) > 0
     firsts = tl.sum(tl.where(index[None, :] < request[:, None], count[None, :], 0), 1)
     state_at = (firsts.to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
+    if recent is not None:
+        exact = exact_part(recent, token, j, live, column, first_column, GROUP, EXACT, CAP, K_DIM, K_PADDED, DIM)
     wait_and_release(DEPENDENT)
     state = tl.load(partial_lse + state_at, mask=some, other=float("-inf"))
     some = some & (state > float("-inf"))
@@ -288,6 +321,9 @@ def merge_tile_kernel(
         mask = some[:, None] & (channel < DIM)[None, :]
         merged = tl.load(partial_out + state_at[:, None] * DIM + channel[None, :], mask=mask, other=0.0)
         tile = tl.dot(merged.to(tl.float32), weights[i], tile, input_precision="tf32x3")
+    if recent is not None:
+        packed_share, exact_share, state = join(state, exact[0], exact[1])
+        tile = tile * packed_share[:, None] + exact[2] * exact_share[:, None]
     if sinks is not None:
         tile *= _beside_sinks(sinks, j, state, live)[:, None]
     to = out + (token.to(tl.int64) * stride_ot + j * stride_oh)[:, None] + column[None, :]
@@ -307,11 +343,15 @@ def merge_splits(
     lse: torch.Tensor,
     span: int = 0,
     sinks: torch.Tensor | None = None,
+    recent: RecentRead | None = None,
+    q: torch.Tensor | None = None,
+    sm_scale: float = 1.0,
+    cap: float = 0.0,
 ) -> None:
     """Splits ``[S, q_len, Hq, Dv]`` with lse ``[S, q_len, Hq]`` into ``out [B * q_len, Hq, Dv]`` and ``lse``.
 
-    side: of the values. target, span: see :mod:`.splits`. sinks ``[Hq]``: taken into out, not into lse. The partial
-    results are overwritten.
+    side: of the values. target, span: see :mod:`.splits`. sinks ``[Hq]``: taken into out, not into lse. recent: what
+    the queries ``q [B, Hq, D]`` read exactly besides, with their scale and cap. The partial results are overwritten.
     """
     tokens, num_heads = lse.shape
     heads, requests = side.back.shape[0], kv_indptr.shape[0] - 1
@@ -325,13 +365,18 @@ def merge_splits(
         "DEPENDENT": dependent(out.device),
         "launch_pdl": dependent(out.device),
     }
+    exact = None if recent is None or q is None else arguments(recent, q, sm_scale)
+    final = {"EXACT": 0, "CAP": 0.0, "K_DIM": 0, "K_PADDED": 1, "GROUP": group}
+    if recent is not None and q is not None:
+        final |= {"EXACT": recent.copies.recent.window, "CAP": cap, "K_DIM": q.shape[2]}
+        final["K_PADDED"] = triton.next_power_of_2(q.shape[2])
     per_request, narrow = target // requests, side.padded <= 128
     spread = narrow and tokens * num_heads <= _ROWS_ALONE and target > CHUNK * requests
     if narrow and not spread and tokens * heads <= _GROUPS_AT_ONCE:
         columns, rows = min(64, side.padded), max(8, triton.next_power_of_2(group))
         merge_group_kernel[(heads, tokens, side.padded // columns)](
-            partial_out, partial_lse, side.back, sinks, kv_indptr, out, lse, requests, target, num_heads,
-            out.stride(0), out.stride(1), **shared, GROUP=group, COLUMNS=columns, ROWS=rows,
+            partial_out, partial_lse, side.back, sinks, exact, kv_indptr, out, lse, requests, target, num_heads,
+            out.stride(0), out.stride(1), **shared, **final, COLUMNS=columns, ROWS=rows,
             BLOCK=max(4, min(_GROUP_PARTS // rows, triton.next_power_of_2(per_request))), num_warps=8,
         )  # fmt: skip
         return
@@ -347,14 +392,14 @@ def merge_splits(
     if spread:
         columns = min(32, side.padded)  # few rows share the matrix' columns out, to fill the device
         merge_row_kernel[(num_heads, tokens, side.padded // columns)](
-            partial_out, partial_lse, side.back, sinks, kv_indptr, out, lse, requests, target, num_heads,
-            out.stride(0), out.stride(1), **shared, GROUP=group, COLUMNS=columns, num_warps=4,
+            partial_out, partial_lse, side.back, sinks, exact, kv_indptr, out, lse, requests, target, num_heads,
+            out.stride(0), out.stride(1), **shared, **final, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
     else:
         columns = min(64, side.padded)
         merge_tile_kernel[(triton.cdiv(tokens * group, 16), heads, side.padded // columns)](
-            partial_out, partial_lse, side.back, sinks, kv_indptr, out, lse, tokens * group, requests, target,
-            num_heads, out.stride(0), out.stride(1), **shared, GROUP=group, COLUMNS=columns, ROWS=16, num_warps=4,
+            partial_out, partial_lse, side.back, sinks, exact, kv_indptr, out, lse, tokens * group, requests, target,
+            num_heads, out.stride(0), out.stride(1), **shared, **final, COLUMNS=columns, ROWS=16, num_warps=4,
         )  # fmt: skip
 
 

@@ -175,6 +175,13 @@ class HostReader:
     def attend(self, q: torch.Tensor, rows: torch.Tensor, sm_scale: float, terms: Terms = PLAIN) -> torch.Tensor:
         """One query ``q [Hq, D]`` over its rows ``[N, row_bytes]``, from position 0, its own the last: ``[Hq, Dv]``
         float32."""
+        out, lse = self.attend_with_lse(q, rows, sm_scale, terms)
+        return terms.with_sinks(out, lse) if terms.sinks is not None else out
+
+    def attend_with_lse(
+        self, q: torch.Tensor, rows: torch.Tensor, sm_scale: float, terms: Terms = PLAIN
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same without sinks, and the log-sum-exp ``[Hq]``."""
         start = max(len(rows) - terms.window, 0) if terms.window else 0
         k, v, scales = self.levels(rows[start:])
         k_scale, v_scale = scales.permute(2, 1, 0)[:, :, None]  # [H, 1, N]
@@ -186,4 +193,4 @@ class HostReader:
             logits += torch.where(k_scale < 0, bias, 0.0)
         logits = terms.capped(logits)
         out = ((logits.softmax(-1) * v_scale) @ v.transpose(0, 1) @ self.v_out.mT).flatten(0, 1)
-        return terms.with_sinks(out, logits.logsumexp(-1).flatten()) if terms.sinks is not None else out
+        return out, logits.logsumexp(-1).flatten()

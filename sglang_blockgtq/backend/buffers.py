@@ -36,7 +36,9 @@ class Buffers:
     verify_scratch: DecodeScratch | None = None
 
     @classmethod
-    def of(cls, layers: Mapping[int, TritonLayer], runner: Any, num_heads: int, requests: int, window: int = 0) -> Buffers:
+    def of(
+        cls, layers: Mapping[int, TritonLayer], runner: Any, num_heads: int, requests: int, window: int = 0
+    ) -> Buffers:
         """For a ModelRunner with ``num_heads`` query heads on this rank, whose cache is not yet there, and up to
         ``requests`` requests at a time. window: the largest of its layers; a chunk and the window before it lie in the
         workspace together."""

@@ -1,0 +1,314 @@
+"""Exact keys and values of the last tokens of running requests, read by decode beside packed rows.
+
+Copies are a request's own: position p of it lies at p modulo the window. They begin with the first token of its last
+prefill, whose launch notes the position; a decode step adds its token. So a request never takes another one's copies
+for its own, and nothing else has to know of them. Definition: :func:`..reference.recent_step` and
+:func:`..reference.recent_attention`; where they join: :mod:`.merge`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import reference
+from ..device.dependent import dependent, wait_and_release
+
+UNROLL = tl.constexpr(7)  # tokens whose loads are asked for together: with a step's own a window of 8
+
+
+@dataclass
+class Recent:
+    """Of all layers: L layers, R rows of copies, up to B requests of a step, W tokens each.
+
+    top: the request index whose copies lie in row 0; a request r has row top - r, if that is one of R.
+    first int32 ``[R]``: the position from which a row's copies are there. step int32 ``[3, B]``: of a decode step's
+    requests the row or -1, the position of the token, and how many tokens are exact, that one among them.
+    k ``[L, R, W, H, D]``, v ``[L, R, W, H, Dv]``.
+    """
+
+    first: torch.Tensor
+    step: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    top: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        layers: int,
+        rows: int,
+        requests: int,
+        window: int,
+        heads: int,
+        dim: int,
+        v_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> Recent:
+        return cls(
+            torch.zeros(rows, dtype=torch.int32, device=device),
+            torch.full((3, requests), -1, dtype=torch.int32, device=device),
+            torch.zeros(layers, rows, window, heads, dim, dtype=dtype, device=device),
+            torch.zeros(layers, rows, window, heads, v_dim, dtype=dtype, device=device),
+        )
+
+    @property
+    def window(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def rows(self) -> int:
+        return len(self.first)
+
+    @property
+    def nbytes(self) -> int:
+        return self.first.nbytes + self.step.nbytes + self.k.nbytes + self.v.nbytes
+
+    def bind(self, top: int) -> None:
+        """Requests have the indices 1 to ``top`` from now on; 0 is nobody's, and has no copies."""
+        if top < self.rows:
+            self.first, self.k, self.v = self.first[:top], self.k[:, :top], self.v[:, :top]
+        self.top = top
+
+    def begin(self, requests: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """A decode step of requests ``[B]`` with lengths ``[B]``, their tokens' own counted: fills ``step`` by PyTorch
+        and gives the counts ``[B]`` (:func:`.gather.gather_slots` does it on a GPU)."""
+        step = reference.recent_step(self.first, self.top, self.window, requests, lengths)
+        self.step[:, : len(requests)] = torch.stack(step)
+        return step[2]
+
+    def layer(self, index: int) -> RecentLayer:
+        return RecentLayer(self, self.k[index], self.v[index])
+
+
+@dataclass(frozen=True)
+class RecentLayer:
+    """One layer's copies: k ``[R, W, H, D]``, v ``[R, W, H, Dv]``."""
+
+    recent: Recent
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def remember(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        requests: torch.Tensor,
+        prefix_lens: torch.Tensor,
+        qo_indptr: torch.Tensor,
+    ) -> None:
+        """Of a prefill: copy the last tokens of each request, up to W, and note where its copies begin.
+
+        k ``[T, H, D]``, v ``[T, H, Dv]``: new tokens, a request's one after another as qo_indptr ``[B + 1]`` says, and
+        perhaps more. prefix_lens ``[B]``: tokens before them. requests ``[B]``: indices, of which those
+        without a row are left out.
+        """
+        recent, batch = self.recent, len(requests)
+        if not batch:
+            return
+        if not k.is_cuda and not triton.knobs.runtime.interpret:
+            reference.remember(recent.first, recent.top, self.k, self.v, k, v, requests, prefix_lens, qo_indptr)
+            return
+        _, window, heads, dim = self.k.shape
+        chained = dependent(k.device)
+        remember_kernel[(batch, window)](
+            k,
+            v,
+            requests,
+            prefix_lens,
+            qo_indptr,
+            recent.first,
+            self.k,
+            self.v,
+            recent.top,
+            recent.rows,
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            WINDOW=window,
+            HEADS=heads,
+            DIM=dim,
+            V_DIM=self.v.shape[3],
+            BLOCK=triton.next_power_of_2(heads),
+            PADDED=triton.next_power_of_2(dim),
+            V_PADDED=triton.next_power_of_2(self.v.shape[3]),
+            DEPENDENT=chained,
+            launch_pdl=chained,
+            num_warps=4,
+        )
+
+    def read(self, k: torch.Tensor, v: torch.Tensor) -> RecentRead:
+        """A decode step's own keys ``[B, H, D]`` and values ``[B, H, Dv]`` with the copies."""
+        return RecentRead(self, k, v)
+
+
+@dataclass(frozen=True)
+class RecentRead:
+    """What a decode step reads exactly of one layer, and keeps of its own tokens."""
+
+    copies: RecentLayer
+    k: torch.Tensor
+    v: torch.Tensor
+
+    @property
+    def step(self) -> torch.Tensor:
+        """int32 ``[3, B]``, see :class:`Recent`."""
+        return self.copies.recent.step[:, : len(self.k)]
+
+    def check(self, requests: int, heads: int, dim: int, v_dim: int) -> None:
+        """ValueError unless these are of so many requests and of heads of these sizes."""
+        held = *self.copies.k.shape[2:], self.copies.v.shape[3]
+        if self.k.shape != (requests, heads, dim) or self.v.shape != (requests, heads, v_dim):
+            raise ValueError(
+                f"recent: k {tuple(self.k.shape)} and v {tuple(self.v.shape)}: [{requests}, {heads}, {dim}] and "
+                f"[{requests}, {heads}, {v_dim}] are needed, a token of each request"
+            )
+        if held != (heads, dim, v_dim) or self.copies.recent.step.shape[1] < requests:
+            room = self.copies.recent.step.shape[1]
+            raise ValueError(f"recent: copies of {held} heads and channels for {room} requests do not fit these rows")
+        if self.k.stride(2) != 1 or self.v.stride(2) != 1:
+            raise ValueError("recent: k and v: channels must be contiguous")
+
+
+def arguments(recent: RecentRead, q: torch.Tensor, sm_scale: float) -> tuple:
+    """What :func:`exact_part` takes of a step's queries ``q [B, Hq, D]``."""
+    copies, k, v = recent.copies, recent.k, recent.v
+    step = copies.recent.step
+    return (
+        *(q, k, v, copies.k, copies.v, step, step.shape[1], sm_scale),
+        *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), k.shape[1]),
+    )
+
+
+@triton.jit(do_not_specialize=["top", "rows"], do_not_specialize_on_alignment=["requests", "prefix_lens", "qo_indptr"])
+def remember_kernel(
+    k,
+    v,
+    requests,
+    prefix_lens,
+    qo_indptr,
+    first,
+    k_copies,
+    v_copies,
+    top,
+    rows,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    WINDOW: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,  # HEADS and up, a power of two
+    PADDED: tl.constexpr,
+    V_PADDED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """A program takes the token that is ``back`` places before a request's last one."""
+    request, back = tl.program_id(0), tl.program_id(1)
+    wait_and_release(DEPENDENT)
+    row = top - tl.load(requests + request).to(tl.int32)
+    before = tl.load(prefix_lens + request).to(tl.int32)
+    begin, end = tl.load(qo_indptr + request).to(tl.int64), tl.load(qo_indptr + request + 1).to(tl.int64)
+    if (row >= 0) & (row < rows):
+        if (back == 0) & (end > begin):
+            tl.store(first + row, before)
+        token = end - 1 - back
+        if token >= begin:
+            place = (before + (token - begin).to(tl.int32)) % WINDOW
+            head = tl.arange(0, BLOCK)[:, None]
+            channel, v_channel = tl.arange(0, PADDED)[None, :], tl.arange(0, V_PADDED)[None, :]
+            at = (row.to(tl.int64) * WINDOW + place) * HEADS + head
+            mask, v_mask = (head < HEADS) & (channel < DIM), (head < HEADS) & (v_channel < V_DIM)
+            key = tl.load(k + token * stride_kt + head * stride_kh + channel, mask=mask)
+            tl.store(k_copies + at * DIM + channel, key, mask=mask)
+            value = tl.load(v + token * stride_vt + head * stride_vh + v_channel, mask=v_mask)
+            tl.store(v_copies + at * V_DIM + v_channel, value, mask=v_mask)
+
+
+@triton.jit
+def exact_part(
+    recent,  # of :func:`arguments`
+    token,  # [ROWS], of the step
+    j,  # [ROWS], query heads
+    live,  # [ROWS]
+    column,  # [COLUMNS], of the values
+    first_column,
+    GROUP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    V_DIM: tl.constexpr,
+):
+    """Attention of query rows to the exact tokens: the peak and the sum of the softmax ``[ROWS]`` and the columns of
+    the values' sum ``[ROWS, COLUMNS]``, float32. Keeps the step's token, in the place of what has left the window.
+
+    For before the wait: the launch ahead makes nothing of this, and began when those ahead of it had ended.
+    """
+    q, k, v, k_copies, v_copies, step, steps, scale, qt, qh, kt, kh, vt, vh, heads = recent
+    channel = tl.arange(0, PADDED)
+    head = j // GROUP
+    inside = live[:, None] & (channel < DIM)[None, :]
+    inside_v = live[:, None] & (column < V_DIM)[None, :]
+    token = token.to(tl.int64)
+    row = tl.load(step + token, mask=live, other=-1)
+    position = tl.load(step + steps + token, mask=live, other=0)
+    count = tl.load(step + 2 * steps + token, mask=live, other=0)
+    query = tl.load(q + (token * qt + j * qh)[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    own_k = tl.load(k + (token * kt + head * kh)[:, None] + channel[None, :], mask=inside, other=0.0)
+    own_v = tl.load(v + (token * vt + head * vh)[:, None] + column[None, :], mask=inside_v, other=0.0)
+
+    # The token's own key and value need no copy.
+    logit = _logit(query, own_k, scale, CAP)
+    peak = tl.where(count > 0, logit, float("-inf"))
+    total = tl.where(count > 0, 1.0, 0.0)
+    summed = tl.where((count > 0)[:, None], own_v.to(tl.float32), 0.0)
+    for start in range(0, WINDOW - 1, UNROLL):
+        for more in tl.static_range(UNROLL):
+            back = 1 + start + more
+            there = (back < count) & live
+            place = (row.to(tl.int64) * WINDOW + (position - back + WINDOW) % WINDOW) * heads + head
+            key_at, value_at = k_copies + place[:, None] * DIM, v_copies + place[:, None] * V_DIM
+            key = tl.load(key_at + channel[None, :], mask=there[:, None] & inside, other=0.0)
+            value = tl.load(value_at + column[None, :], mask=there[:, None] & inside_v, other=0.0)
+            logit = tl.where(there, _logit(query, key, scale, CAP), float("-inf"))
+            top = tl.maximum(peak, logit)
+            safe = tl.where(top == float("-inf"), 0.0, top)
+            keep, share = tl.exp(peak - safe), tl.exp(logit - safe)
+            total = total * keep + share
+            summed = summed * keep[:, None] + value.to(tl.float32) * share[:, None]
+            peak = top
+
+    mine = (row >= 0) & live & (j % GROUP == 0)
+    place = (row.to(tl.int64) * WINDOW + position % WINDOW) * heads + head
+    tl.store(v_copies + place[:, None] * V_DIM + column[None, :], own_v, mask=mine[:, None] & inside_v)
+    if first_column == 0:
+        tl.store(k_copies + place[:, None] * DIM + channel[None, :], own_k, mask=mine[:, None] & inside)
+    return peak, total, summed
+
+
+@triton.jit
+def _logit(query, key, scale, CAP: tl.constexpr):
+    logit = tl.sum(query * key.to(tl.float32), 1) * scale
+    if CAP > 0:
+        logit = CAP * (2.0 / (1.0 + tl.exp(-2.0 * logit / CAP)) - 1.0)  # tanh
+    return logit
+
+
+@triton.jit
+def join(lse, peak, total):
+    """What the packed part, of log-sum-exp ``lse``, and the exact sum are multiplied with, and the lse of both."""
+    top = tl.maximum(lse, peak)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    packed = tl.exp(lse - safe)
+    exact = tl.exp(peak - safe)
+    whole = packed + exact * total
+    some = tl.where(whole > 0, whole, 1.0)
+    return packed / some, exact / some, tl.where(whole > 0, safe + tl.log(some), float("-inf"))

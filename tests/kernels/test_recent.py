@@ -1,0 +1,235 @@
+"""Exact tokens beside packed rows, against their definition."""
+
+import pytest
+import torch
+
+from sglang_blockgtq.kernels import reference
+from sglang_blockgtq.kernels.decode import merge
+from sglang_blockgtq.kernels.decode.attention import decode_attention
+from sglang_blockgtq.kernels.decode.gather import gather_slots
+from sglang_blockgtq.kernels.decode.recent import Recent, RecentLayer
+from sglang_blockgtq.kernels.device.tables import templates_of
+from sglang_blockgtq.kernels.layer import TorchLayer, TritonLayer
+from sglang_blockgtq.kernels.terms import PLAIN, Terms
+
+from .matrix import (
+    DEVICE,
+    LARGE,
+    MEANS,
+    OTHER_VALUES,
+    PAGES,
+    PRODUCT,
+    TEMPLATE,
+    TEMPLATES,
+    TOLERANCE,
+    WIDE,
+    Case,
+    assert_same,
+    data,
+    decode_queries,
+    over,
+)
+
+#: Of a case's four requests: exact tokens, of a window of 5, and whether they have a row of copies at all.
+WINDOW, TOP, ROWS = 5, 9, 6
+COUNTS, REQUESTS = (3, 0, 5, 1), (9, 2, 6, 7)  # the second one's row would be the eighth
+TERMS = Terms(cap=2.0), Terms(sinks=torch.linspace(-2, 3, 6, device=DEVICE))
+
+
+def copies(case: Case, window: int = WINDOW) -> RecentLayer:
+    """NaN where nobody wrote."""
+    dtype, v_dim = getattr(torch, case.dtype), case.v_dim or case.head_dim
+    recent = Recent.of(1, ROWS, 16, window, case.heads, case.head_dim, v_dim, dtype, DEVICE)
+    recent.bind(TOP)
+    recent.k.fill_(torch.nan)
+    recent.v.fill_(torch.nan)
+    recent.step.fill_(99)
+    return recent.layer(0)
+
+
+def new_tokens(case: Case, count: int, seed: int = 11) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values like a case's own."""
+    d, generator = data(case), torch.Generator().manual_seed(seed)
+    pick = torch.randint(0, len(d.k), (count,), generator=generator).to(DEVICE)
+    return d.k[pick] * 0.8, d.v[pick].flip(0) * 1.1
+
+
+def step_of(case: Case) -> tuple[RecentLayer, torch.Tensor, torch.Tensor]:
+    """Copies of the case's requests, filled as far as counts say, and the step's own keys and values."""
+    layer, batch = copies(case), len(case.lengths)
+    counts = [COUNTS[i % 4] for i in range(batch)]
+    rows = [TOP - REQUESTS[i % 4] if i < 4 else -1 for i in range(batch)]
+    rows = [row if 0 <= row < ROWS else -1 for row in rows]
+    counts = [n if row >= 0 else 0 for n, row in zip(counts, rows, strict=True)]
+    positions = [length + n - 1 for length, n in zip(case.lengths, counts, strict=True)]
+    layer.recent.step[:, :batch] = torch.tensor([rows, positions, counts])
+    for row, position, count in zip(rows, positions, counts, strict=True):
+        for back in range(1, count):
+            k, v = new_tokens(case, 1, seed=position - back)
+            layer.k[row, (position - back) % WINDOW], layer.v[row, (position - back) % WINDOW] = k[0], v[0]
+    return layer, *new_tokens(case, batch)
+
+
+def expected(case: Case, layer: RecentLayer, k, v, terms: Terms = PLAIN):
+    """And the copies after the step."""
+    d, q = data(case), decode_queries(case)
+    plain = Terms(cap=terms.cap)
+    packed = reference.decode_attention(d.codec, q, d.packed, d.kv_indptr, d.sm_scale, terms=plain)
+    after = layer.k.clone(), layer.v.clone()
+    step = layer.recent.step[:, : len(q)]
+    exact = reference.recent_attention(q, k, v, *after, step, d.sm_scale, plain)
+    out, lse = reference.merge_states(*packed, *exact)
+    return (terms.with_sinks(out, lse), lse), after
+
+
+#: How splits are merged: what chooses it (see test_merge.WAYS), and a target of splits.
+WAYS = {"group": (1 << 30, 0, 8), "tile": (0, 0, 8), "row": (0, 1 << 30, 300)}
+ORDINARY = [TEMPLATE, PAGES, WIDE, OTHER_VALUES, TEMPLATES[0], MEANS, PRODUCT]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@over([*ORDINARY, LARGE[0], LARGE[4]])
+def test_exact_tokens_join_the_packed_ones(case, way, monkeypatch):
+    if way == "row" and case in (OTHER_VALUES, TEMPLATES[0], PRODUCT):
+        pytest.skip("as TEMPLATE's")
+    monkeypatch.setattr(merge, "_GROUPS_AT_ONCE", WAYS[way][0])
+    monkeypatch.setattr(merge, "_ROWS_ALONE", WAYS[way][1])
+    check(case, PLAIN, WAYS[way][2] if way == "row" or case not in LARGE else None)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("terms", TERMS, ids=["cap", "sinks"])
+def test_caps_and_sinks(terms, way, monkeypatch):
+    """Sinks stand beside both parts."""
+    monkeypatch.setattr(merge, "_GROUPS_AT_ONCE", WAYS[way][0])
+    monkeypatch.setattr(merge, "_ROWS_ALONE", WAYS[way][1])
+    check(TEMPLATE, terms, WAYS[way][2])
+
+
+def check(case: Case, terms: Terms, target: int | None) -> None:
+    d, (layer, k, v) = data(case), step_of(case)
+    want, after = expected(case, layer, k, v, terms)
+    q = decode_queries(case)
+    read = layer.read(k, v)
+    got = decode_attention(
+        d.tables, q, d.rows, d.kv_indptr, d.kv_indices, d.sm_scale, terms=terms, target=target, recent=read
+    )
+    assert_same(got, want, TOLERANCE[DEVICE][case.dtype])
+    for mine, theirs in zip((layer.k, layer.v), after, strict=True):
+        assert torch.equal(mine.nan_to_num(77.0), theirs.nan_to_num(77.0))
+
+
+@pytest.mark.parametrize(("q_len", "terms"), [(2, PLAIN), (1, Terms(window=8))])
+def test_several_queries_and_windows_are_refused(q_len, terms):
+    d, (layer, k, v) = data(TEMPLATE), step_of(TEMPLATE)
+    q = decode_queries(TEMPLATE, q_len)
+    where = d.rows, d.kv_indptr, d.kv_indices, d.sm_scale
+    with pytest.raises(ValueError, match=f"q_len {q_len} and window {terms.window}: 1 and 0 are needed"):
+        decode_attention(d.tables, q, *where, q_len=q_len, terms=terms, recent=layer.read(k, v))
+
+
+def test_other_shapes_are_refused():
+    d, (layer, k, v) = data(TEMPLATE), step_of(TEMPLATE)
+    where = decode_queries(TEMPLATE), d.rows, d.kv_indptr, d.kv_indices, d.sm_scale
+    for own in ((k[:-1], v), (k, v[:, :1]), (k.mT.contiguous().mT, v)):
+        with pytest.raises(ValueError, match="recent: "):
+            decode_attention(d.tables, *where, recent=layer.read(*own))
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_a_step_leaves_exact_tokens_out(index):
+    """Of requests with a row, as far as their copies reach; of the one that pads a batch, 0, none."""
+    layer = copies(TEMPLATE)
+    recent = layer.recent
+    recent.first[:] = torch.tensor([3, 100, 12, 14, 0, 9], device=DEVICE)
+    requests = torch.tensor([9, 8, 7, 6, 3, 0, 4], dtype=index, device=DEVICE)
+    lengths = torch.tensor([20, 30, 13, 14, 11, 1, 15], dtype=index, device=DEVICE)
+    counts = [5, 0, 1, 0, 0, 0, 5]
+    table = torch.arange(10 * 40, dtype=torch.int32, device=DEVICE).view(10, 40)
+    want_indptr, want = reference.gather_slots(table, requests, lengths - torch.tensor(counts, device=DEVICE))
+    kv_indptr = torch.full((8,), -1, dtype=torch.int32, device=DEVICE)
+    kv_indices = torch.full((len(want) + 3,), -7, dtype=torch.int32, device=DEVICE)
+    gather_slots(table, requests, lengths, kv_indptr, kv_indices, recent=recent)
+    assert kv_indptr.tolist() == want_indptr.tolist()
+    assert kv_indices.tolist() == [*want.tolist(), -7, -7, -7]
+    step = [[0, 1, 2, 3, -1, -1, 5], [19, 29, 12, 13, 10, 0, 14], counts]
+    assert recent.step[:, :7].tolist() == step and bool((recent.step[:, 7:] == 99).all())
+    recent.step.fill_(99)
+    assert recent.begin(requests, lengths).tolist() == counts
+    assert recent.step[:, :7].tolist() == step
+
+
+@over([TEMPLATE, PAGES, OTHER_VALUES, Case("template", 3, 3, 128, 3, 1, "float16")])
+def test_a_prefill_leaves_its_last_tokens(case):
+    """Of chunks longer than the window, as long, shorter, and none; what pads the batch and who has no row leave
+    nothing."""
+    new, before = [12, 5, 2, 0, 4, 3], torch.tensor([0, 7, 30, 9, 3, 0], dtype=torch.int32, device=DEVICE)
+    requests = torch.tensor([9, 8, 7, 6, 2, 5], device=DEVICE)
+    k, v = new_tokens(case, sum(new) + 4)
+    indptr = torch.tensor([0, *new]).cumsum(0).to(DEVICE, torch.int32)
+    got, want = copies(case), copies(case)
+    got.remember(k, v, requests, before, indptr)
+    recent = want.recent
+    reference.remember(recent.first, TOP, want.k, want.v, k, v, requests, before, indptr)
+    assert got.recent.first.tolist() == recent.first.tolist() == [0, 7, 30, 0, 0, 0]
+    for mine, theirs in ((got.k, want.k), (got.v, want.v)):
+        assert torch.equal(mine.nan_to_num(77.0), theirs.nan_to_num(77.0))
+    written = want.k.isfinite().flatten(2).all(-1).sum(1)
+    assert written.tolist() == [5, 5, 2, 0, 3, 0]
+    assert torch.equal(want.k[0, 11 % WINDOW], k[11]) and torch.equal(want.v[2, 31 % WINDOW], v[18])
+
+
+def test_more_requests_than_rows():
+    """Where fewer requests run than there would be rows for, nobody's has none."""
+    recent = Recent.of(2, ROWS, 4, WINDOW, 1, 32, 32, torch.float32, DEVICE)
+    held = recent.nbytes
+    recent.bind(4)
+    assert recent.rows == 4 and recent.layer(1).k.shape == (4, WINDOW, 1, 32) and recent.nbytes < held
+    assert recent.begin(torch.tensor([0, 4], device=DEVICE), torch.tensor([9, 9], device=DEVICE)).tolist() == [0, 5]
+
+
+@over([TEMPLATE, MEANS])
+def test_an_answer_token_by_token(case):
+    """A prompt and more steps than the window, of two requests: what each step reads is its last tokens as they are,
+    and all before them as they are packed."""
+    d, steps, prompts, window = data(case), 7, (6, 9), 3
+    k, v = new_tokens(case, sum(prompts) + 2 * steps)
+    q = torch.randn(2 * steps, case.heads * case.group, case.head_dim, device=DEVICE, dtype=k.dtype)
+    layers = [TritonLayer(d.codec, DEVICE, templates_of(d.codec.layout.k))]
+    if DEVICE == "cpu":
+        layers.append(TorchLayer(d.codec))
+    for layer in layers:
+        layer.bind(layer.new_rows(64, DEVICE))
+        own = copies(case, window)
+        table = torch.arange(64, dtype=torch.int32, device=DEVICE).view(2, 32)
+        requests = torch.tensor([9, 8], device=DEVICE)
+        before, indptr = torch.zeros(2, dtype=torch.int32, device=DEVICE), [0, prompts[0], sum(prompts)]
+        slots = torch.cat([table[i, :n] for i, n in enumerate(prompts)]).long()
+        positions = torch.cat([torch.arange(n) for n in prompts]).to(DEVICE)
+        layer.encode(k[: indptr[-1]], v[: indptr[-1]], slots, positions)
+        own.remember(k, v, requests, before, torch.tensor(indptr, device=DEVICE))
+        whole = [[k[a:b], v[a:b]] for a, b in zip(indptr, indptr[1:], strict=False)]
+        for step in range(steps):
+            at = indptr[-1] + 2 * step
+            new = k[at : at + 2], v[at : at + 2]
+            lengths = torch.tensor([n + step + 1 for n in prompts], device=DEVICE)
+            slots = torch.stack([table[i, n - 1] for i, n in enumerate(lengths.tolist())]).long()
+            counts = own.recent.begin(requests, lengths)
+            kv_indptr, kv_indices = reference.gather_slots(table, torch.tensor([0, 1], device=DEVICE), lengths - counts)
+            layer.encode(*new, slots, lengths - 1)
+            mine = q[2 * step : 2 * step + 2]
+            got = layer.decode(mine, kv_indptr.int(), kv_indices, d.sm_scale, recent=own.read(*new))
+            for i in range(2):
+                whole[i] = [torch.cat([whole[i][side], new[side][i : i + 1]]) for side in (0, 1)]
+                keys, values = whole[i]
+                place = torch.arange(len(keys), device=DEVICE)
+                read = reference.round_trip(d.codec, keys, values, place)
+                keys, values = (
+                    torch.cat([r[:-window], x[-window:].float()]) for r, x in zip(read, (keys, values), strict=True)
+                )
+                want, _ = reference.chunk_attention(
+                    mine[i : i + 1].float().expand(len(keys), -1, -1), keys, values,
+                    torch.tensor([0, len(keys)]), d.sm_scale,
+                )  # fmt: skip
+                error = (got[i].float() - want[-1]).norm() / want[-1].norm()
+                assert error < 2 * TOLERANCE[DEVICE][case.dtype]
