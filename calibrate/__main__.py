@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+from . import MOST_RECENT, RECENT
 from .allocate import ALLOCATORS
 from .build import check_budget
 from .device import device
@@ -19,6 +20,7 @@ from .text import DEFAULT_TOKENS, TextError, check_tokens
 PROGRAM = "python -m sglang_blockgtq.calibrate"
 BAD_INPUT = 2  # exit code
 GRANULARITY_HELP = "block: for paper and product, a width for each RoPE block; default: segment (of 16 channels)"
+RECENT_HELP = "last tokens that a server reads exactly (its --kv-quant-exact-recent), for what the cache costs"
 NO_PICTURE = "matplotlib is not installed, which draws it; pip install matplotlib"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -53,6 +55,12 @@ def _tokens(text: str) -> int:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: not a whole number of tokens") from None
     return tokens
+
+
+def _recent(text: str) -> int:
+    if not text.isdecimal() or int(text) > MOST_RECENT:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number up to {MOST_RECENT} is needed, e.g. {RECENT}")
+    return int(text)
 
 
 def _granularity(text: str) -> str:
@@ -98,6 +106,7 @@ def _calibrate_parser() -> argparse.ArgumentParser:
     add("--granularity", type=_granularity, choices=GRANULARITIES, default="segment", help=GRANULARITY_HELP)
     add("--calibration-text", metavar="FILE", help="UTF-8 text; default: CPython's documentation")
     add("--calibration-tokens", type=_tokens, default=DEFAULT_TOKENS, metavar="N", help=f"default: {DEFAULT_TOKENS}")
+    add("--exact-recent", type=_recent, default=RECENT, metavar="N", help=f"{RECENT_HELP}; default: {RECENT}")
     add("--device", type=_device, default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda:1, ...")
     add("--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's")
     add("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint")
@@ -128,6 +137,7 @@ def _calibrate(argv: list[str]) -> None:
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
         revision=args.revision,
+        recent=args.exact_recent,
     )
     table.save(args.out)
     h, packed = table.header, table.bytes_per_token_head()

@@ -23,8 +23,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..kernels.host.attention import causal_attention
 from ..kernels.terms import Terms
+from . import RECENT
 from .build import build_table, check_budget
 from .frequencies import frequencies, of_blocks
 from .model import (
@@ -42,7 +42,7 @@ from .model import (
     v_head_dim,
 )
 from .moments import Moments, MomentSums
-from .quality import TOKENS, HeldOut, Hook, Quality
+from .quality import TOKENS, HeldOut, Hook, Quality, attend
 from .rope import RopeBlocks
 from .rope_check import Probe, check_swings, trusted
 from .segments import SEGMENT_ALLOCATORS, check_segments, rule_of
@@ -83,10 +83,8 @@ def _attention(take: Take, config: PretrainedConfig, logits: dict[int, tuple[flo
                 )
         if logits is not None:
             logits[layer] = scaling, terms
-        if read := take(layer, *(x[0].transpose(0, 1) for x in (query, key, value))):
-            key, value = (x.transpose(0, 1)[None] for x in read)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        return causal_attention(q, k, v, scaling, terms)[None], None
+        return attend(q, k, v, take(layer, q, k, v), scaling, terms)[None], None
 
     return forward
 
@@ -208,8 +206,8 @@ def collect(
     return sums.mean(tokens, packed)
 
 
-def measure(model: PreTrainedModel, ids: Sequence[int], table: AllocationTable) -> Quality:
-    """What the cache of ``table`` costs on ``ids``, which it was not calibrated on."""
+def measure(model: PreTrainedModel, ids: Sequence[int], table: AllocationTable, recent: int = 0) -> Quality:
+    """What the cache of ``table`` costs on ``ids``, which it was not calibrated on. recent: tokens read exactly."""
     device = next(model.parameters()).device
     tokens = torch.tensor([list(ids)], device=device)
     logits: dict[int, tuple[float, Terms]] = {}
@@ -218,10 +216,10 @@ def measure(model: PreTrainedModel, ids: Sequence[int], table: AllocationTable) 
         with _captured(model, hook, logits):
             return model(input_ids=tokens, use_cache=False, logits_to_keep=answers.to(device)).logits[0]
 
-    exact = HeldOut(run, len(ids), logits, text_config(model.config).num_hidden_layers)
+    exact = HeldOut(run, len(ids), logits, text_config(model.config).num_hidden_layers, recent)
     rows = layers_of(table, slice(None), range(table.header.layers), device, len(ids))
     packed = {layer: rows[row] for row, layer in enumerate(packed_layers(model.config))}
-    return exact.sums(packed).quality(len(exact.answers))
+    return exact.sums(packed).quality(len(exact.answers), recent)
 
 
 def _first_line(error: Exception) -> str:
@@ -258,11 +256,13 @@ def calibrate_model(
     dtype: str,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    recent: int = RECENT,
 ) -> AllocationTable:
     """Load a model, calibrate it, build its table. What can be checked without the weights is checked first.
 
     device: "auto" (CUDA if there is one), or a torch device. dtype: "auto" (the checkpoint's) or a torch dtype's name.
-    revision: of a hub model; None is main. A model without RoPE gets ``uniform`` widths, with a notice.
+    revision: of a hub model; None is main. recent: last tokens read exactly where the cost is measured. A model
+    without RoPE gets ``uniform`` widths, with a notice.
     """
     check_tokens(tokens)
     text = read_text(text_path)
@@ -307,4 +307,4 @@ def calibrate_model(
     if not ids:
         logger.warning("the calibration text has no more tokens: what the cache costs is not measured")
         return table
-    return table.with_quality(measure(model, ids, table))
+    return table.with_quality(measure(model, ids, table, recent))

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 #: Balance and gains are divided by one another in float32; calibration stays far within (see build.FLOOR).
 GAINS = (1e-18, 1e18)
-#: Of calibrate.quality.Quality.
-QUALITY_FIELDS = {"kl", "attention_kl", "worst_layer", "worst_layer_kl", "tokens"}
+#: Of calibrate.quality.Quality; the last may be missing.
+QUALITY_FIELDS = {"kl", "attention_kl", "worst_layer", "worst_layer_kl", "tokens", "recent"}
 ORTHOGONAL_TOLERANCE = 1e-3  # of an element of R R^T
 
 
@@ -68,7 +68,9 @@ def validate_header(header: TableHeader) -> None:
     quality = header.quality
     _require(
         quality is None
-        or (isinstance(quality, dict) and quality.keys() == QUALITY_FIELDS and all(map(_is_number, quality.values()))),
+        or isinstance(quality, dict)
+        and quality.keys() | {"recent"} == QUALITY_FIELDS
+        and all(map(_is_number, quality.values())),
         f"quality = {str(quality)[:80]} is not made of the numbers {', '.join(sorted(QUALITY_FIELDS))}",
     )
     search, rope = header.scale_search, header.rope

@@ -29,9 +29,9 @@ from tqdm import tqdm
 from .calibrate.frequencies import frequencies, of_blocks
 from .calibrate.model import ModelError, has_mrope, has_states, packed_layers, rope_parameters
 from .calibrate.moments import Moments, MomentSums
+from .calibrate.quality import attend
 from .calibrate.rope import RopeBlocks
 from .calibrate.rope_check import Probe, check_swings, trusted
-from .kernels.host.attention import causal_attention
 from .options import NAME, KVQuantError
 from .ranks import reduce
 from .states import with_states
@@ -96,7 +96,7 @@ def frequencies_of(model: torch.nn.Module, head_dim: int) -> dict[int, torch.Ten
 
 class CaptureBackend(AttentionBackend):
     """Dense causal attention over one batch of whole sequences. ``take(layer_id, q, k, v)`` sees ``[T, heads, D]``, and
-    may return other keys and values to attend to."""
+    may return what to attend to instead (:data:`.calibrate.quality.Hook`)."""
 
     def __init__(self, take: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], Any]):
         super().__init__()
@@ -115,12 +115,13 @@ class CaptureBackend(AttentionBackend):
         q = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         k = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim)
         v = v.view(-1, layer.tp_v_head_num, layer.v_head_dim)
-        k, v = self.take(layer.layer_id, q, k, v) or (k, v)
+        read = self.take(layer.layer_id, q, k, v)
         out = q.new_empty(q.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         start = 0
         for n in forward_batch.extend_seq_lens_cpu:
             own = slice(start, start + n)
-            out[own] = causal_attention(q[own], k[own], v[own], layer.scaling, terms)
+            mine = read and (read[0][own], read[1][own], *read[2:])
+            out[own] = attend(q[own], k[own], v[own], mine, layer.scaling, terms)
             start += n
         return out.flatten(1)
 

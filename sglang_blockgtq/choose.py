@@ -45,9 +45,10 @@ def choose(runner: Any, options: KVQuantOptions, make: Make, like: AllocationTab
     if options.table is not None:
         table = from_rank_zero(lambda: named(runner, options))
         layers = make(table)
-        if table.header.quality is None:
+        quality, recent = table.header.quality, options.exact_recent or 0
+        if quality is None or Quality(**quality).recent != recent:
             ids = from_rank_zero(lambda: held_out_text(runner))
-            table = table.with_quality(_measure(_read_exactly(runner, ids), layers, table))
+            table = table.with_quality(_measure(_read_exactly(runner, ids, recent), layers, table))
         _check(table, options, "make a table of more bits")
         return Choice(table, "file", layers)
     given = from_rank_zero(lambda: plan(runner, options, kept=like is None))
@@ -60,7 +61,7 @@ def _calibrated(runner: Any, options: KVQuantOptions, given: Plan, make: Make, l
     from .capture import collect_moments
 
     moments, rope = collect_moments(runner, given.sequences)
-    exact = _read_exactly(runner, given.held_out)
+    exact = _read_exactly(runner, given.held_out, options.exact_recent or 0)
 
     def attempt(bits: tuple[float, float]) -> Choice:
         table = from_rank_zero(lambda: build(runner, options, given, moments, rope, bits, like))
@@ -127,7 +128,7 @@ def _check(table: AllocationTable, options: KVQuantOptions, remedy: str) -> None
         raise KVQuantError(f"{flag('max_kl')} {options.max_kl:g}: {cost}; {remedy}")
 
 
-def _read_exactly(runner: Any, ids: list[int]) -> HeldOut | None:
+def _read_exactly(runner: Any, ids: list[int], recent: int = 0) -> HeldOut | None:
     """None where nothing can be measured, with a warning."""
     from .capture import attention_layers, forward
     from .terms import terms_of
@@ -143,7 +144,7 @@ def _read_exactly(runner: Any, ids: list[int]) -> HeldOut | None:
         out = forward(runner, hook, ids, range(len(ids)), answers)
         return None if out is None else out.next_token_logits[: len(answers)]
 
-    return HeldOut(run, len(ids), logits, runner.model_config.num_hidden_layers)
+    return HeldOut(run, len(ids), logits, runner.model_config.num_hidden_layers, recent)
 
 
 def _measure(exact: HeldOut | None, layers: Mapping[int, PackedLayer], table: AllocationTable) -> Quality | None:
@@ -152,7 +153,7 @@ def _measure(exact: HeldOut | None, layers: Mapping[int, PackedLayer], table: Al
     started = time.perf_counter()
     sums = exact.sums(layers)
     reduce(sums.flat)
-    quality = from_rank_zero(lambda: sums.quality(len(exact.answers)))
+    quality = from_rank_zero(lambda: sums.quality(len(exact.answers), exact.recent))
     if is_rank_zero():
         logger.info("%s: %s (%.1f s)", NAME, f"{_bits(table)}: {quality.line()}", time.perf_counter() - started)
     return quality

@@ -111,6 +111,7 @@ def cache_path(options: KVQuantOptions, model_config_hash: str, weights: str, te
             options.v_bits,
             options.max_kl if options.k_bits is None else None,
             options.bits_range if options.k_bits is None else None,
+            options.exact_recent,
             rule.name,
             granularity,
             rule.norms,

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .calibrate import RECENT
+from .calibrate import MOST_RECENT, RECENT
 
 NAME = "blockgtq"
 #: ServerArgs carries the options under this name; underscore attributes survive sealing and pickling.
@@ -36,7 +36,6 @@ LADDER = ((2, 2), (2.5, 2), (2.5, 2.5), (3, 2.5), (3, 3), (3.5, 3), (3.5, 3.5), 
 TARGET_KL = 0.03
 DEFAULT_RANGE = (3.0, 8.0)
 MOST_CHECKED = 65_536  # rows a step
-MOST_RECENT = 64  # tokens of a request that are kept exactly
 DEFAULT_PRESET = "auto"
 DEFAULT_BITS = 3.0
 DEFAULT_ALLOCATOR = "template"

@@ -87,6 +87,7 @@ def recalibrate(runner: Any, options: KVQuantOptions) -> None:
         options,
         table=None,
         max_kl=None,
+        exact_recent=served.options.exact_recent,
         **{name: getattr(header, name) for name in ("k_bits", "v_bits", "allocator", "granularity")},
     )
 

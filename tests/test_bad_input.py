@@ -88,6 +88,18 @@ def test_rows_to_check(model):
     assert "--kv-quant-check-rows 8: HiCache keeps no checksums" in message
 
 
+def test_exact_tokens(model):
+    for value in ("x", "-1", "2.5", "65"):
+        message = refusal(model(), f"--kv-quant-exact-recent={value}", kv_quant_exact_recent=value)
+        assert f"--kv-quant-exact-recent {value}: a whole number up to 64 is needed, e.g. 8, or 0 for none" in message
+    both = {"kv_quant_exact_recent": 8, "speculative_algorithm": "NGRAM"}
+    message = refusal(model(), "--kv-quant-exact-recent=8", "--speculative-algorithm=NGRAM", **both)
+    assert "--kv-quant-exact-recent 8: not with --speculative-algorithm NGRAM: drafts are verified over" in message
+    both = {"kv_quant_exact_recent": 4, "kv_quant_chunk_attention": "quantized"}
+    message = refusal(model(), "--kv-quant-exact-recent=4", "--kv-quant-chunk-attention=quantized", **both)
+    assert "--kv-quant-exact-recent 4: --kv-quant-chunk-attention quantized reads all tokens as" in message
+
+
 def test_ranges_of_bits(model):
     for value in ("3", "5-4", "9-10", "", "2-4-6", "-2", "low-high", "nan-4", "2-nan"):
         message = refusal(model(), f"--kv-quant-bits-range={value}", kv_quant_bits_range=value)

@@ -35,6 +35,38 @@ def causal_attention(
     return out
 
 
+def recent_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_read: torch.Tensor,
+    v_read: torch.Tensor,
+    recent: int,
+    sm_scale: float,
+    terms: Terms = PLAIN,
+) -> torch.Tensor:
+    """Every position ``q [N, Hq, D]`` over its last ``recent`` keys ``k [N, H, D]`` and values ``v [N, H, Dv]``, its
+    own among them, and over ``k_read`` and ``v_read`` before: ``[N, Hq, Dv]`` in q's dtype."""
+    out = q.new_empty(*q.shape[:2], v.shape[-1])
+    positions = torch.arange(len(k), device=q.device)
+    for a in range(0, len(q), QUERY_BLOCK):
+        b = min(a + QUERY_BLOCK, len(q))
+        own, before = positions[a:b, None], slice(0, max(b - recent, 0))
+        if terms.window:
+            before = slice(min(max(a + 1 - terms.window, 0), before.stop), before.stop)
+        near = slice(max(a + 1 - recent, 0), b)
+        back = own - torch.cat([positions[before], positions[near]])
+        exact = torch.zeros_like(back, dtype=torch.bool)
+        exact[:, before.stop - before.start :] = True
+        mask = (back >= 0) & ((back < recent) == exact)
+        if terms.window:
+            mask &= back < terms.window
+        keys, values = torch.cat([k_read[before], k[near]]), torch.cat([v_read[before], v[near]])
+        part = q[a:b], keys, values, mask, sm_scale
+        out[a:b] = _fused(*part) if not terms.cap and terms.sinks is None else _explicit(*part, terms)
+    return out
+
+
 def _fused(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, sm_scale: float
 ) -> torch.Tensor:

@@ -55,7 +55,7 @@ def start(loaded, make_moments, monkeypatch, tmp_path, caplog):
 
     monkeypatch.setattr("sglang_blockgtq.capture.collect_moments", collect)
     monkeypatch.setattr("sglang.srt.utils.hf_transformers_utils.get_tokenizer", lambda *_, **__: Bytes())
-    monkeypatch.setattr(module, "_read_exactly", lambda runner, ids: "read" if ids else None)
+    monkeypatch.setattr(module, "_read_exactly", lambda runner, ids, recent: "read" if ids else None)
     monkeypatch.setattr(module, "_measure", measure)
 
     def start(**options):
@@ -189,7 +189,7 @@ def test_auto_is_kept_by_what_it_may_choose_from(start):
 
 def test_without_text_to_measure_on_auto_takes_four_bits(start, monkeypatch):
     monkeypatch.setattr(module, "_measure", lambda exact, layers, table: None if exact is None else 1 / 0)
-    monkeypatch.setattr(module, "_read_exactly", lambda runner, ids: None)
+    monkeypatch.setattr(module, "_read_exactly", lambda runner, ids, recent: None)
     bits, choice = start(**AUTO)
     assert bits == (4, 4) and choice.table.header.quality is None
     assert start(**AUTO, bits_range=(2, 3))[0] == (3, 3)  # the most there is
@@ -217,6 +217,13 @@ def test_a_named_table_says_what_it_costs_or_is_measured(start, named):
     bits, choice = start(**named(None))
     assert (bits, choice.origin, start.tried, start.collected) == ((4, 4), "file", [(4, 4)], 0)
     assert choice.table.header.quality == quality(0.01).to_dict()
+
+
+def test_a_named_table_is_measured_with_the_servers_exact_tokens(start, named):
+    """Where its own cost is that of others."""
+    for recent, tried in ((8, [(4, 4)]), (0, [])):
+        assert start(**named(0.7, exact_recent=recent))[1].origin == "file"
+        assert start.tried == tried
 
 
 @pytest.mark.parametrize("said", [0.7, None])

@@ -10,7 +10,7 @@ import transformers
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 
-from sglang_blockgtq.calibrate import hf
+from sglang_blockgtq.calibrate import RECENT, hf
 from sglang_blockgtq.calibrate.__main__ import main
 from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.fingerprint import fingerprint
@@ -53,7 +53,8 @@ def test_a_table_end_to_end(made, model_folder, tiny_model):
     # 2.5 bits of 32 channels are in no columns, so their rows are plain; what they cost is measured all the same.
     ids = hf.held_out(hf.AutoTokenizer.from_pretrained(model_folder), text, 2048, 1024)
     assert h.page == 0 and len(ids) == 1024
-    assert h.quality["tokens"] == 512 and h.quality["kl"] == pytest.approx(hf.measure(model, ids, again).kl, rel=1e-3)
+    cost = hf.measure(model, ids, again, RECENT)
+    assert h.quality == pytest.approx(cost.to_dict(), rel=1e-3) and cost.recent == RECENT and cost.tokens == 512
 
 
 def test_means_reach_the_table(model_folder, tmp_path):
@@ -331,6 +332,8 @@ def test_bad_options(bad, tmp_path):
     assert "--device" in (line := bad(device="toaster")) and "cpu works everywhere" in line
     assert "--calibration-tokens" in (line := bad(calibration_tokens="2047")) and "2048 or more" in line
     assert "--calibration-tokens" in (line := bad(calibration_tokens="many")) and "whole number" in line
+    for recent in ("65", "-1", "2.5", "all"):
+        assert f"'{recent}': a whole number up to 64 is needed, e.g. 8" in bad(exact_recent=recent)
     assert "--model-path" in bad(model_path=None)
     assert "--nonsense" in bad(nonsense="1")
 

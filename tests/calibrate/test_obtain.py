@@ -96,7 +96,7 @@ def test_the_name_of_a_cached_table_has_what_it_is_made_from():
         return cache_path(KVQuantOptions(**given), config, weights, text)
 
     other = [{"config": "x"}, {"weights": "x"}, {"text": "x"}, {"k_bits": 2.0}, {"v_bits": 2.0}]
-    other += [{"allocator": "product"}, {"granularity": "block"}]
+    other += [{"allocator": "product"}, {"granularity": "block"}, {"exact_recent": 0}, {"exact_recent": 8}]
     auto = {"k_bits": None, "v_bits": None}
     other += [auto, {**auto, "max_kl": 0.1}, {**auto, "bits_range": (2.0, 4.0)}]
     assert len({path(), *(path(**change) for change in other)}) == 1 + len(other)

@@ -12,11 +12,14 @@ from sglang_blockgtq.calibrate.quality import (
     HeldOut,
     Quality,
     Sums,
+    attend,
     attention_divergence,
     divergence,
     positions_of,
 )
-from sglang_blockgtq.kernels.terms import PLAIN
+from sglang_blockgtq.kernels.host import attention as host_attention
+from sglang_blockgtq.kernels.host.attention import causal_attention
+from sglang_blockgtq.kernels.terms import PLAIN, Terms
 
 TOKENS, LAYERS, HEADS, GROUP, DIM, VOCAB = 150, 3, 2, 2, 16, 40
 SCALE = 0.7
@@ -89,7 +92,7 @@ def test_sums():
     found = sums.quality(4)
     assert found == Quality(kl=1.0, attention_kl=4.0, worst_layer=2, worst_layer_kl=5.0, tokens=4)
     assert found.to_dict() == {
-        "kl": 1.0, "attention_kl": 4.0, "worst_layer": 2, "worst_layer_kl": 5.0, "tokens": 4
+        "kl": 1.0, "attention_kl": 4.0, "worst_layer": 2, "worst_layer_kl": 5.0, "tokens": 4, "recent": 0
     }  # fmt: skip
     for part in ("KL of the answer 1.0000", "4 held-out tokens", "attention 4.0000", "worst layer 2 5.0000"):
         assert part in found.line()
@@ -154,11 +157,9 @@ def toy():
             q, k, v = (x @ w for w in weights[layer])
             q = q.view(TOKENS, HEADS * GROUP, DIM)
             k, v = (y[:, : HEADS * DIM].view(TOKENS, HEADS, DIM) for y in (k, v))
-            k, v = hook(layer, q, k, v)
-            run.calls.append((layer, k, v))
-            heads = [y.transpose(0, 1)[None] for y in (q, k, v)]
-            out = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, scale=SCALE, enable_gqa=True)
-            x = x + out[0].transpose(0, 1).flatten(1)
+            read = hook(layer, q, k, v)
+            run.calls.append((layer, *read[:2]))
+            x = x + attend(q, k, v, read, SCALE, PLAIN).flatten(1)
         return (x @ head)[answers]
 
     run.calls = []
@@ -224,3 +225,37 @@ def test_a_rank_without_answers_adds_none(toy):
     exact = HeldOut(run, TOKENS, dict.fromkeys(range(LAYERS), (SCALE, PLAIN)), LAYERS)
     flat = exact.sums({layer: Cache(0.1) for layer in range(LAYERS)}).flat
     assert flat[-1].tolist() == [0, 0] and bool((flat[:-1] > 0).all())
+
+
+@pytest.mark.parametrize(
+    "terms", [PLAIN, Terms(window=6), Terms(cap=1.5), Terms(window=3, sinks=torch.ones(4))], ids=str
+)
+@pytest.mark.parametrize("recent", [0, 1, 5, 40])
+def test_the_last_tokens_are_read_as_they_are(terms, recent, monkeypatch):
+    """Each query's own, also from one block of queries to the next."""
+    monkeypatch.setattr(host_attention, "QUERY_BLOCK", 8)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(21, 4, DIM, generator=generator)
+    k, k_read, v, v_read = torch.randn(4, 21, 2, DIM, generator=generator)
+    got = attend(q, k, v, (k_read, v_read, recent), SCALE, terms)
+    for i in range(len(q)):
+        near = slice(max(i + 1 - recent, 0), i + 1)
+        keys, values = (torch.cat([a[: near.start], b[near]]) for a, b in ((k_read, k), (v_read, v)))
+        want = causal_attention(q[i : i + 1], keys, values, SCALE, terms)
+        torch.testing.assert_close(got[i : i + 1], want)
+
+
+def test_a_window_takes_its_share_of_the_cost(toy):
+    """All of it where it holds everything, part of it where not; what was read exactly is said with the cost."""
+    layers = dict.fromkeys(range(LAYERS), (SCALE, PLAIN))
+
+    def beside(recent: int) -> Quality:
+        exact = HeldOut(toy, TOKENS, layers, LAYERS, recent)
+        return exact.sums({layer: Cache(0.1, 0.1) for layer in range(LAYERS)}).quality(len(exact.answers), recent)
+
+    none, some, every = beside(0), beside(TOKENS // 2), beside(TOKENS)
+    assert none.kl > 1.1 * some.kl > 0 and none.attention_kl > 1.1 * some.attention_kl > 0
+    assert every.kl < 1e-6 and every.attention_kl == 0
+    assert some.recent == TOKENS // 2 and some.line().endswith(f"with the last {TOKENS // 2} tokens exact")
+    old = {name: value for name, value in none.to_dict().items() if name != "recent"}
+    assert Quality(**old) == none and "exact" not in none.line()

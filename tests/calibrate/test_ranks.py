@@ -63,7 +63,7 @@ def test_moments_add_up_over_ranks(ranks):
 
 
 def test_costs_add_up_over_ranks(ranks):
-    want = {"kl": 0.5, "attention_kl": 2.5, "worst_layer": 1, "worst_layer_kl": 3.0, "tokens": 2}
+    want = {"kl": 0.5, "attention_kl": 2.5, "worst_layer": 1, "worst_layer_kl": 3.0, "tokens": 2, "recent": 0}
     assert [rank["quality"] for rank in ranks] == [want, want]
 
 

@@ -165,14 +165,14 @@ COST = {"kl": 0.01, "attention_kl": 0.02, "worst_layer": 1, "worst_layer_kl": 0.
     ],
 )
 def test_costs(refused, quality):
-    assert "is not made of the numbers attention_kl, kl, tokens, worst_layer, worst_layer_kl" in refused(
+    assert "is not made of the numbers attention_kl, kl, recent, tokens, worst_layer, worst_layer_kl" in refused(
         quality=quality
     )
 
 
 def test_costs_that_are_sound(make_moments):
     table = built(make_moments(), "template")
-    for quality in (None, COST, {**COST, "kl": 0, "worst_layer": 0}):
+    for quality in (None, COST, {**COST, "kl": 0, "worst_layer": 0}, {**COST, "recent": 8}):
         validate(AllocationTable(replace(table.header, quality=quality), table.tensors))
 
 

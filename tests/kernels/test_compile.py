@@ -41,7 +41,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
     from sglang_blockgtq.kernels.any_layout import encode as any_encode
     from sglang_blockgtq.kernels.any_layout import unpack as any_unpack
     from sglang_blockgtq.kernels.any_layout.tables import AnyTables
-    from sglang_blockgtq.kernels.decode import attention, gather, merge, tree
+    from sglang_blockgtq.kernels.decode import attention, gather, merge, recent, tree
     from sglang_blockgtq.kernels.decode.splits import num_splits
     from sglang_blockgtq.kernels.device import rotate
     from sglang_blockgtq.kernels.device.tables import ColumnTables
@@ -61,6 +61,11 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
     }
     count = 0
 
+    def kind_of(value) -> str:
+        if isinstance(value, torch.Tensor):
+            return pointer[value.dtype]
+        return "i32" if isinstance(value, int) else "fp32"
+
     class Compile:
         def __init__(self, kernel):
             self.kernel, self.arg_names = kernel, kernel.arg_names
@@ -78,12 +83,17 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
                 value, aligned = values[param.name], False
                 if param.is_constexpr or value is None:
                     signature[param.name], constant[param.name] = "constexpr", value
-                elif isinstance(value, torch.Tensor):
-                    signature[param.name] = pointer[value.dtype]
-                    aligned = not param.do_not_specialize_on_alignment
+                elif isinstance(value, tuple):
+                    signature[param.name] = tuple(map(kind_of, value))
+                    for j, part in enumerate(value):
+                        if isinstance(part, torch.Tensor) or isinstance(part, int) and part % 16 == 0:
+                            attributes[i, j] = [["tt.divisibility", 16]]
                 else:
-                    signature[param.name] = "i32" if isinstance(value, int) else "fp32"
-                    aligned = isinstance(value, int) and value % 16 == 0 and not param.do_not_specialize
+                    signature[param.name] = kind_of(value)
+                    aligned = not (param.do_not_specialize_on_alignment or param.do_not_specialize)
+                    aligned = aligned and (
+                        isinstance(value, torch.Tensor) or isinstance(value, int) and value % 16 == 0
+                    )
                 if aligned:
                     attributes[(i,)] = [["tt.divisibility", 16]]
             source = ASTSource(self.kernel, signature, constant, attributes)
@@ -103,6 +113,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
         rotate,
         unpacker,
         merge,
+        recent,
         any_encode,
         any_attention,
         any_unpack,
@@ -113,7 +124,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.runtime.JITFunction) and name.endswith("_kernel"):
                 setattr(module, name, Compile(value))
-    for module in (encoder, attention, rotate, merge):
+    for module in (encoder, attention, rotate, merge, recent):
         module.dependent = lambda device: capability >= 90
 
     dtype, heads = getattr(torch, dtype_name), 2
@@ -162,6 +173,18 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
         parts, lse = scratch(num_splits(8, 32)), torch.zeros(8, 4 * heads)
         merge.merge_splits(tables.v, parts.out, parts.lse, indptr, 1, 32, q, lse)
         merge.merge_into(q.float(), lse, q, lse)
+        exact = recent.Recent.of(1, 4, 8, 8, heads, dim, dim, dtype, "cpu")
+        gather.gather_slots(
+            torch.zeros(8, 16, dtype=torch.int32), *torch.ones(2, 8, dtype=torch.int64), indptr, slots, recent=exact
+        )
+        triton.knobs.runtime.interpret = True  # as where there is a GPU: by the kernel
+        exact.layer(0).remember(k, v, slots, slots, indptr)
+        triton.knobs.runtime.interpret = False
+        beside = {"recent": exact.layer(0).read(k, v), "q": q, "sm_scale": 0.1}
+        merge.merge_splits(tables.v, parts.out, parts.lse, indptr, 1, 32, q, lse, **beside)
+        for merge._ROWS_ALONE, merge._GROUPS_AT_ONCE, target in ((1 << 30, 0, 600), (0, 1 << 30, 32)):
+            parts = scratch(num_splits(8, target))
+            merge.merge_splits(tables.v, parts.out, parts.lse, indptr, 1, target, q, lse, **beside)
     unpack = unpacker.Unpacker(tables)
     for side in ("k", "v"):
         setattr(unpack, side, replace(getattr(unpack, side), matrix=getattr(unpack, side).matrix.half()))
@@ -206,6 +229,8 @@ FIRST = [
     *("_rotate_kernel", "decode_kernel", "merge_group_kernel"),
     *("_rotate_kernel", "decode_kernel", "merge_chunk_kernel", "merge_row_kernel"),
     *("merge_chunk_kernel", "merge_tile_kernel", "_merge_into_kernel"),
+    *("gather_slots_kernel", "remember_kernel", "merge_chunk_kernel", "merge_tile_kernel"),
+    *("merge_chunk_kernel", "merge_row_kernel", "merge_group_kernel"),
     *["unpack_columns_kernel"] * 2,
     *("write_checksums_kernel", "compare_rows_kernel", "take_rows_kernel", "put_rows_kernel", "read_tree_kernel"),
 ]
@@ -239,6 +264,7 @@ def test_kernels_of_a_step_wait_for_each_other_on_hopper(compiled, kind):
         "merge_group_kernel",
         "merge_row_kernel",
         "merge_tile_kernel",
+        "remember_kernel",
         "_rotate_kernel",
     ]
     for launch in compiled(kind):

@@ -54,7 +54,7 @@ def test_server_info(server):
     assert len(info["table_hash"]) == 64
     assert info["page"] == 512
     cost = info["quality"]
-    assert set(cost) == {"kl", "attention_kl", "worst_layer", "worst_layer_kl", "tokens"}
+    assert set(cost) == {"kl", "attention_kl", "worst_layer", "worst_layer_kl", "tokens", "recent"}
     assert 0.001 < cost["kl"] < 0.3 and 0 < cost["attention_kl"] < cost["worst_layer_kl"]
     assert cost["tokens"] == 256 and cost["worst_layer"] in range(30)
 
