@@ -17,6 +17,7 @@ from sglang_blockgtq.backend import cuda, warm_up
 from sglang_blockgtq.backend.cuda import TritonPackedBackend
 from sglang_blockgtq.backend.extend import ExtendPlan
 from sglang_blockgtq.kernels.cuda.attention import KernelError
+from sglang_blockgtq.kernels.decode.recent import Recent
 from sglang_blockgtq.kernels.decode.tree import Tree
 from sglang_blockgtq.kernels.terms import PLAIN
 from sglang_blockgtq.options import KVQuantError, KVQuantOptions
@@ -70,6 +71,7 @@ def backend():
     slots = torch.full((4 * 6,), -1, dtype=torch.int32)
     backend.buffers = SimpleNamespace(workspace=Recorder(), graph_slots=slots, verification=None)
     layers = {i: Layer(i) for i in LAYERS}
+    backend.recent, backend.copies = None, {}
     backend.pool = SimpleNamespace(layer=layers.__getitem__, check=None)  # which waits for loads; nothing else does
     backend.forward_metadata = metadata([3, 0], [2, 4])
     return backend
@@ -255,6 +257,30 @@ def test_a_step_writes_its_tokens_at_their_positions(stepping, save):
     assert loc is batch.out_cache_loc and positions is batch.positions
     assert torch.equal(key.flatten(1), k) and torch.equal(value.flatten(1), 2 * k)
     assert torch.equal(rotated.flatten(1), q + 1)
+
+
+def test_last_tokens_are_read_exactly(stepping):
+    """What a prefill has kept of its requests, a step leaves out of the slots and hands to decode, with its own."""
+    recent = Recent.of(1, 3, 4, 2, HEADS, DIM, DIM, torch.float32, "cpu")
+    recent.bind(4)
+    stepping.recent, stepping.copies = recent, {9: recent.layer(0)}
+    forward_batch = batch((3, 0), (2, 4))
+    forward_batch.req_pool_indices, forward_batch.extend_prefix_lens = torch.tensor([4, 3, 0]), torch.tensor([3, 0])
+    extend(stepping, 9, forward_batch)
+    ((k, v, *_),) = stepping.pool.layer(9).saved
+    assert recent.first.tolist() == [3, 0, 0]
+    assert torch.equal(recent.k[0, 0], k[[1, 0]]) and torch.equal(recent.v[0, 1], v[4:6])  # positions 4 and 3; 2 and 3
+
+    stepping.init_forward_metadata(step([3, 1], [5, 3]))
+    meta = stepping.forward_metadata
+    assert meta.kv_indptr.tolist() == [0, 3, 6] and meta.kv_indices[:6].tolist() == [18, 19, 20, 6, 7, 8]
+    stepping.buffers.scratch = None
+    q, k = torch.randn(2, HEADS * GROUP * DIM), torch.randn(2, HEADS * DIM)
+    decoded = SimpleNamespace(out_cache_loc=torch.tensor([25, 8]), positions=torch.tensor([4, 2]))
+    TritonPackedBackend.forward_decode(stepping, q, k, 2 * k, attention(9), decoded)
+    read = stepping.pool.layer(9).drafts["recent"]
+    assert read.copies is stepping.copies[9] and read.step.tolist() == [[1, -1], [4, 2], [2, 0]]
+    assert torch.equal(read.k.flatten(1), k) and torch.equal(read.v.flatten(1), 2 * k)
 
 
 @pytest.mark.parametrize("lengths", [[5], [1, 6, 2], [3, 3, 3, 3]])

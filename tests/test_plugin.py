@@ -60,7 +60,8 @@ def processes():
 
 def test_unused_it_adds_the_options_and_nothing_else(processes):
     saw = processes["unused"]
-    ours = {f"sglang_blockgtq.{name}" for name in ("compat", "conflicts", "options", "plugin", "preflight")}
+    names = "calibrate", "compat", "conflicts", "options", "plugin", "preflight"
+    ours = {f"sglang_blockgtq.{name}" for name in names}
     assert {name for name in saw["imports"] if not name.startswith("sglang.")} == ours
     assert not [
         x for x in saw["imports"] if x.startswith(("sglang.srt.managers", "sglang.srt.model", "sglang.srt.lay"))

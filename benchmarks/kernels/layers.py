@@ -4,7 +4,8 @@ Between two layers a model's weights pass through the L2 cache, so that neither 
 in it when a layer's attention begins. :mod:`benchmarks.kernels` calls attention again and again and does not see that.
 Here a graph holds the products of some layers, with weights of their own and the model's sizes, and between them what a
 layer of the server does: encode with the query's rotation, attention, merge. Columns: shape, batch, context, method,
-part (weights: the products alone; encode, attention: with everything up to it), us of a layer, more: us over weights.
+part (weights: the products alone; encode, attention: with everything up to it; exact: attention that also reads and
+keeps each request's last tokens exactly), us of a layer, more: us over weights.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from pathlib import Path
 
 import torch
 
+from sglang_blockgtq.calibrate import RECENT
 from sglang_blockgtq.kernels.decode.attention import DecodeScratch, decode_attention
+from sglang_blockgtq.kernels.decode.recent import Recent
 from sglang_blockgtq.kernels.device.tables import ColumnTables
 from sglang_blockgtq.kernels.encode.encoder import Encoder
 
@@ -28,7 +31,7 @@ from .__main__ import lengths, retune, tuning
 from .data import Index, make_codec
 
 LAYERS = 8
-PARTS = ("weights", "encode", "attention")
+PARTS = ("weights", "encode", "attention", "exact")
 COLUMNS = ("shape", "batch", "context", "method", "part", "us", "more")
 SECONDS = 0.5  # of replays
 METHODS = {m.key: m for m in cases.PACKED if m.granularity == "segment"}  # whose rows lie in columns
@@ -68,6 +71,12 @@ class Layers:
         rows = [torch.randint(0, 64, shape_of_rows, dtype=torch.uint8, device=device) for _ in range(LAYERS)]
         self.rows, self.encoders = rows, [Encoder(tables, x) for x in rows]
         self.scratch = DecodeScratch.of(tables, batch, shape.q_heads)
+        self.recent = Recent.of(
+            LAYERS, batch, batch, RECENT, shape.kv_heads, shape.dim, shape.dim, torch.bfloat16, device
+        )
+        self.recent.bind(batch)
+        self.recent.begin(torch.arange(batch, 0, -1, device=device), torch.full((batch,), context, device=device))
+        self.copies = [self.recent.layer(i) for i in range(LAYERS)]
         dtype, heads = torch.bfloat16, shape.q_heads + 2 * shape.kv_heads
         of = (sizes.hidden, heads * shape.dim), (shape.q_heads * shape.dim, sizes.hidden)
         of += (sizes.hidden, 2 * sizes.inner), (sizes.inner, sizes.hidden)
@@ -87,10 +96,11 @@ class Layers:
         q = q * 0.5  # in the place of RoPE: a kernel between the product and encode
         if part != "weights":
             self.encoders[i](k, v, self.loc, self.positions, q, self.rotated)
-        if part == "attention":
+        if part in ("attention", "exact"):
             decode_attention(
                 self.tables, q, self.rows[i], self.kv_indptr, self.kv_indices, self.sm_scale,
                 rotated=self.rotated, scratch=self.scratch, out=self.out,
+                recent=self.copies[i].read(k, v) if part == "exact" else None,
             )  # fmt: skip
         for product in rest:
             product()

@@ -650,13 +650,13 @@ def test_a_layer_is_timed_among_weights(known, tmp_path, monkeypatch):
     )
 
     def attend(tables, q, rows, *args, **kwargs):
-        seen.append(("attention", rows.data_ptr()))
+        seen.append(("attention" if kwargs["recent"] is None else "exact", rows.data_ptr()))
         got = decode(tables, q, rows, *args, **kwargs)
         assert bool(got[0].isfinite().all())
         return got
 
     monkeypatch.setattr(layers, "decode_attention", attend)
-    times = iter([10.0, 14.5, 21.25])
+    times = iter([10.0, 14.5, 21.25, 22.0])
 
     def timer(launch, num_bytes, windows, seconds):
         seen.clear()
@@ -672,10 +672,15 @@ def test_a_layer_is_timed_among_weights(known, tmp_path, monkeypatch):
     assert (
         layers.main(["--out", str(out), "--shape", "tiny", "--lengths", "2x40", "--commit", "abc"], timer, "cpu") == 0
     )
-    assert took == [[], ["encode"] * 2, ["encode", "attention"] * 2]
+    assert took == [[], ["encode"] * 2, ["encode", "attention"] * 2, ["encode", "exact"] * 2]
     with out.open() as f:
         rows = [(r["part"], r["us"], r["more"]) for r in csv.DictReader(f)]
-    assert rows == [("weights", "10.0", "0.0"), ("encode", "14.5", "4.5"), ("attention", "21.2", "11.2")]
+    assert rows == [
+        ("weights", "10.0", "0.0"),
+        ("encode", "14.5", "4.5"),
+        ("attention", "21.2", "11.2"),
+        ("exact", "22.0", "12.0"),
+    ]
     made = json.loads(out.with_suffix(".json").read_text())
     assert made["commit"] == "abc" and made["command"].startswith("python -m benchmarks.kernels.layers --out")
 

@@ -16,6 +16,7 @@ import pytest
 import requests
 import torch
 
+from sglang_blockgtq.calibrate import RECENT
 from sglang_blockgtq.calibrate.quality import Quality
 from sglang_blockgtq.calibrate.table import AllocationTable
 
@@ -132,7 +133,7 @@ def table_without_server(model: str, folder: Path) -> str:
     table = str(folder / "table.safetensors")
     bits = ["--k-bits=8", "--v-bits=8", "--device=cpu", "--dtype=float32"]
     assert main(["--model-path", model, "--out", table, *bits]) == 0
-    AllocationTable.load(table).with_quality(Quality(0.0, 0.0, 0, 0.0, 1)).save(table)
+    AllocationTable.load(table).with_quality(Quality(0.0, 0.0, 0, 0.0, 1, RECENT)).save(table)
     return table
 
 

@@ -50,6 +50,7 @@ def table_for(model_folder: str, folder: Path) -> str:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from sglang_blockgtq.calibrate import RECENT
     from sglang_blockgtq.calibrate.build import build_table
     from sglang_blockgtq.calibrate.hf import collect
     from sglang_blockgtq.calibrate.model import config_hash, rope_blocks
@@ -63,7 +64,7 @@ def table_for(model_folder: str, folder: Path) -> str:
     made = build_table(collect(model, sequences, rope, progress=False), rope, k_bits=8, v_bits=8, **names)
     assert made.header.page == PAGE and made.tensors["mean"].any(-1).any(-1).all()
     path = folder / "table.safetensors"
-    made.with_quality(Quality(0.0, 0.0, 0, 0.0, 1)).save(path)
+    made.with_quality(Quality(0.0, 0.0, 0, 0.0, 1, RECENT)).save(path)
     return str(path)
 
 
