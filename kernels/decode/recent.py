@@ -9,6 +9,7 @@ for its own, and nothing else has to know of them. Definition: :func:`..referenc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
@@ -16,8 +17,10 @@ import triton.language as tl
 
 from .. import reference
 from ..device.dependent import dependent, wait_and_release
+from ..device.launch import Launch
 
-UNROLL = tl.constexpr(7)  # tokens whose loads are asked for together: with a step's own a window of 8
+_ELEMENTS = tl.constexpr(2048)  # of keys in a tile of a program
+_TOKENS = tl.constexpr(8)  # of a tile, and of tiles that are asked for together, at most
 
 
 @dataclass
@@ -113,30 +116,37 @@ class RecentLayer:
         if not k.is_cuda and not triton.knobs.runtime.interpret:
             reference.remember(recent.first, recent.top, self.k, self.v, k, v, requests, prefix_lens, qo_indptr)
             return
+        self._remember(
+            (batch, recent.window, 1),
+            k=k,
+            v=v,
+            requests=requests,
+            prefix_lens=prefix_lens,
+            qo_indptr=qo_indptr,
+            stride_kt=k.stride(0),
+            stride_kh=k.stride(1),
+            stride_vt=v.stride(0),
+            stride_vh=v.stride(1),
+        )
+
+    @cached_property
+    def _remember(self) -> Launch:
         _, window, heads, dim = self.k.shape
-        chained = dependent(k.device)
-        remember_kernel[(batch, window)](
-            k,
-            v,
-            requests,
-            prefix_lens,
-            qo_indptr,
-            recent.first,
-            self.k,
-            self.v,
-            recent.top,
-            recent.rows,
-            k.stride(0),
-            k.stride(1),
-            v.stride(0),
-            v.stride(1),
+        v_dim, chained = self.v.shape[3], dependent(self.k.device)
+        return Launch(
+            remember_kernel,
+            first=self.recent.first,
+            k_copies=self.k,
+            v_copies=self.v,
+            top=self.recent.top,
+            rows=self.recent.rows,
             WINDOW=window,
             HEADS=heads,
             DIM=dim,
-            V_DIM=self.v.shape[3],
+            V_DIM=v_dim,
             BLOCK=triton.next_power_of_2(heads),
             PADDED=triton.next_power_of_2(dim),
-            V_PADDED=triton.next_power_of_2(self.v.shape[3]),
+            V_PADDED=triton.next_power_of_2(v_dim),
             DEPENDENT=chained,
             launch_pdl=chained,
             num_warps=4,
@@ -253,6 +263,9 @@ def exact_part(
     For before the wait: the launch ahead makes nothing of this, and began when those ahead of it had ended.
     """
     q, k, v, k_copies, v_copies, step, steps, scale, qt, qh, kt, kh, vt, vh, heads = recent
+    FIT: tl.constexpr = _ELEMENTS // (token.shape[0] * PADDED)
+    TOKENS: tl.constexpr = min(_TOKENS, FIT) if FIT > 0 else 1
+    TOGETHER: tl.constexpr = (min(_TOKENS, WINDOW - 1) + TOKENS - 1) // TOKENS * TOKENS if WINDOW > 1 else 1
     channel = tl.arange(0, PADDED)
     head = j // GROUP
     inside = live[:, None] & (channel < DIM)[None, :]
@@ -266,24 +279,25 @@ def exact_part(
     own_v = tl.load(v + (token * vt + head * vh)[:, None] + column[None, :], mask=inside_v, other=0.0)
 
     # The token's own key and value need no copy.
-    logit = _logit(query, own_k, scale, CAP)
-    peak = tl.where(count > 0, logit, float("-inf"))
-    total = tl.where(count > 0, 1.0, 0.0)
-    summed = tl.where((count > 0)[:, None], own_v.to(tl.float32), 0.0)
-    for start in range(0, WINDOW - 1, UNROLL):
-        for more in tl.static_range(UNROLL):
-            back = 1 + start + more
-            there = (back < count) & live
-            place = (row.to(tl.int64) * WINDOW + (position - back + WINDOW) % WINDOW) * heads + head
-            key_at, value_at = k_copies + place[:, None] * DIM, v_copies + place[:, None] * V_DIM
-            key = tl.load(key_at + channel[None, :], mask=there[:, None] & inside, other=0.0)
-            value = tl.load(value_at + column[None, :], mask=there[:, None] & inside_v, other=0.0)
-            logit = tl.where(there, _logit(query, key, scale, CAP), float("-inf"))
-            top = tl.maximum(peak, logit)
+    some = count > 0
+    peak = tl.where(some, _capped(tl.sum(query * own_k.to(tl.float32), 1) * scale, CAP), float("-inf"))
+    total = tl.where(some, 1.0, 0.0)
+    summed = tl.where(some[:, None], own_v.to(tl.float32), 0.0)
+    for first in range(0, WINDOW - 1, TOGETHER):
+        for start in tl.static_range(0, TOGETHER, TOKENS):
+            back = 1 + first + start + tl.arange(0, TOKENS)
+            there = (back[None, :] < count[:, None]) & live[:, None]
+            place = row[:, None].to(tl.int64) * WINDOW + (position[:, None] - back[None, :] + WINDOW) % WINDOW
+            place = (place * heads + head[:, None])[:, :, None]
+            key_mask, value_mask = there[:, :, None] & (channel < DIM), there[:, :, None] & (column < V_DIM)
+            key = tl.load(k_copies + place * DIM + channel, mask=key_mask, other=0.0).to(tl.float32)
+            value = tl.load(v_copies + place * V_DIM + column, mask=value_mask, other=0.0).to(tl.float32)
+            logit = tl.where(there, _capped(tl.sum(query[:, None, :] * key, 2) * scale, CAP), float("-inf"))
+            top = tl.maximum(peak, tl.max(logit, 1))
             safe = tl.where(top == float("-inf"), 0.0, top)
-            keep, share = tl.exp(peak - safe), tl.exp(logit - safe)
-            total = total * keep + share
-            summed = summed * keep[:, None] + value.to(tl.float32) * share[:, None]
+            keep, share = tl.exp(peak - safe), tl.exp(logit - safe[:, None])
+            total = total * keep + tl.sum(share, 1)
+            summed = summed * keep[:, None] + tl.sum(value * share[:, :, None], 1)
             peak = top
 
     mine = (row >= 0) & live & (j % GROUP == 0)
@@ -295,8 +309,7 @@ def exact_part(
 
 
 @triton.jit
-def _logit(query, key, scale, CAP: tl.constexpr):
-    logit = tl.sum(query * key.to(tl.float32), 1) * scale
+def _capped(logit, CAP: tl.constexpr):
     if CAP > 0:
         logit = CAP * (2.0 / (1.0 + tl.exp(-2.0 * logit / CAP)) - 1.0)  # tanh
     return logit

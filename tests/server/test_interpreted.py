@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sglang_blockgtq.calibrate import RECENT
+
 pytestmark = pytest.mark.server
 
 PLUGIN, DRAFTS = (Path(__file__).parent / name for name in ("interpreted", "drafts_on_cpu"))
@@ -43,14 +45,14 @@ def two_layers(request, smollm2, tmp_path_factory) -> str:
     return cut_to_two_layers(smollm2, tmp_path_factory.mktemp("model") / "two-layers")
 
 
-def table_for(model_folder: str, folder: Path) -> str:
+def table_for(model_folder: str, folder: Path, recent: int = RECENT) -> str:
     """Of eight bits: a batch of another size rounds otherwise, and a code on a threshold turns, which then is little.
 
-    Its cost is said to be known, so that no server measures it in the interpreter.
+    Its cost is said to be known, with as many exact tokens as its server has, so that none measures it in the
+    interpreter.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sglang_blockgtq.calibrate import RECENT
     from sglang_blockgtq.calibrate.build import build_table
     from sglang_blockgtq.calibrate.hf import collect
     from sglang_blockgtq.calibrate.model import config_hash, rope_blocks
@@ -64,7 +66,7 @@ def table_for(model_folder: str, folder: Path) -> str:
     made = build_table(collect(model, sequences, rope, progress=False), rope, k_bits=8, v_bits=8, **names)
     assert made.header.page == PAGE and made.tensors["mean"].any(-1).any(-1).all()
     path = folder / "table.safetensors"
-    made.with_quality(Quality(0.0, 0.0, 0, 0.0, 1, RECENT)).save(path)
+    made.with_quality(Quality(0.0, 0.0, 0, 0.0, 1, recent)).save(path)
     return str(path)
 
 
@@ -100,7 +102,7 @@ def answers(server, ids) -> dict[str, list[tuple[int, float]]]:
     return out
 
 
-def test_kernels_answer_like_pytorch(launch, two_layers, table, token_ids):
+def test_kernels_answer_like_pytorch(launch, two_layers, table, token_ids, tmp_path):
     args = *ARGS, f"--kv-quant-table={table}"
     plain = launch(*args, model=two_layers)
     want = answers(plain, token_ids)
@@ -115,6 +117,10 @@ def test_kernels_answer_like_pytorch(launch, two_layers, table, token_ids):
     # Nor do checksums differ, which go with them.
     drafts = "--speculative-algorithm=NGRAM", "--speculative-num-draft-tokens=6", "--kv-quant-check-rows=8"
     env = {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{PLUGIN}:{DRAFTS}"}
+    args = *ARGS, "--kv-quant-exact-recent=0", f"--kv-quant-table={table_for(two_layers, tmp_path, 0)}"
+    packed = launch(*args, model=two_layers)
+    want = answers(packed, token_ids)
+    packed.stop()
     drafting = launch(*args, *drafts, model=two_layers, env=env)
     check(answers(drafting, token_ids), want)
     check_drafts(drafting, token_ids)
@@ -148,7 +154,7 @@ def test_drafts_of_a_model_change_nothing(launch, smollm2, token_ids, tmp_path, 
         draft.mkdir()
         {"EAGLE": save_eagle_head, "EAGLE3": save_eagle3_head}[algorithm](target, draft)
         args.append(f"--speculative-draft-model-path={draft}")
-    args.append(f"--kv-quant-table={table_for(target, tmp_path)}")
+    args.append(f"--kv-quant-table={table_for(target, tmp_path, 0)}")
     server = launch(*args, model=target, env={"TRITON_INTERPRET": "1", "PYTHONPATH": f"{PLUGIN}:{DRAFTS}"})
     check_drafts(server, token_ids)
     server.stop()

@@ -57,7 +57,7 @@ def test_offline_table_and_eight_bits(launch, smollm2, token_ids, exact, table_c
     # The server's own calibration and the offline one see the same model: nearly the same bits.
     subprocess.run(offline, check=True, timeout=600)
     here = AllocationTable.load(made)
-    (file,) = [
+    file, *_ = [
         path
         for path in Path(table_cache, "tables").iterdir()
         if (header := AllocationTable.load(path).header).k_bits == 3 and header.allocator == "template"
