@@ -58,7 +58,7 @@ class Quality:
         return (
             f"KL of the answer {self.kl:.4f} nats a token over {self.tokens} held-out tokens, attention "
             f"{self.attention_kl:.4f}, worst layer {self.worst_layer} {self.worst_layer_kl:.4f}"
-            + (f", with the last {self.recent} tokens exact" if self.recent else "")
+            + (f", with the last {self.recent} token{'s' * (self.recent > 1)} exact" if self.recent else "")
         )
 
 

@@ -48,7 +48,8 @@ def choose(runner: Any, options: KVQuantOptions, make: Make, like: AllocationTab
         quality, recent = table.header.quality, options.exact_recent or 0
         if quality is None or Quality(**quality).recent != recent:
             ids = from_rank_zero(lambda: held_out_text(runner))
-            table = table.with_quality(_measure(_read_exactly(runner, ids, recent), layers, table))
+            if (found := _measure(_read_exactly(runner, ids, recent), layers, table)) is not None:
+                table = table.with_quality(found)  # else what the table says of others is all there is
         _check(table, options, "make a table of more bits")
         return Choice(table, "file", layers)
     given = from_rank_zero(lambda: plan(runner, options, kept=like is None))

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
+from sglang_blockgtq.calibrate import MOST_RECENT, RECENT
 from sglang_blockgtq.calibrate.device import device
 from sglang_blockgtq.options import DEFAULT_ALLOCATOR, PRESETS
 
 from . import attention, run
+from .exact import Exact, Mixed
 from .methods import Cast, Method
 from .model import capture
 from .record import commit, machine, sources, text_source
@@ -41,15 +43,29 @@ NOTES = (
 )
 
 
-def methods(subject: Subject) -> dict[str, Method]:
-    """Of each line of the card, by its name."""
+def notes(recent: int) -> list[str]:
+    """What stands under the table. recent: tokens that presets read exactly."""
+    if not recent:
+        return [*NOTES]
+    last = "their own token" if recent == 1 else f"their last {recent} tokens, their own among them,"
+    return [
+        *NOTES,
+        f"Queries of the presets read {last} in 16 bits, as a server with",
+        f"--kv-quant-exact-recent {recent} does.",
+    ]
+
+
+def methods(subject: Subject, recent: int = RECENT) -> dict[str, Method]:
+    """Of each line of the card, by its name. recent: last tokens that a query reads exactly in the presets."""
     dim = subject.head_dim
+    exact = Exact(recent=recent)
     out: dict[str, Method] = {
         "bf16": Cast("bf16", torch.bfloat16, dim, dim),
         "fp8_e4m3": Cast("fp8_e4m3", torch.float8_e4m3fn, dim, dim),
     }
     for name, options in FIXED.items():
-        out[name] = subject.table(DEFAULT_ALLOCATOR, options["k_bits"], options["v_bits"])
+        packed = subject.table(DEFAULT_ALLOCATOR, options["k_bits"], options["v_bits"])
+        out[name] = Mixed(packed, dim, dim, exact, exact) if recent else packed
     return out
 
 
@@ -57,9 +73,9 @@ def _mean(rows: Sequence[Row], column: str) -> float:
     return sum(float(row[column]) for row in rows) / len(rows)
 
 
-def measure(subject: Subject, queries: int, layers: Sequence[int] | None = None) -> list[dict]:
-    """One dictionary for each line: its name and :data:`COLUMNS`."""
-    lines = methods(subject)
+def measure(subject: Subject, queries: int, layers: Sequence[int] | None = None, recent: int = RECENT) -> list[dict]:
+    """One dictionary for each line: its name and :data:`COLUMNS`. recent: see :func:`methods`."""
+    lines = methods(subject, recent)
     got = capture(subject.model, subject.ids, attention.draw_queries(len(subject.ids), queries, run.SEED))
     by_name: dict[str, list[Row]] = {name: [] for name in lines}
     for layer in layers or range(len(subject.rope)):
@@ -96,7 +112,9 @@ def bits_of(name: str) -> str:
     return f"k{options['k_bits']:g}v{options['v_bits']:g}" if options else name.removesuffix("_e4m3")
 
 
-def page(model: str, lines: Sequence[dict], record: dict, rates: dict[str, dict[str, float]]) -> str:
+def page(
+    model: str, lines: Sequence[dict], record: dict, rates: dict[str, dict[str, float]], recent: int = RECENT
+) -> str:
     """The card in Markdown."""
     tasks = sorted({task for by in rates.values() for task in by})
     head = ["cache", *(title for _, title in COLUMNS), *tasks]
@@ -112,7 +130,7 @@ def page(model: str, lines: Sequence[dict], record: dict, rates: dict[str, dict[
         out.append(f"| {' | '.join(cells)} |")
     out += [
         "",
-        *NOTES,
+        *notes(recent),
         "",
         "```json",
         json.dumps(record, indent=1),
@@ -120,6 +138,12 @@ def page(model: str, lines: Sequence[dict], record: dict, rates: dict[str, dict[
         "",
     ]
     return "\n".join(out)
+
+
+def _recent(text: str) -> int:
+    if not text.isdecimal() or int(text) > MOST_RECENT:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number up to {MOST_RECENT} is needed, e.g. {RECENT}")
+    return int(text)
 
 
 def main(argv: list[str]) -> int:
@@ -131,21 +155,29 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--calibration-text", help="calibration text; default: that of the server")
     parser.add_argument("--queries", type=int, default=32, help="query positions per window (default 32)")
     parser.add_argument("--every", type=int, default=1, help="attention of every n-th layer only (default 1)")
+    parser.add_argument(
+        "--exact-recent",
+        type=_recent,
+        default=RECENT,
+        metavar="N",
+        help=f"last tokens that a query reads exactly in the presets (default {RECENT}, as a server's)",
+    )
     parser.add_argument("--device", type=device, default="cpu", help="cpu (default), cuda, cuda:1, ...")
     args = parser.parse_args(argv)
     if args.tasks and not args.tasks.is_file():
         parser.error(f"--tasks {args.tasks}: no such file; make one with python -m benchmarks.tasks")
     head = commit()
     subject = run.load(args.model_path, args.text, args.calibration_text, args.device)
-    lines = measure(subject, args.queries, range(0, len(subject.rope), args.every))
+    lines = measure(subject, args.queries, range(0, len(subject.rope), args.every), args.exact_recent)
     record = {
-        "command": f"python -m benchmarks.fidelity card --queries {args.queries} --every {args.every}",
+        "command": f"python -m benchmarks.fidelity card --queries {args.queries} --every {args.every} "
+        f"--exact-recent {args.exact_recent}",
         "commit": head,
         **sources(args.model_path, args.calibration_text, subject),
         "evaluation": text_source(args.text) | {"tokens": len(subject.ids), "perplexity_length": run.PPL_LENGTH},
         **machine(args.device),
     }
     rates = pass_rates(args.tasks) if args.tasks else {}
-    args.out.write_text(page(record["model"]["name"], lines, record, rates))
+    args.out.write_text(page(record["model"]["name"], lines, record, rates, args.exact_recent))
     print(args.out.read_text().split(NOTES[0])[0])
     return 0

@@ -23,6 +23,7 @@ from sglang_blockgtq.calibrate.table import AllocationTable
 from sglang_blockgtq.calibrate.text import DEFAULT_TOKENS, read_text, text_hash, token_sequences
 
 from . import attention, perplexity
+from .exact import Mixed
 from .methods import Cast, IntPerToken, Method, Packed
 from .model import Capture, capture, rotate
 
@@ -140,8 +141,13 @@ def layer_rows(subject: Subject, methods: Sequence[Method], got: Capture, layer:
         q, k = (rotate(x, subject.rope[layer], inv_freq(subject.model), shift) for x in (q, k))
     rows = []
     for method in methods:
-        k_hat, _ = method.round_trip(layer, k, v, shift)
-        result = attention.compare(true, q, k_hat, got.positions, scale)
+        mixed = method if isinstance(method, Mixed) else None
+        k_hat, _ = (mixed.method if mixed else method).round_trip(layer, k, v, shift)
+        logits = attention.causal_logits(q, k_hat, got.positions, scale)
+        if mixed:
+            exact = attention.causal_logits(q, k.half().float(), got.positions, scale)
+            logits = torch.where(mixed.keys.kept(got.positions, tokens), exact, logits)
+        result = attention.compare_logits(true, logits)
         names = attention.window_names(tokens)
         windows = {name: value.view(len(names), -1).mean(-1).tolist() for name, value in result.items()}
         for i, window in enumerate(names):

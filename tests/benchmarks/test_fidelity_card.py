@@ -22,8 +22,33 @@ def test_every_preset_has_a_line_and_more_bits_cost_less(tiny_subject, tmp_path,
     assert program.main(["card", "--model-path", "tiny", "--out", str(out), "--queries", "4", "--every", "2"]) == 0
     text = out.read_text()
     assert all(f"| {name} (K" in text for name in card.FIXED) and capsys.readouterr().out.strip() in text
+    assert "their last 8 tokens, their own among them, in 16 bits" in text and "--kv-quant-exact-recent 8 does" in text
     record = json.loads(text.split("```json\n")[1].split("```")[0])
+    assert record["command"].endswith("--exact-recent 8")
     assert record["model"]["name"] == "tiny" and record["evaluation"]["tokens"] == 400
+
+
+def test_presets_read_the_last_tokens_as_a_server_does(tiny_subject):
+    """And only they; where all are exact, what is left is what 16 bits cost. Attention of a random model is not on its
+    last tokens, so its KL need not fall."""
+    none, some, every = (
+        {line["name"]: line for line in card.measure(tiny_subject, 4, recent=recent)} for recent in (0, 8, 400)
+    )
+    for column in ("mae", "softmax_kl", "kl_final"):
+        for name in card.FIXED:
+            assert none[name][column] != some[name][column] > 100 * every[name][column], (name, column)
+            assert none[name][column] > some[name][column] or column == "softmax_kl", (name, column)
+            assert every[name][column] < none["bf16"][column], (name, column)
+        assert none["bf16"][column] == some["bf16"][column] == every["bf16"][column]
+    assert all(none[name]["bytes"] == some[name]["bytes"] for name in none)
+    assert not any("16 bits" in line for line in card.notes(0)) and "their own token in 16" in " ".join(card.notes(1))
+
+
+@pytest.mark.parametrize("recent", ["65", "-1", "all"])
+def test_exact_tokens_that_no_server_keeps(recent, capsys):
+    with pytest.raises(SystemExit):
+        card.main(["--model-path", "m", "--out", "o", f"--exact-recent={recent}"])
+    assert f"--exact-recent: '{recent}': a whole number up to 64 is needed, e.g. 8" in capsys.readouterr().err
 
 
 def test_pass_rates_of_tasks_are_weighed_by_their_samples(tmp_path):

@@ -226,6 +226,16 @@ def test_a_named_table_is_measured_with_the_servers_exact_tokens(start, named):
         assert start.tried == tried
 
 
+def test_a_named_table_that_cannot_be_measured_keeps_its_cost(start, named, monkeypatch):
+    """That of other exact tokens, which a limit is held against."""
+    monkeypatch.setattr(module, "_measure", lambda exact, layers, table: None if exact is None else 1 / 0)
+    monkeypatch.setattr(module, "_read_exactly", lambda runner, ids, recent: None)
+    assert start(**named(0.7, exact_recent=8))[1].table.header.quality == quality(0.7).to_dict()
+    with pytest.raises(KVQuantError, match="--kv-quant-max-kl 0.1: K 4 and V 4 bits cost 0.7000"):
+        start(**named(0.7, exact_recent=8, max_kl=0.1))
+    assert start(**named(None, exact_recent=8))[1].table.header.quality is None
+
+
 @pytest.mark.parametrize("said", [0.7, None])
 def test_a_named_table_above_the_limit(start, named, said):
     start.costs[4, 4] = 0.7
