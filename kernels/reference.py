@@ -273,7 +273,7 @@ def recent_attention(
     out = torch.zeros(*q.shape[:2], v.shape[2], device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
     for b, (row, position, count) in enumerate(step.T.tolist()):
-        if row < 0:
+        if row < 0 or position < 0:
             continue
         k_copies[row, position % window], v_copies[row, position % window] = k[b], v[b]
         if count:

@@ -300,7 +300,7 @@ def exact_part(
             summed = summed * keep[:, None] + tl.sum(value * share[:, :, None], 1)
             peak = top
 
-    mine = (row >= 0) & live & (j % GROUP == 0)
+    mine = (row >= 0) & (position >= 0) & live & (j % GROUP == 0)
     place = (row.to(tl.int64) * WINDOW + position % WINDOW) * heads + head
     tl.store(v_copies + place[:, None] * V_DIM + column[None, :], own_v, mask=mine[:, None] & inside_v)
     if first_column == 0:

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from sglang_blockgtq.kernels import reference
+from sglang_blockgtq.kernels.cuda import attention as cuda
 from sglang_blockgtq.kernels.decode import merge
 from sglang_blockgtq.kernels.decode.attention import decode_attention
 from sglang_blockgtq.kernels.decode.gather import gather_slots
 from sglang_blockgtq.kernels.decode.recent import Recent, RecentLayer
 from sglang_blockgtq.kernels.device.tables import templates_of
+from sglang_blockgtq.kernels.format.layout import gather_rows
 from sglang_blockgtq.kernels.layer import TorchLayer, TritonLayer
 from sglang_blockgtq.kernels.terms import PLAIN, Terms
 
@@ -54,10 +56,10 @@ def new_tokens(case: Case, count: int, seed: int = 11) -> tuple[torch.Tensor, to
     return d.k[pick] * 0.8, d.v[pick].flip(0) * 1.1
 
 
-def step_of(case: Case) -> tuple[RecentLayer, torch.Tensor, torch.Tensor]:
+def step_of(case: Case, window: int = WINDOW) -> tuple[RecentLayer, torch.Tensor, torch.Tensor]:
     """Copies of the case's requests, filled as far as counts say, and the step's own keys and values."""
-    layer, batch = copies(case), len(case.lengths)
-    counts = [COUNTS[i % 4] for i in range(batch)]
+    layer, batch = copies(case, window), len(case.lengths)
+    counts = [window if COUNTS[i % 4] == WINDOW else min(COUNTS[i % 4], window) for i in range(batch)]
     rows = [TOP - REQUESTS[i % 4] if i < 4 else -1 for i in range(batch)]
     rows = [row if 0 <= row < ROWS else -1 for row in rows]
     counts = [n if row >= 0 else 0 for n, row in zip(counts, rows, strict=True)]
@@ -66,7 +68,7 @@ def step_of(case: Case) -> tuple[RecentLayer, torch.Tensor, torch.Tensor]:
     for row, position, count in zip(rows, positions, counts, strict=True):
         for back in range(1, count):
             k, v = new_tokens(case, 1, seed=position - back)
-            layer.k[row, (position - back) % WINDOW], layer.v[row, (position - back) % WINDOW] = k[0], v[0]
+            layer.k[row, (position - back) % window], layer.v[row, (position - back) % window] = k[0], v[0]
     return layer, *new_tokens(case, batch)
 
 
@@ -106,15 +108,30 @@ def test_caps_and_sinks(terms, way, monkeypatch):
     check(TEMPLATE, terms, WAYS[way][2])
 
 
-def check(case: Case, terms: Terms, target: int | None) -> None:
-    d, (layer, k, v) = data(case), step_of(case)
+@pytest.mark.parametrize("window", [1, 2, 9, 40])
+def test_other_windows(window):
+    """Of the step's own token alone, and of more tokens than a program asks for at a time."""
+    check(TEMPLATE, PLAIN, 8, window)
+
+
+@pytest.mark.parametrize("choice", ["triton", "cuda"])
+@over([LARGE[0], LARGE[1], LARGE[7]])
+def test_both_kernels_of_attention(case, choice, monkeypatch):
+    monkeypatch.setattr(cuda, "CHOICE", choice)
+    if choice == "cuda" and not cuda.serves(data(case).tables, case.group):
+        pytest.skip("no such kernel for these rows or this device")
+    check(case, PLAIN, None, slack=2 if choice == "cuda" else 1)  # bytes in the place of levels
+
+
+def check(case: Case, terms: Terms, target: int | None, window: int = WINDOW, slack: int = 1) -> None:
+    d, (layer, k, v) = data(case), step_of(case, window)
     want, after = expected(case, layer, k, v, terms)
     q = decode_queries(case)
     read = layer.read(k, v)
     got = decode_attention(
         d.tables, q, d.rows, d.kv_indptr, d.kv_indices, d.sm_scale, terms=terms, target=target, recent=read
     )
-    assert_same(got, want, TOLERANCE[DEVICE][case.dtype])
+    assert_same(got, want, slack * TOLERANCE[DEVICE][case.dtype])
     for mine, theirs in zip((layer.k, layer.v), after, strict=True):
         assert torch.equal(mine.nan_to_num(77.0), theirs.nan_to_num(77.0))
 
@@ -233,3 +250,92 @@ def test_an_answer_token_by_token(case):
                 )  # fmt: skip
                 error = (got[i].float() - want[-1]).norm() / want[-1].norm()
                 assert error < 2 * TOLERANCE[DEVICE][case.dtype]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of a CPU's rows")
+@pytest.mark.parametrize("terms", [PLAIN, *TERMS], ids=["plain", "cap", "sinks"])
+@over([TEMPLATE, PRODUCT])
+def test_hosts_without_a_gpu(case, terms):
+    """Of a request without packed rows, of one without copies, and of both."""
+    d, (layer, k, v) = data(case), step_of(case)
+    (want, _), after = expected(case, layer, k, v, terms)
+    host = TorchLayer(d.codec)
+    host.bind(host.new_rows(int(d.kv_indices.max()) + 1, DEVICE))
+    host.scatter(d.kv_indices, d.packed)
+    got = host.decode(decode_queries(case), d.kv_indptr, d.kv_indices, d.sm_scale, terms=terms, recent=layer.read(k, v))
+    assert (got - want).norm() / want.norm() < 1e-5
+    for mine, theirs in zip((layer.k, layer.v), after, strict=True):
+        assert torch.equal(mine.nan_to_num(77.0), theirs.nan_to_num(77.0))
+
+
+def as_a_graph(step):
+    """What does a step again: on a GPU a replay of it."""
+    step()  # compiles
+    if DEVICE == "cpu":
+        return step
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+@pytest.mark.parametrize(
+    ("case", "choice"),
+    [(TEMPLATE, "triton"), *(pytest.param(LARGE[0], name, marks=pytest.mark.gpu) for name in ("triton", "cuda"))],
+    ids=str,
+)
+def test_a_graph_of_a_step_follows_its_requests(case, choice, monkeypatch):
+    """Gathered, encoded and attended more often than the window is long, by the same launches: a request that begins
+    with less than the window, one with more, and one without copies."""
+    monkeypatch.setattr(cuda, "CHOICE", choice)
+    d, window, prompts, room = data(case), 3, [1, 12, 6], 24
+    group, dtype, steps = case.heads * case.group, getattr(torch, case.dtype), 2 * window + 1
+    layer, own = TritonLayer(d.codec, DEVICE, templates_of(d.codec.layout.k)), copies(case, window)
+    layer.bind(layer.new_rows(len(prompts) * room, DEVICE))
+    table = torch.arange(len(prompts) * room, dtype=torch.int32, device=DEVICE).view(-1, room).flip(1)
+    table = torch.cat([table.new_full((7, room), 1 << 29), table])  # requests 7, 8 and 9
+    requests, lengths = torch.tensor([9, 8, 7], device=DEVICE), torch.tensor(prompts, device=DEVICE)
+    own.recent.first, own.recent.top = own.recent.first[:2], TOP
+    k, v = new_tokens(case, sum(prompts))
+    whole = [list(both) for both in zip(k.split(prompts), v.split(prompts), strict=True)]
+    slots = torch.cat([table[9 - i, :n] for i, n in enumerate(prompts)]).long()
+    layer.encode(k, v, slots, torch.cat([torch.arange(n) for n in prompts]).to(DEVICE))
+    indptr = torch.tensor([0, *prompts]).cumsum(0).to(DEVICE, torch.int32)
+    own.remember(k, v, requests, torch.zeros_like(requests), indptr)
+    loc, positions = torch.zeros(2, 3, dtype=torch.int64, device=DEVICE)
+    kv_indptr = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    kv_indices = torch.zeros(3 * room, dtype=torch.int32, device=DEVICE)
+    q = torch.zeros(3, group, case.head_dim, dtype=dtype, device=DEVICE)
+    new_k, new_v = torch.zeros_like(k[:3]), torch.zeros_like(v[:3])
+    out = torch.zeros(3, group, v.shape[2], dtype=dtype, device=DEVICE)
+
+    def step():
+        gather_slots(table, requests, lengths, kv_indptr, kv_indices, recent=own.recent)
+        rotated = layer.encode(new_k, new_v, loc, positions, q)
+        read = own.read(new_k, new_v)
+        layer.decode(q, kv_indptr, kv_indices, d.sm_scale, rotated=rotated, recent=read, out=out)
+
+    again = None
+    for i in range(steps):
+        for mine, new in zip((new_k, new_v), new_tokens(case, 3, seed=i), strict=True):
+            mine.copy_(new)
+        q.copy_(decode_queries(case, steps)[3 * i : 3 * i + 3])
+        lengths += 1
+        positions.copy_(lengths - 1)
+        loc.copy_(table[requests, positions])
+        again = again or as_a_graph(step)
+        out.fill_(torch.nan)
+        again()
+        for b, n in enumerate(lengths.tolist()):
+            whole[b] = [torch.cat([x, new[b : b + 1]]) for x, new in zip(whole[b], (new_k, new_v), strict=True)]
+            exact = min(n, window) if b < 2 else 0
+            packed = gather_rows(d.codec.layout, layer.rows, table[9 - b, : n - exact].long())
+            ends = torch.tensor([0, len(packed)])
+            want = reference.decode_attention(d.codec, q[b : b + 1], packed, ends, d.sm_scale)
+            if exact:
+                last = [x[-exact:].float().repeat_interleave(case.group, 1) for x in whole[b]]
+                logits = torch.einsum("hd,nhd->hn", q[b].float(), last[0]) * d.sm_scale
+                beside = torch.einsum("hn,nhd->hd", logits.softmax(-1), last[1])
+                want = reference.merge_states(*want, beside[None], logits.logsumexp(-1)[None])
+            assert (out[b].float() - want[0][0]).norm() / want[0][0].norm() < 2 * TOLERANCE[DEVICE][case.dtype]
+    assert kv_indptr.tolist() == [0, 5, 21, 34]
