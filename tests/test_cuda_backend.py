@@ -263,7 +263,7 @@ def test_last_tokens_are_read_exactly(stepping):
     """What a prefill has kept of its requests, a step leaves out of the slots and hands to decode, with its own."""
     recent = Recent.of(1, 3, 4, 2, HEADS, DIM, DIM, torch.float32, "cpu")
     recent.bind(4)
-    stepping.recent, stepping.copies = recent, {9: recent.layer(0)}
+    stepping.recent, stepping.copies, stepping.first_layer = recent, {9: recent.layer(0)}, 9
     forward_batch = batch((3, 0), (2, 4))
     forward_batch.req_pool_indices, forward_batch.extend_prefix_lens = torch.tensor([4, 3, 0]), torch.tensor([3, 0])
     extend(stepping, 9, forward_batch)

@@ -212,6 +212,7 @@ class Run:
             "last ids of the vocabulary read": self.replay.renamed,
             "gap, nats": spread(self.replay.gaps),
             "worst token, nats": round(self.replay.worst, 4),
+            "its log-probabilities": self.replay.pair,
             "gap without pressure, nats": spread(self.calm.gaps) if self.calm else None,
             "worst token without pressure, nats": round(self.calm.worst, 4) if self.calm else None,
             "seconds": round(time.monotonic() - self.begin, 1),

@@ -40,7 +40,8 @@ class Replay:
     bound: Bound
     last: int | None = None
     gaps: list[float] = field(default_factory=list)
-    worst: float = 0.0
+    worst: float = 0.0  # of a token, and its log-probabilities as generated and as read
+    pair: tuple[float, float] | None = None
     tokens: int = 0
     outliers: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -95,7 +96,8 @@ class Replay:
             gaps = [abs(a - b) for a, b in pairs]
             self.tokens += len(gaps)
             self.gaps.append(fmean(gaps))
-            self.worst = max(self.worst, *gaps)
+            if max(gaps) > self.worst:
+                self.worst, self.pair = max((gap, pair) for gap, pair in zip(gaps, pairs, strict=True))
             where = f"session {reading.session}, {len(gaps)} tokens from {answer.start} on"
             if len(gaps) >= SHORT and self.gaps[-1] > self.bound.mean:
                 self.outliers.append(f"{where}: {self.gaps[-1]:.3f} nats a token")

@@ -31,7 +31,7 @@ CHUNK = 64  # splits that are merged into one by the first launch
 _GROUPS_AT_ONCE = 128  # tokens times KV heads up to which one launch merges and rotates
 _GROUP_PARTS = 256  # rows of splits that such a launch takes at a time: what 8 warps hold in registers
 _ROWS_ALONE = 128  # output rows up to which each gets a merging program of its own
-_TILE_WARPS = 4  # of a program that merges 16 rows
+_TILE_WARPS = {False: 4, True: 8}  # of a program that merges 16 rows, without exact tokens and with them
 _ELEMENTS = 4096  # of an output tile of merge_into
 _CHUNK = tl.constexpr(CHUNK)
 _PARTS = tl.constexpr(16)  # that the second launch takes at a time
@@ -400,7 +400,8 @@ def merge_splits(
         columns = min(64, side.padded)
         merge_tile_kernel[(triton.cdiv(tokens * group, 16), heads, side.padded // columns)](
             partial_out, partial_lse, side.back, sinks, exact, kv_indptr, out, lse, tokens * group, requests, target,
-            num_heads, out.stride(0), out.stride(1), **shared, **final, COLUMNS=columns, ROWS=16, num_warps=_TILE_WARPS,
+            num_heads, out.stride(0), out.stride(1), **shared, **final, COLUMNS=columns, ROWS=16,
+            num_warps=_TILE_WARPS[exact is not None],
         )  # fmt: skip
 
 

@@ -56,6 +56,7 @@ class TritonPackedBackend(TritonAttnBackend):
         self.buffers = self._buffers(runner)
         self._warm_up(runner)
         self._verify_mask = self._new_verify_mask(runner)
+        self._extended: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # requests, tokens before, indptr of a prefill
         self._plans: tuple[Any, dict[int, list[tuple[slice, ExtendPlan]]]] | None = None  # by window
 
     def _buffers(self, runner: Any) -> Buffers:
@@ -236,10 +237,16 @@ class TritonPackedBackend(TritonAttnBackend):
         return target
 
     def _remember(self, k3, v3, layer: RadixAttention, forward_batch: Any) -> None:
-        if self.recent is not None:
+        if self.recent is None:
+            return
+        if layer.layer_id == self.first_layer:  # the same for all layers, and the host's time counts
             n, qo_indptr = len(forward_batch.extend_seq_lens_cpu), self.forward_metadata.qo_indptr
-            requests, before = forward_batch.req_pool_indices[:n], forward_batch.extend_prefix_lens[:n]
-            self.copies[layer.layer_id].remember(k3, v3, requests, before, qo_indptr[: n + 1])
+            self._extended = (
+                forward_batch.req_pool_indices[:n],
+                forward_batch.extend_prefix_lens[:n],
+                qo_indptr[: n + 1],
+            )
+        self.copies[layer.layer_id].remember(k3, v3, *self._extended)
 
     def _wrote(self, layer: RadixAttention, forward_batch: Any) -> None:
         if self.pool.check:
