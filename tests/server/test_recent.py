@@ -15,6 +15,7 @@ import torch
 pytestmark = pytest.mark.server
 
 EXACT, NEW = 48, 12
+FIRST = 3000  # token ids from here on begin the prompts, so that none has its beginning from another's
 #: nats, of a token's log-probability: float32 in another order; and what one of packed rows is off by at least.
 SAME, PACKED = 2e-3, 0.05
 
@@ -45,20 +46,20 @@ def gap(server, smollm2):
 
 def test_requests_that_are_exact_as_a_whole(server, gap, token_ids):
     """Side by side, of all lengths, more than run at a time, so that copies of earlier requests lie in their places."""
-    prompts = [token_ids[i * 50 : i * 50 + 3 + 3 * i] for i in range(11)]
+    prompts = [[FIRST + i, *token_ids[i * 50 : i * 50 + 2 + 3 * i]] for i in range(11)]
     with ThreadPoolExecutor(len(prompts)) as pool:
         found = list(pool.map(gap, prompts))
-    assert max(worst for worst, _ in found) < SAME
+    assert all(worst < SAME and cached == 0 for worst, cached in found), found
     assert server.info()["kv_quant"]["exact_recent"] == EXACT
 
 
 def test_what_lies_before_is_packed(gap, token_ids):
-    assert gap(token_ids[1000:1200])[0] > PACKED
+    assert gap([FIRST + 20, *token_ids[1000:1200]])[0] > PACKED
 
 
 def test_a_cached_beginning_is_packed(gap, token_ids):
     """Its exact copies were another request's."""
-    prompt = token_ids[2000 : 2000 + EXACT - NEW]
+    prompt = [FIRST + 21, *token_ids[2001 : 2000 + EXACT - NEW]]
     cold, cached = gap(prompt)
     assert cold < SAME and cached == 0
     worst, cached = gap(prompt)
