@@ -318,13 +318,13 @@ def commits(of: dict[str, str]) -> str:
 #: The record of decode attention that README shows.
 KERNELS = "kernels_h200.csv"
 #: README's table of speed: what the reader sees, and where it is from: attention of a layer (shape, requests, tokens),
-#: a server on two GPUs (measure, tokens), or servers under load (model, scenario, case, measure, whether less is
+#: one request at a time (record, measure, tokens), or servers under load (model, scenario, case, measure, whether less is
 #: better). One table comes out for each GPU.
 GAINS: tuple[tuple, ...] = (
     ("attention of a layer, Llama-3.1-8B's heads, 8 x 32K, us", "kernel", "Llama-3.1-8B", 8, 32768),
     ("attention of a layer, Qwen2.5-3B's heads, 8 x 32K, us", "kernel", "Qwen2.5-3B", 8, 32768),
     ("attention of a layer, Qwen3.5-27B's heads, 8 x 32K, us", "kernel", "Qwen3.5-27B", 8, 32768),
-    ("two GPUs: decode step behind 32K, Llama-3.1-8B, ms", "two", "decode_step", 32768),
+    ("decode step after 128K, Llama-3.1-8B, ms", "steps", "server_steps_8b_h200.csv", "decode_step", 131072),
     ("tokens that fit, Llama-3.1-8B", "server", "llama-3.1-8b", "capacity", "start", "tokens", False),
     ("8 x 32K, Llama-3.1-8B, tokens/s", "server", "llama-3.1-8b", "batch", "8x32768", "output_throughput", False),
     ("decode step after 4K, Qwen2.5-3B, ms", "server", "qwen2.5-3b", "decode", "4096", "step", True),
@@ -357,9 +357,9 @@ def of_kernel(shape: str, batch: int, context: int) -> Figures:
     return about(KERNELS)["gpu"], short(about(KERNELS)["commit"]), us
 
 
-def of_two(measure: str, tokens: int) -> Figures:
-    """Tensor parallelism over two GPUs."""
-    name, names = "server_steps_tp2_h200.csv", {"bf16-fa3": "bf16", "fp8-fa3": "fp8", "blockgtq-k3v3": "K3V3"}
+def of_steps(name: str, measure: str, tokens: int) -> Figures:
+    """One request at a time, from a record of server_steps."""
+    names = {"bf16-fa3": "bf16", "fp8-fa3": "fp8", "blockgtq-k3v3": "K3V3"}
     rows = [r for r in read(name) if r["measure"] == measure and r["input_tokens"] == str(tokens)]
     return about(name)["gpu"]["name"], short(about(name)["commit"]), {names[r["method"]]: float(r["ms"]) for r in rows}
 
@@ -409,7 +409,7 @@ def gains() -> str:
     tables: dict[str, list[str]] = {}
     for name, kind, *where in GAINS:
         less = True if kind != "server" else where.pop()
-        gpu, commit, figures = {"kernel": of_kernel, "two": of_two, "server": of_server}[kind](*where)
+        gpu, commit, figures = {"kernel": of_kernel, "steps": of_steps, "server": of_server}[kind](*where)
         head = [f"| {gpu} | bf16 | fp8 | **K3V3** | commit |", "|---|---:|---:|---:|---|"]
         cells = [figure(figures["bf16"])]
         for method in ("fp8", "K3V3"):
