@@ -318,8 +318,8 @@ def commits(of: dict[str, str]) -> str:
 #: The record of decode attention that README shows.
 KERNELS = "kernels_h200.csv"
 #: README's table of speed: what the reader sees, and where it is from: attention of a layer (shape, requests, tokens),
-#: one request at a time (record, measure, tokens), or servers under load (model, scenario, case, measure, whether less is
-#: better). One table comes out for each GPU.
+#: one request at a time (record, measure, tokens), or servers under load (model, scenario, case, measure, whether less
+#: is better). One table comes out for each GPU.
 GAINS: tuple[tuple, ...] = (
     ("attention of a layer, Llama-3.1-8B's heads, 8 x 32K, us", "kernel", "Llama-3.1-8B", 8, 32768),
     ("attention of a layer, Qwen2.5-3B's heads, 8 x 32K, us", "kernel", "Qwen2.5-3B", 8, 32768),
