@@ -9,10 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from . import MOST_RECENT, RECENT
+from . import RECENT
 from .allocate import ALLOCATORS
 from .build import check_budget
 from .device import device
+from .recent import exact_recent
 from .segments import GRANULARITIES
 from .table import AllocationTable
 from .text import DEFAULT_TOKENS, TextError, check_tokens
@@ -55,12 +56,6 @@ def _tokens(text: str) -> int:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: not a whole number of tokens") from None
     return tokens
-
-
-def _recent(text: str) -> int:
-    if not text.isdecimal() or int(text) > MOST_RECENT:
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number up to {MOST_RECENT} is needed, e.g. {RECENT}")
-    return int(text)
 
 
 def _granularity(text: str) -> str:
@@ -106,7 +101,7 @@ def _calibrate_parser() -> argparse.ArgumentParser:
     add("--granularity", type=_granularity, choices=GRANULARITIES, default="segment", help=GRANULARITY_HELP)
     add("--calibration-text", metavar="FILE", help="UTF-8 text; default: CPython's documentation")
     add("--calibration-tokens", type=_tokens, default=DEFAULT_TOKENS, metavar="N", help=f"default: {DEFAULT_TOKENS}")
-    add("--exact-recent", type=_recent, default=RECENT, metavar="N", help=f"{RECENT_HELP}; default: {RECENT}")
+    add("--exact-recent", type=exact_recent, default=RECENT, metavar="N", help=f"{RECENT_HELP}; default: {RECENT}")
     add("--device", type=_device, default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda:1, ...")
     add("--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's")
     add("--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint")

@@ -32,7 +32,9 @@ def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, read: tuple | None, scale: float, terms: Terms
 ) -> torch.Tensor:
     """Causal attention ``[T, Hq, Dv]`` to what a :data:`Hook` gave; None: to keys and values as they are."""
-    k_read, v_read, recent = (*(read or (k, v)), 0)[:3]
+    if read is None:
+        return causal_attention(q, k, v, scale, terms)
+    k_read, v_read, recent = read if len(read) > 2 else (*read, 0)
     if recent:
         return recent_attention(q, k, v, k_read, v_read, recent, scale, terms)
     return causal_attention(q, k_read, v_read, scale, terms)

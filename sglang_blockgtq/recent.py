@@ -48,7 +48,7 @@ def resolve(options: KVQuantOptions, runner: Any, attention: Iterable[Any]) -> K
     return replace(options, exact_recent=0)
 
 
-def copies_of(options: KVQuantOptions, runner: Any, layers: Sequence[PackedLayer], requests: int) -> Recent | None:
+def new_copies(options: KVQuantOptions, runner: Any, layers: Sequence[PackedLayer], requests: int) -> Recent | None:
     """Room for the copies of up to ``requests`` requests; None where no token is read exactly."""
     if not options.exact_recent:
         return None

@@ -177,7 +177,7 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
     from .capture import attention_layers, local_heads
     from .conflicts import check_granularity, check_layers, check_resolved, check_runner
     from .hybrid import balance_memory, check_hybrid
-    from .recent import copies_of, resolve
+    from .recent import new_copies, resolve
     from .split import balance_windows, check_split
     from .states import release
 
@@ -215,7 +215,7 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
     seconds = time.perf_counter() - begin
     table, layers, buffers = choice.table, choice.layers, None
     requests = get_schedule().max_running_requests or MAX_REQUESTS
-    recent = copies_of(options, runner, list(layers.values()), requests)
+    recent = new_copies(options, runner, list(layers.values()), requests)
     if get_memory().enable_hierarchical_cache:
         from .hicache import one_width
 

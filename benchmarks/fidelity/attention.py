@@ -71,6 +71,13 @@ def compare(
     return compare_logits(true, causal_logits(q, k, positions, scale))
 
 
+def with_exact(
+    logits: torch.Tensor, kept: torch.Tensor, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """``logits [H, G, N, T]`` of queries ``q``, but those of exact keys ``k`` in float16 where ``kept [N, T]``."""
+    return torch.where(kept, causal_logits(q, k.half().float(), positions, scale), logits)
+
+
 def compare_logits(true: Reference, logits: torch.Tensor) -> dict[str, torch.Tensor]:
     """As :func:`compare`, from approximate logits ``[H, G, N, T]``."""
     error = (logits - true.logits).abs().nan_to_num_(nan=0.0)  # -inf - -inf, keys ahead

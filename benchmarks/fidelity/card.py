@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from sglang_blockgtq.calibrate import MOST_RECENT, RECENT
+from sglang_blockgtq.calibrate import RECENT
 from sglang_blockgtq.calibrate.device import device
+from sglang_blockgtq.calibrate.recent import exact_recent
 from sglang_blockgtq.options import DEFAULT_ALLOCATOR, PRESETS
 
 from . import attention, run
@@ -140,12 +141,6 @@ def page(
     return "\n".join(out)
 
 
-def _recent(text: str) -> int:
-    if not text.isdecimal() or int(text) > MOST_RECENT:
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number up to {MOST_RECENT} is needed, e.g. {RECENT}")
-    return int(text)
-
-
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fidelity card", description=__doc__)
     parser.add_argument("--model-path", required=True, help="model folder")
@@ -157,7 +152,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--every", type=int, default=1, help="attention of every n-th layer only (default 1)")
     parser.add_argument(
         "--exact-recent",
-        type=_recent,
+        type=exact_recent,
         default=RECENT,
         metavar="N",
         help=f"last tokens that a query reads exactly in the presets (default {RECENT}, as a server's)",

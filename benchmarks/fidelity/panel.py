@@ -60,8 +60,7 @@ def measure(true: Truth, k_hat: torch.Tensor, v_hat: torch.Tensor, window: Windo
     kept = None
     if window:
         kept = window.kept(true.positions, len(true.k))
-        exact = attention.causal_logits(true.q, true.k.half().float(), true.positions, true.scale)
-        logits = torch.where(kept, exact, logits)
+        logits = attention.with_exact(logits, kept, true.q, true.k, true.positions, true.scale)
     result = attention.compare_logits(true.reference, logits)
     prob = logits.softmax(-1)
     output = _attend(prob, v_hat)

@@ -145,8 +145,8 @@ def layer_rows(subject: Subject, methods: Sequence[Method], got: Capture, layer:
         k_hat, _ = (mixed.method if mixed else method).round_trip(layer, k, v, shift)
         logits = attention.causal_logits(q, k_hat, got.positions, scale)
         if mixed:
-            exact = attention.causal_logits(q, k.half().float(), got.positions, scale)
-            logits = torch.where(mixed.keys.kept(got.positions, tokens), exact, logits)
+            kept = mixed.keys.kept(got.positions, tokens)
+            logits = attention.with_exact(logits, kept, q, k, got.positions, scale)
         result = attention.compare_logits(true, logits)
         names = attention.window_names(tokens)
         windows = {name: value.view(len(names), -1).mean(-1).tolist() for name, value in result.items()}

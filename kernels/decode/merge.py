@@ -366,11 +366,11 @@ def merge_splits(
         "DEPENDENT": dependent(out.device),
         "launch_pdl": dependent(out.device),
     }
-    exact = None if recent is None or q is None else arguments(recent, q, sm_scale)
-    final = {"EXACT": 0, "CAP": 0.0, "K_DIM": 0, "K_PADDED": 1, "GROUP": group}
+    exact, window, k_dim = None, 0, 0
     if recent is not None and q is not None:
-        final |= {"EXACT": recent.copies.recent.window, "CAP": cap, "K_DIM": q.shape[2]}
-        final["K_PADDED"] = triton.next_power_of_2(q.shape[2])
+        exact, window, k_dim = arguments(recent, q, sm_scale), recent.copies.recent.window, q.shape[2]
+    k_padded = triton.next_power_of_2(max(k_dim, 1))
+    final = {"EXACT": window, "CAP": cap if window else 0.0, "K_DIM": k_dim, "K_PADDED": k_padded, "GROUP": group}
     per_request, narrow = target // requests, side.padded <= 128
     spread = narrow and tokens * num_heads <= _ROWS_ALONE and target > CHUNK * requests
     if narrow and not spread and tokens * heads <= _GROUPS_AT_ONCE:
