@@ -223,11 +223,12 @@ def recent_step(
     first: torch.Tensor, top: int, window: int, requests: torch.Tensor, lengths: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The row of copies of each request ``[B]`` or -1, the position of its token, and how many tokens are exact: the
-    last ``window`` of its ``lengths [B]``, but none before ``first [R]`` (:class:`.decode.recent.Recent`)."""
+    last ``window`` of its ``lengths [B]``, but none before ``first [R]`` (:class:`.decode.recent.Recent`); its own
+    token is, with copies or without."""
     rows = top - requests
     rows = torch.where((rows >= 0) & (rows < len(first)), rows, -1)
-    exact = (lengths - first[rows.clamp(min=0)]).clamp(0, window)
-    return rows, lengths - 1, torch.where(rows >= 0, exact, 0)
+    exact = torch.where(rows >= 0, lengths - first[rows.clamp(min=0)], 1).clamp(1, window)
+    return rows, lengths - 1, torch.minimum(exact, lengths)
 
 
 def remember(
@@ -273,15 +274,16 @@ def recent_attention(
     out = torch.zeros(*q.shape[:2], v.shape[2], device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
     for b, (row, position, count) in enumerate(step.T.tolist()):
-        if row < 0 or position < 0:
-            continue
-        k_copies[row, position % window], v_copies[row, position % window] = k[b], v[b]
         if count:
-            places = torch.arange(position + 1 - count, position + 1, device=q.device) % window
+            before = torch.arange(position + 1 - count, position, device=q.device) % window
+            keys = torch.cat([k_copies[row, before], k[b, None]])
+            values = torch.cat([v_copies[row, before], v[b, None]])
             grouped = q[b].float().unflatten(0, (heads, -1))
-            logits = torch.einsum("hgd,nhd->hgn", grouped, k_copies[row, places].float()) * sm_scale
-            o, l = _softmax_attend(terms.capped(logits)[:, :, None], v_copies[row, places].float())
+            logits = torch.einsum("hgd,nhd->hgn", grouped, keys.float()) * sm_scale
+            o, l = _softmax_attend(terms.capped(logits)[:, :, None], values.float())
             out[b], lse[b] = o[0].flatten(0, 1), l[0].flatten()
+        if row >= 0 and position >= 0:
+            k_copies[row, position % window], v_copies[row, position % window] = k[b], v[b]
     return out, lse
 
 

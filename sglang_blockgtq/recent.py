@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Requests that have copies at a time. Those beyond read packed rows alone.
+#: Requests that have copies at a time. Of those beyond, each token is exact in its own step alone.
 MOST_REQUESTS = 256
 
 
@@ -55,7 +55,7 @@ def new_copies(options: KVQuantOptions, runner: Any, layers: Sequence[PackedLaye
     first, rows = layers[0], min(requests, MOST_REQUESTS)
     if requests > rows and is_rank_zero():
         logger.info(
-            "%s: the last %d tokens of %d requests at a time are read exactly, of others none",
+            "%s: the last %d tokens of %d requests at a time are read exactly, of others the last one",
             NAME,
             options.exact_recent,
             rows,

@@ -90,7 +90,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--depths", type=depths, default=list(DEPTHS), metavar="P,P", help="per cent (default 0,25,50,75,100)")
     add("--trials", type=int, default=4, help="samples of each depth (default 4)")
     add("--seed", type=int, default=0)
-    add("--text", type=Path, help="haystack; default: the Python language reference")
+    add("--text", type=Path, help="haystack; default: docstrings of the standard library")
     add("--api", choices=("completions", "chat"), default="completions")
     add("--context", choices=("cached", "fresh"), help="default: cached, with --api chat fresh")
     add("--plain", action="store_true", help="no chat template, as for a base model")

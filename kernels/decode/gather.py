@@ -49,7 +49,8 @@ def gather_slots_kernel(
         copies = top - tl.load(requests + r, mask=r < num_requests, other=0).to(tl.int32)
         there = (r < num_requests) & (copies >= 0) & (copies < rows)
         exact = length_of.to(tl.int32) - tl.load(first + copies, mask=there, other=0)
-        exact = tl.where(there, tl.minimum(tl.maximum(exact, 0), WINDOW), 0)
+        exact = tl.minimum(tl.maximum(tl.where(there, exact, 1), 1), WINDOW)  # a token itself needs no copy
+        exact = tl.minimum(exact, length_of.to(tl.int32))
         if (part == 0) & (request == 0):
             tl.store(step + r, tl.where(there, copies, -1), mask=r < num_requests)
             tl.store(step + steps + r, (length_of - 1).to(tl.int32), mask=r < num_requests)

@@ -9,6 +9,7 @@ from sglang_blockgtq.kernels.decode import merge
 from sglang_blockgtq.kernels.decode.attention import decode_attention
 from sglang_blockgtq.kernels.decode.gather import gather_slots
 from sglang_blockgtq.kernels.decode.recent import Recent, RecentLayer
+from sglang_blockgtq.kernels.device.aside import Aside
 from sglang_blockgtq.kernels.device.tables import templates_of
 from sglang_blockgtq.kernels.format.layout import gather_rows
 from sglang_blockgtq.kernels.layer import TorchLayer, TritonLayer
@@ -32,7 +33,8 @@ from .matrix import (
     over,
 )
 
-#: Of a case's four requests: exact tokens, of a window of 5, and whether they have a row of copies at all.
+#: Of a case's four requests: exact tokens, of a window of 5, and whether they have a row of copies at all; without one
+#: the token itself is exact, or nothing where there is no token.
 WINDOW, TOP, ROWS = 5, 9, 6
 COUNTS, REQUESTS = (3, 0, 5, 1), (9, 2, 6, 7)  # the second one's row would be the eighth
 TERMS = Terms(cap=2.0), Terms(sinks=torch.linspace(-2, 3, 6, device=DEVICE))
@@ -62,7 +64,7 @@ def step_of(case: Case, window: int = WINDOW) -> tuple[RecentLayer, torch.Tensor
     counts = [window if COUNTS[i % 4] == WINDOW else min(COUNTS[i % 4], window) for i in range(batch)]
     rows = [TOP - REQUESTS[i % 4] if i < 4 else -1 for i in range(batch)]
     rows = [row if 0 <= row < ROWS else -1 for row in rows]
-    counts = [n if row >= 0 else 0 for n, row in zip(counts, rows, strict=True)]
+    counts = [n if row >= 0 else i % 2 for i, (n, row) in enumerate(zip(counts, rows, strict=True))]
     positions = [length + n - 1 for length, n in zip(case.lengths, counts, strict=True)]
     layer.recent.step[:, :batch] = torch.tensor([rows, positions, counts])
     for row, position, count in zip(rows, positions, counts, strict=True):
@@ -155,25 +157,26 @@ def test_other_shapes_are_refused():
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 def test_a_step_leaves_exact_tokens_out(index):
-    """Of requests with a row, as far as their copies reach; of the one that pads a batch, 0, none."""
+    """Of requests with a row, as far as their copies reach; of others, as of the one that pads a batch, 0, the token
+    itself, if there is one."""
     layer = copies(TEMPLATE)
     recent = layer.recent
     recent.first[:] = torch.tensor([3, 100, 12, 14, 0, 9], device=DEVICE)
-    requests = torch.tensor([9, 8, 7, 6, 3, 0, 4], dtype=index, device=DEVICE)
-    lengths = torch.tensor([20, 30, 13, 14, 11, 1, 15], dtype=index, device=DEVICE)
-    counts = [5, 0, 1, 0, 0, 0, 5]
+    requests = torch.tensor([9, 8, 7, 6, 3, 0, 4, 0], dtype=index, device=DEVICE)
+    lengths = torch.tensor([20, 30, 13, 14, 11, 1, 15, 0], dtype=index, device=DEVICE)
+    counts = [5, 1, 1, 1, 1, 1, 5, 0]
     table = torch.arange(10 * 40, dtype=torch.int32, device=DEVICE).view(10, 40)
     want_indptr, want = reference.gather_slots(table, requests, lengths - torch.tensor(counts, device=DEVICE))
-    kv_indptr = torch.full((8,), -1, dtype=torch.int32, device=DEVICE)
+    kv_indptr = torch.full((9,), -1, dtype=torch.int32, device=DEVICE)
     kv_indices = torch.full((len(want) + 3,), -7, dtype=torch.int32, device=DEVICE)
     gather_slots(table, requests, lengths, kv_indptr, kv_indices, recent=recent)
     assert kv_indptr.tolist() == want_indptr.tolist()
     assert kv_indices.tolist() == [*want.tolist(), -7, -7, -7]
-    step = [[0, 1, 2, 3, -1, -1, 5], [19, 29, 12, 13, 10, 0, 14], counts]
-    assert recent.step[:, :7].tolist() == step and bool((recent.step[:, 7:] == 99).all())
+    step = [[0, 1, 2, 3, -1, -1, 5, -1], [19, 29, 12, 13, 10, 0, 14, -1], counts]
+    assert recent.step[:, :8].tolist() == step and bool((recent.step[:, 8:] == 99).all())
     recent.step.fill_(99)
     assert recent.begin(requests, lengths).tolist() == counts
-    assert recent.step[:, :7].tolist() == step
+    assert recent.step[:, :8].tolist() == step
 
 
 @over([TEMPLATE, PAGES, OTHER_VALUES, Case("template", 3, 3, 128, 3, 1, "float16")])
@@ -202,7 +205,7 @@ def test_more_requests_than_rows():
     held = recent.nbytes
     recent.bind(4)
     assert recent.rows == 4 and recent.layer(1).k.shape == (4, WINDOW, 1, 32) and recent.nbytes < held
-    assert recent.begin(torch.tensor([0, 4], device=DEVICE), torch.tensor([9, 9], device=DEVICE)).tolist() == [0, 5]
+    assert recent.begin(torch.tensor([0, 4], device=DEVICE), torch.tensor([9, 9], device=DEVICE)).tolist() == [1, 5]
 
 
 @over([TEMPLATE, MEANS])
@@ -309,11 +312,15 @@ def test_a_graph_of_a_step_follows_its_requests(case, choice, monkeypatch):
     new_k, new_v = torch.zeros_like(k[:3]), torch.zeros_like(v[:3])
     out = torch.zeros(3, group, v.shape[2], dtype=dtype, device=DEVICE)
 
+    aside = Aside(DEVICE)
+
     def step():
+        """As a server's graphs have it: the new rows, which no query reads, are written beside attention."""
         gather_slots(table, requests, lengths, kv_indptr, kv_indices, recent=own.recent)
-        rotated = layer.encode(new_k, new_v, loc, positions, q)
-        read = own.read(new_k, new_v)
-        layer.decode(q, kv_indptr, kv_indices, d.sm_scale, rotated=rotated, recent=read, out=out)
+        with aside.launches():
+            layer.encode(new_k, new_v, loc, positions)
+        layer.decode(q, kv_indptr, kv_indices, d.sm_scale, recent=own.read(new_k, new_v), out=out)
+        aside.join()
 
     again = None
     for i in range(steps):
@@ -328,14 +335,13 @@ def test_a_graph_of_a_step_follows_its_requests(case, choice, monkeypatch):
         again()
         for b, n in enumerate(lengths.tolist()):
             whole[b] = [torch.cat([x, new[b : b + 1]]) for x, new in zip(whole[b], (new_k, new_v), strict=True)]
-            exact = min(n, window) if b < 2 else 0
+            exact = min(n, window) if b < 2 else 1
             packed = gather_rows(d.codec.layout, layer.rows, table[9 - b, : n - exact].long())
             ends = torch.tensor([0, len(packed)])
             want = reference.decode_attention(d.codec, q[b : b + 1], packed, ends, d.sm_scale)
-            if exact:
-                last = [x[-exact:].float().repeat_interleave(case.group, 1) for x in whole[b]]
-                logits = torch.einsum("hd,nhd->hn", q[b].float(), last[0]) * d.sm_scale
-                beside = torch.einsum("hn,nhd->hd", logits.softmax(-1), last[1])
-                want = reference.merge_states(*want, beside[None], logits.logsumexp(-1)[None])
+            last = [x[-exact:].float().repeat_interleave(case.group, 1) for x in whole[b]]
+            logits = torch.einsum("hd,nhd->hn", q[b].float(), last[0]) * d.sm_scale
+            beside = torch.einsum("hn,nhd->hd", logits.softmax(-1), last[1])
+            want = reference.merge_states(*want, beside[None], logits.logsumexp(-1)[None])
             assert (out[b].float() - want[0][0]).norm() / want[0][0].norm() < 2 * TOLERANCE[DEVICE][case.dtype]
-    assert kv_indptr.tolist() == [0, 5, 21, 34]
+    assert kv_indptr.tolist() == [0, 5, 21, 33]
