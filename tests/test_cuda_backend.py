@@ -19,7 +19,6 @@ from sglang_blockgtq.backend.extend import ExtendPlan
 from sglang_blockgtq.kernels.cuda.attention import KernelError
 from sglang_blockgtq.kernels.decode.recent import Recent
 from sglang_blockgtq.kernels.decode.tree import Tree
-from sglang_blockgtq.kernels.device.aside import Aside
 from sglang_blockgtq.kernels.terms import PLAIN
 from sglang_blockgtq.options import KVQuantError, KVQuantOptions
 from sglang_blockgtq.speculation import Verification
@@ -72,7 +71,7 @@ def backend():
     slots = torch.full((4 * 6,), -1, dtype=torch.int32)
     backend.buffers = SimpleNamespace(workspace=Recorder(), graph_slots=slots, verification=None)
     layers = {i: Layer(i) for i in LAYERS}
-    backend.recent, backend.copies, backend._aside = None, {}, None
+    backend.recent, backend.copies = None, {}
     backend.pool = SimpleNamespace(layer=layers.__getitem__, check=None)  # which waits for loads; nothing else does
     backend.forward_metadata = metadata([3, 0], [2, 4])
     return backend
@@ -282,26 +281,6 @@ def test_last_tokens_are_read_exactly(stepping):
     read = stepping.pool.layer(9).drafts["recent"]
     assert read.copies is stepping.copies[9] and read.step.tolist() == [[1, -1], [4, 2], [2, 1]]
     assert torch.equal(read.k.flatten(1), k) and torch.equal(read.v.flatten(1), 2 * k)
-
-
-def test_a_graph_writes_new_rows_beside_attention(stepping):
-    """Which rotates the query itself then; an eager step encodes first."""
-    recent = Recent.of(1, 3, 4, 2, HEADS, DIM, DIM, torch.float32, "cpu")
-    recent.bind(4)
-    stepping.recent, stepping.copies = recent, {9: recent.layer(0)}
-    stepping.cuda_graph_kv_indices, stepping._aside = torch.zeros(20, dtype=torch.int32), Aside("cpu")
-    stepping.buffers.scratch = None
-    q, k, new = torch.randn(1, HEADS * GROUP * DIM), torch.randn(1, HEADS * DIM), torch.tensor([5])
-    packed = stepping.pool.layer(9)
-    for in_graph in (True, False):
-        if in_graph:
-            stepping.init_forward_metadata_out_graph(step([3], [5]), in_capture=True)
-        else:
-            stepping.init_forward_metadata(step([3], [5]))
-        decoded = SimpleNamespace(out_cache_loc=new, positions=new - 1)
-        TritonPackedBackend.forward_decode(stepping, q, k, 2 * k, attention(9), decoded)
-        rotated = packed.read[3]
-        assert len(packed.saved) == 2 - in_graph and (rotated is None) == in_graph
 
 
 @pytest.mark.parametrize("lengths", [[5], [1, 6, 2], [3, 3, 3, 3]])

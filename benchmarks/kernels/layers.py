@@ -5,8 +5,7 @@ in it when a layer's attention begins. :mod:`benchmarks.kernels` calls attention
 Here a graph holds the products of some layers, with weights of their own and the model's sizes, and between them what a
 layer of the server does: encode with the query's rotation, attention, merge. Columns: shape, batch, context, method,
 part (weights: the products alone; encode, attention: with everything up to it; exact: attention that also reads and
-keeps each request's last tokens exactly; beside: the same with encode on a stream of its own, as a server's graphs have
-it), us of a layer, more: us over weights.
+keeps each request's last tokens exactly), us of a layer, more: us over weights.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import torch
 from sglang_blockgtq.calibrate import RECENT
 from sglang_blockgtq.kernels.decode.attention import DecodeScratch, decode_attention
 from sglang_blockgtq.kernels.decode.recent import Recent
-from sglang_blockgtq.kernels.device.aside import Aside
 from sglang_blockgtq.kernels.device.tables import ColumnTables
 from sglang_blockgtq.kernels.encode.encoder import Encoder
 
@@ -33,7 +31,7 @@ from .__main__ import lengths, retune, tuning
 from .data import Index, make_codec
 
 LAYERS = 8
-PARTS = ("weights", "encode", "attention", "exact", "beside")
+PARTS = ("weights", "encode", "attention", "exact")
 COLUMNS = ("shape", "batch", "context", "method", "part", "us", "more")
 SECONDS = 0.5  # of replays
 METHODS = {m.key: m for m in cases.PACKED if m.granularity == "segment"}  # whose rows lie in columns
@@ -87,7 +85,6 @@ class Layers:
         self.rotated = torch.empty(batch, shape.q_heads, shape.dim, device=device)
         self.out = torch.empty(batch, shape.q_heads, shape.dim, device=device, dtype=dtype)
         self.positions = torch.full_like(self.loc, context - 1)
-        self.aside = Aside(device)
 
     def layer(self, i: int, part: str) -> None:
         project, *rest = [lambda j=j: self.inputs[j] @ self.weights[i][j] for j in range(4)]
@@ -97,19 +94,14 @@ class Layers:
             .split([self.shape.q_heads, self.shape.kv_heads, self.shape.kv_heads], 1)
         )
         q = q * 0.5  # in the place of RoPE: a kernel between the product and encode
-        if part == "beside":
-            with self.aside.launches():
-                self.encoders[i](k, v, self.loc, self.positions)
-        elif part != "weights":
+        if part != "weights":
             self.encoders[i](k, v, self.loc, self.positions, q, self.rotated)
-        if part in ("attention", "exact", "beside"):
+        if part in ("attention", "exact"):
             decode_attention(
                 self.tables, q, self.rows[i], self.kv_indptr, self.kv_indices, self.sm_scale,
-                rotated=None if part == "beside" else self.rotated, scratch=self.scratch, out=self.out,
-                recent=None if part == "attention" else self.copies[i].read(k, v),
+                rotated=self.rotated, scratch=self.scratch, out=self.out,
+                recent=self.copies[i].read(k, v) if part == "exact" else None,
             )  # fmt: skip
-        if part == "beside":
-            self.aside.join()
         for product in rest:
             product()
 

@@ -143,9 +143,7 @@ class Encoder:
         }
 
     def _few(self, dtype: torch.dtype, group: int) -> Launch:
-        tables = self.tables
-        # Without queries nothing waits for it: it runs aside, or in a prefill.
-        chained = group > 0 and dependent(self.rows.device)
+        tables, chained = self.tables, dependent(self.rows.device)
         return Launch(
             encode_few_kernel,
             **self._common(dtype, group),

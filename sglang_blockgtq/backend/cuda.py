@@ -19,7 +19,6 @@ from sglang.srt.speculative.eagle_utils import TreeMaskMode
 
 from ..kernels.cuda.attention import KernelError
 from ..kernels.decode.gather import gather_slots
-from ..kernels.device.aside import Aside
 from ..options import NAME, KVQuantError, flag
 from ..runtime import current
 from ..terms import terms_of
@@ -54,7 +53,6 @@ class TritonPackedBackend(TritonAttnBackend):
         self.pages = (first.tables.means.page, first.tables.means.nowhere) if first.has_means else (0, 0)
         self.quantized_chunk = current().options.chunk_attention == "quantized"
         self.recent, self.copies = copies_of(runner, pool.layers)
-        self._aside: Aside | None = None  # of graphs, where encode runs beside attention
         self.buffers = self._buffers(runner)
         self._warm_up(runner)
         self._verify_mask = self._new_verify_mask(runner)
@@ -114,8 +112,6 @@ class TritonPackedBackend(TritonAttnBackend):
             logger.warning("%s: graphs of %d requests were not foreseen when the cache was sized", NAME, max_bs)
             slots = new_graph_slots(needed, self.device)
         self.cuda_graph_kv_indices = slots
-        if self.recent is not None:
-            self._aside = Aside(self.device)
 
     @property
     def _ahead(self) -> int:
@@ -206,27 +202,16 @@ class TritonPackedBackend(TritonAttnBackend):
     def _step(self, q, k, v, layer: RadixAttention, forward_batch, positions, save_kv_cache, scratch, **options):
         meta, packed = self.forward_metadata, self.pool.layer(layer.layer_id)
         q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        rotated, aside = None, None
+        rotated = None
         if save_kv_cache:
-            new = *_by_head(k, v, layer), forward_batch.out_cache_loc, positions
-            # No query reads its own token's row where that is exact, so in a graph the row is written meanwhile. In
-            # eager steps the host counts, to which a second stream is work.
-            if self._aside is not None and meta.kv_indices is self.cuda_graph_kv_indices:
-                aside = self._aside
-                with aside.launches():
-                    packed.encode(*new)
-            else:
-                rotated = packed.encode(*new, q3)
+            rotated = packed.encode(*_by_head(k, v, layer), forward_batch.out_cache_loc, positions, q3)
+            self._wrote(layer, forward_batch)
         if self.recent is not None:
             options["recent"] = self.copies[layer.layer_id].read(*_by_head(k, v, layer))
         out = q3.new_empty(q3.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         kv_indptr = meta.kv_indptr[: q3.shape[0] // meta.max_extend_len + 1]
         options |= {"rotated": rotated, "scratch": scratch, "out": out}
         packed.decode(q3, kv_indptr, meta.kv_indices, layer.scaling, **options)
-        if aside is not None:
-            aside.join()
-        if save_kv_cache:
-            self._wrote(layer, forward_batch)
         return out.flatten(1)
 
     def forward_extend(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):

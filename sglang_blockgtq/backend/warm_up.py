@@ -13,7 +13,6 @@ from ..kernels.decode.gather import gather_slots
 from ..kernels.decode.recent import RecentLayer
 from ..kernels.decode.splits import request_block
 from ..kernels.decode.tree import Tree
-from ..kernels.device.rotate import rotate_queries
 from ..kernels.device.tables import ColumnTables
 from ..kernels.encode.encoder import few_tokens, rows_per_token
 from ..kernels.layer import TritonLayer
@@ -51,7 +50,6 @@ def jobs(
         *(partial(_gather, batch, layer.rows.device, copies) for batch in batch_sizes(most)),
         *(partial(_decode, layer, scratch, num_heads, dtype, batch, copies=copies) for batch in batch_sizes(most)),
         *([partial(_remember, layer, dtype, copies)] if copies else []),
-        *(partial(_rotate, layer, num_heads, dtype, tokens) for tokens in (1, most) if copies),
         *(partial(_encode, layer, heads, dtype, tokens) for tokens in encoded_at_once(layer) for heads in with_query),
     ]
 
@@ -88,11 +86,6 @@ def _encode(layer: TritonLayer, num_heads: int, dtype: torch.dtype, tokens: int)
     q = torch.zeros(tokens, num_heads, layer.head_dim, dtype=dtype, device=device) if num_heads else None
     zeros = torch.zeros(tokens, dtype=torch.int64, device=device)
     layer.encode(k, v, zeros, zeros, q)
-
-
-def _rotate(layer: TritonLayer, num_heads: int, dtype: torch.dtype, tokens: int) -> None:
-    q = torch.zeros(tokens, num_heads, layer.head_dim, dtype=dtype, device=layer.rows.device)
-    rotate_queries(layer.tables.k, q, num_heads // layer.heads)
 
 
 def _nobody(batch: int, device: torch.device) -> torch.Tensor:

@@ -9,7 +9,6 @@ from sglang_blockgtq.kernels.decode import merge
 from sglang_blockgtq.kernels.decode.attention import decode_attention
 from sglang_blockgtq.kernels.decode.gather import gather_slots
 from sglang_blockgtq.kernels.decode.recent import Recent, RecentLayer
-from sglang_blockgtq.kernels.device.aside import Aside
 from sglang_blockgtq.kernels.device.tables import templates_of
 from sglang_blockgtq.kernels.format.layout import gather_rows
 from sglang_blockgtq.kernels.layer import TorchLayer, TritonLayer
@@ -312,15 +311,11 @@ def test_a_graph_of_a_step_follows_its_requests(case, choice, monkeypatch):
     new_k, new_v = torch.zeros_like(k[:3]), torch.zeros_like(v[:3])
     out = torch.zeros(3, group, v.shape[2], dtype=dtype, device=DEVICE)
 
-    aside = Aside(DEVICE)
-
     def step():
-        """As a server's graphs have it: the new rows, which no query reads, are written beside attention."""
         gather_slots(table, requests, lengths, kv_indptr, kv_indices, recent=own.recent)
-        with aside.launches():
-            layer.encode(new_k, new_v, loc, positions)
-        layer.decode(q, kv_indptr, kv_indices, d.sm_scale, recent=own.read(new_k, new_v), out=out)
-        aside.join()
+        rotated = layer.encode(new_k, new_v, loc, positions, q)
+        read = own.read(new_k, new_v)
+        layer.decode(q, kv_indptr, kv_indices, d.sm_scale, rotated=rotated, recent=read, out=out)
 
     again = None
     for i in range(steps):
