@@ -15,7 +15,7 @@ import shlex
 import sys
 import textwrap
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 
@@ -185,11 +185,11 @@ def attention() -> str:
     return "\n".join(lines)
 
 
-def steps() -> str:
-    """Steps of the real server, one request."""
+def steps(*records: str) -> str:
+    """Steps of the real server, one request, from records of server_steps."""
     ms: dict[tuple, dict[str, float]] = {}
     names = {"decode_step": "decode step", "prefill": "prefill", "extend": "512 new tokens on a cached prefix"}
-    for r in read("server_steps_h100.csv"):
+    for r in (r for record in records for r in read(record)):
         if r["measure"] in names:
             tokens = int(r["cached_tokens"] or 0) if r["measure"] == "extend" else int(r["input_tokens"])
             ms.setdefault((r["model"], r["measure"], tokens), {})[r["method"]] = float(r["ms"])
@@ -197,7 +197,8 @@ def steps() -> str:
     for (model, measure, tokens), of in sorted(ms.items()):
         dense, packed = of["bf16-fa3"], of["blockgtq-k3v3"]
         lines.append(
-            f"| {model}, {names[measure]}, {tokens // 1024}K | {dense:.1f} | {packed:.1f} | {dense / packed:.2f}x |"
+            f"| {model}, {names[measure]}, {tokens // 1024}K | {figure(dense)} | {figure(packed)} "
+            f"| {dense / packed:.2f}x |"
         )
     return "\n".join(lines)
 
@@ -211,12 +212,15 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-def serving(folder: Path | None = None) -> str:
-    """Servers under load, by record and model; empty without benchmarks/results/serving*/serving.csv. In brackets: how
-    many times better than bf16 it is."""
+def serving(gpu: str = "", folder: Path | None = None) -> str:
+    """Servers under load on a kind of GPU, by record and model; empty without benchmarks/results/serving*/serving.csv.
+    In brackets: how many times better than bf16 it is."""
     tables = []
     for file in sorted((folder or RESULTS).glob("serving*/serving.csv")):
-        share = json.loads(file.with_suffix(".json").read_text()).get("settings", {}).get("mem_fraction")
+        settings = json.loads(file.with_suffix(".json").read_text()).get("settings", {})
+        if gpu not in settings.get("gpu", ""):
+            continue
+        share = settings.get("mem_fraction")
         with file.open() as f:
             rows = [r for r in csv.DictReader(f) if (r["value"] or r["state"] == UNFIT) and r["method"] in SERVED]
         for model in dict.fromkeys(r["model"] for r in rows):
@@ -327,12 +331,12 @@ GAINS: tuple[tuple, ...] = (
     ("decode step after 128K, Llama-3.1-8B, ms", "steps", "server_steps_8b_h200.csv", "decode_step", 131072),
     ("tokens that fit, Llama-3.1-8B", "server", "llama-3.1-8b", "capacity", "start", "tokens", False),
     ("8 x 32K, Llama-3.1-8B, tokens/s", "server", "llama-3.1-8b", "batch", "8x32768", "output_throughput", False),
-    ("decode step after 4K, Qwen2.5-3B, ms", "server", "qwen2.5-3b", "decode", "4096", "step", True),
-    ("decode step after 128K, Qwen2.5-3B, ms", "server", "qwen2.5-3b", "decode", "131072", "step", True),
-    ("prefill of 128K, Qwen2.5-3B, tokens/s", "server", "qwen2.5-3b", "prefill", "131072", "speed", False),
+    ("decode step after 4K, Qwen2.5-3B, ms", "steps", "server_steps_h200.csv", "decode_step", 4096),
+    ("decode step after 128K, Qwen2.5-3B, ms", "steps", "server_steps_h200.csv", "decode_step", 131072),
+    ("prefill of 128K, Qwen2.5-3B, ms", "steps", "server_steps_h200.csv", "prefill", 131072),
     (
-        "little memory, 64 prompts of 32K under way, Qwen2.5-3B, tokens/s",
-        *("server", "qwen2.5-3b", "pressure", "32768+512 x64", "output_throughput", False),
+        "64 prompts of 32K under way, Llama-3.1-8B, tokens/s",
+        *("server", "llama-3.1-8b", "pressure", "32768+512 x64", "output_throughput", False),
     ),
     (
         "little memory, shared 32K prefixes, Qwen2.5-3B, first token, ms",
@@ -431,7 +435,12 @@ def start_line() -> str:
 PAGES = {
     "README.md": {"start": start_line, "quality": quality, "gains": gains},
     "docs/fidelity.md": {"models": real_models, "peers": peers},
-    "docs/performance.md": {"attention": attention, "steps": steps, "serving": serving},
+    "docs/performance.md": {
+        "attention": attention,
+        "steps": partial(steps, "server_steps_8b_h200.csv", "server_steps_h200.csv"),
+        "serving": partial(serving, "H200"),
+    },
+    "docs/notes/serving.md": {"steps": partial(steps, "server_steps_h100.csv"), "serving": partial(serving, "H100")},
 }
 
 

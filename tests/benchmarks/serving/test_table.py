@@ -41,7 +41,7 @@ def results(tmp_path) -> Path:
 
 
 def test_table_is_that_of_the_file(script, results):
-    assert script.serving(results).splitlines() == [
+    assert script.serving(folder=results).splitlines() == [
         "| big | bf16, FlashAttention-3 | fp8 | **K3V3** |",
         "|---|---:|---:|---:|",
         "| tokens that fit | 1,000 |  | 4,700 (4.70x) |",
@@ -59,7 +59,7 @@ def test_records_of_one_model_stay_apart(script, results):
     record.meta["settings"] = {"mem_fraction": 0.25}
     record.put([Row("big", "bf16-fa3", "capacity", "start", "tokens", 10, "tokens")])
     record.put([Row("big", "blockgtq-k3v3", "decode", f"{n}", "step", n / 1000, "ms") for n in (16384, 131072, 4096)])
-    first, second = script.serving(results).split("\n\n")
+    first, second = script.serving(folder=results).split("\n\n")
     assert "| tokens that fit | 1,000 |" in first
     assert second.splitlines() == [
         "| big, 0.25 of the memory | bf16, FlashAttention-3 | **K3V3** |",
@@ -77,7 +77,7 @@ def test_measures_of_a_case_stay_together(script, tmp_path):
         n = int(case.rpartition("x")[2])
         rows = [("output_throughput", 10 * n, "tokens/s"), ("tpot_p50", n, "ms"), ("ttft_p50", 2 * n, "ms")]
         record.put([Row("big", "blockgtq-k3v3", "pressure", case, *row) for row in rows])
-    assert script.serving(tmp_path).splitlines()[2:] == [
+    assert script.serving(folder=tmp_path).splitlines()[2:] == [
         "| under pressure (32+4 x8 under way), answers' tokens/s | 80 |",
         "| the same, time to the first token (p50), ms | 16 |",
         "| the same, time per token (p50), ms | 8 |",
@@ -88,7 +88,7 @@ def test_measures_of_a_case_stay_together(script, tmp_path):
 
 
 def test_no_file_no_table(script, tmp_path):
-    assert script.serving(tmp_path) == ""
+    assert script.serving(folder=tmp_path) == ""
 
 
 def test_a_table_takes_the_place_of_the_old_one(script, monkeypatch, root):
