@@ -289,6 +289,19 @@ def passed(name: str, config: str, tasks: tuple[str, ...]) -> str:
     return f"{100 * fmean(rates):.1f}"
 
 
+#: What a server reads since it keeps each request's last tokens exactly, on other texts than real_models.csv.
+SERVED_KL = "exact_recent.csv"
+
+
+def served(model: str, method: str, k_bits: float, v_bits: float) -> str:
+    """KL of the answer with a request's last tokens exact, in brackets; empty where that was not measured."""
+    which = model, method, k_bits, v_bits
+    for r in read(SERVED_KL):
+        if r["exact_keys"] != "none" and (r["model"], r["method"], float(r["k_bits"]), float(r["v_bits"])) == which:
+            return f" ({float(r['kl']):.4f})"
+    return ""
+
+
 def quality() -> str:
     """README's small table: bytes, KL of the answer and needles of the real models."""
     rows = read("real_models.csv")
@@ -302,13 +315,14 @@ def quality() -> str:
             which = model, method, k_bits, v_bits
             of = [r for r in rows if (r["model"], r["method"], float(r["k_bits"]), float(r["v_bits"])) == which]
             sizes.append(f"{fmean(float(r['bytes']) for r in of):.4g}" if of else "")
-            kl.append(f"{fmean(float(r['kl']) for r in of):.4f}" if of else "")
+            kl.append(f"{fmean(float(r['kl']) for r in of):.4f}{served(*which)}" if of else "")
         cells = [sizes[0], sizes[-1], *kl, *(passed(record, config, tasks) for _, record, tasks in needles)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     runs = {run["name"]: run["commit"] for run in about("real_models.csv")["runs"]}
     measured = commits({of[0]: runs[model] for model, of in MODELS.items()})
     asked = commits({column: about(record)["runs"][-1]["commit"] for column, record, _ in needles})
-    return "\n".join([*lines, "", f"Commits: KL {measured}; needles {asked}."])
+    exactly = commits({of[0]: run["commit"] for run in about(SERVED_KL)["runs"] if (of := MODELS[run["name"]])})
+    return "\n".join([*lines, "", f"Commits: KL {measured}, in brackets {exactly}; needles {asked}."])
 
 
 def commits(of: dict[str, str]) -> str:

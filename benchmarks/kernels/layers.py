@@ -23,6 +23,7 @@ from sglang_blockgtq.calibrate import RECENT
 from sglang_blockgtq.kernels.decode.attention import DecodeScratch, decode_attention
 from sglang_blockgtq.kernels.decode.recent import Recent
 from sglang_blockgtq.kernels.device.tables import ColumnTables
+from sglang_blockgtq.kernels.encode import encoder
 from sglang_blockgtq.kernels.encode.encoder import Encoder
 
 from ..models import SHAPES
@@ -126,6 +127,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--method", nargs="+", choices=METHODS, default=["template-k3v3"])
     add("--lengths", nargs="+", type=lengths, default=[(1, 4096), (1, 131072)], metavar="BxN", help="e.g. 1x128K 8x32K")
     add("--tuning", nargs="+", type=tuning, default=[], metavar="NAME=NUMBER", help="of Triton's decode: stages=3")
+    few = "channels of a batch's keys up to which encode's kernel for a few tokens takes it (default %(default)s)"
+    add("--few-channels", type=int, default=encoder.FEW_CHANNELS, metavar="N", help=few)
     add("--commit", help="commit to record, where there is no git")
     return parser.parse_args(argv)
 
@@ -141,7 +144,8 @@ def main(argv: list[str] | None = None, timer: Timer = timing.measure, device: s
     if device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.kernels.layers needs a CUDA device", file=sys.stderr)
         return 2
-    tuned = retune(args.tuning)
+    encoder.FEW_CHANNELS = args.few_channels
+    tuned = retune(args.tuning) | {"few_channels": args.few_channels}
     made = record.provenance(sys.argv[1:] if argv is None else argv, args.commit, "benchmarks.kernels.layers") | tuned
     made["timing"] = {"us": f"median over replays of a CUDA graph of {LAYERS} layers, per layer"}
     args.out.parent.mkdir(parents=True, exist_ok=True)

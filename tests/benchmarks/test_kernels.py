@@ -641,12 +641,16 @@ def known(monkeypatch):
 
 def test_a_layer_is_timed_among_weights(known, tmp_path, monkeypatch):
     """Every part launches what it names, in every layer."""
-    seen = []
+    seen, took_few = [], set()
     encode, decode = layers.Encoder.__call__, layers.decode_attention
     monkeypatch.setattr(
         layers.Encoder,
         "__call__",
-        lambda self, *args: (seen.append(("encode", self.rows.data_ptr())), encode(self, *args)),
+        lambda self, *args: (
+            seen.append(("encode", self.rows.data_ptr())),
+            took_few.add(len(args[2]) <= self.few_tokens),
+            encode(self, *args),
+        ),
     )
 
     def attend(tables, q, rows, *args, **kwargs):
@@ -668,10 +672,11 @@ def test_a_layer_is_timed_among_weights(known, tmp_path, monkeypatch):
         return timing.Timing(next(times), "graph", windows, 20)
 
     took = []
-    out = tmp_path / "layers.csv"
-    assert (
-        layers.main(["--out", str(out), "--shape", "tiny", "--lengths", "2x40", "--commit", "abc"], timer, "cpu") == 0
-    )
+    monkeypatch.setattr(layers.encoder, "FEW_CHANNELS", layers.encoder.FEW_CHANNELS)
+    out, few = tmp_path / "layers.csv", 2 * SHAPE.kv_heads * SHAPE.dim - 1  # one less than the batch has
+    asked = ["--shape", "tiny", "--lengths", "2x40", "--few-channels", str(few), "--commit", "abc"]
+    assert layers.main(["--out", str(out), *asked], timer, "cpu") == 0
+    assert took_few == {False}
     assert took == [[], ["encode"] * 2, ["encode", "attention"] * 2, ["encode", "exact"] * 2]
     with out.open() as f:
         rows = [(r["part"], r["us"], r["more"]) for r in csv.DictReader(f)]
@@ -682,7 +687,8 @@ def test_a_layer_is_timed_among_weights(known, tmp_path, monkeypatch):
         ("exact", "22.0", "12.0"),
     ]
     made = json.loads(out.with_suffix(".json").read_text())
-    assert made["commit"] == "abc" and made["command"].startswith("python -m benchmarks.kernels.layers --out")
+    assert made["commit"] == "abc" and made["few_channels"] == few
+    assert made["command"].startswith("python -m benchmarks.kernels.layers --out")
 
 
 def test_layers_of_an_unknown_model_are_refused(tmp_path, capsys):
