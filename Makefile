@@ -40,7 +40,7 @@ quality: $(INSTALLED)
 
 test: $(INSTALLED)
 	@set -e; SMOLLM2=$$($(BIN)/python scripts/get_model.py); export SMOLLM2; \
-	exec $(BIN)/python -m pytest --ignore=tests/benchmarks $(ARGS)
+	exec $(BIN)/python -m pytest --ignore=tests/benchmarks -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-benchmarks: $(INSTALLED)
 	@set -e; SMOLLM2=$$($(BIN)/python scripts/get_model.py); export SMOLLM2; \
