@@ -336,8 +336,8 @@ def commits(of: dict[str, str]) -> str:
 #: The record of decode attention that README shows.
 KERNELS = "kernels_h200.csv"
 #: README's table of speed: what the reader sees, and where it is from: attention of a layer (shape, requests, tokens),
-#: one request at a time (record, measure, tokens), or servers under load (model, scenario, case, measure, whether less
-#: is better). One table comes out for each GPU.
+#: one request at a time (record, measure, tokens), servers under load (model, scenario, case, measure, whether less is
+#: better), or a part of a load (record). One table comes out for each GPU.
 GAINS: tuple[tuple, ...] = (
     ("attention of a layer, Llama-3.1-8B's heads, 8 x 32K, us", "kernel", "Llama-3.1-8B", 8, 32768),
     ("attention of a layer, Qwen2.5-3B's heads, 8 x 32K, us", "kernel", "Qwen2.5-3B", 8, 32768),
@@ -348,8 +348,9 @@ GAINS: tuple[tuple, ...] = (
     ("decode step after 4K, Qwen2.5-3B, ms", "steps", "server_steps_h200.csv", "decode_step", 4096),
     ("decode step after 128K, Qwen2.5-3B, ms", "steps", "server_steps_h200.csv", "decode_step", 131072),
     ("prefill of 128K, Qwen2.5-3B, ms", "steps", "server_steps_h200.csv", "prefill", 131072),
+    ("decode of as many of 64 x 32K as fit, Llama-3.1-8B, tokens/s", "phase", "serving_h200/decode_phase.csv"),
     (
-        "64 prompts of 32K under way, Llama-3.1-8B, tokens/s",
+        "the same 64, prefill and all, tokens/s",
         *("server", "llama-3.1-8b", "pressure", "32768+512 x64", "output_throughput", False),
     ),
     (
@@ -375,24 +376,32 @@ def of_kernel(shape: str, batch: int, context: int) -> Figures:
     return about(KERNELS)["gpu"], short(about(KERNELS)["commit"]), us
 
 
+#: Servers that README shows.
+SHOWN = {"bf16-fa3": "bf16", "fp8-fa3": "fp8", "blockgtq-k3v3": "K3V3"}
+
+
 def of_steps(name: str, measure: str, tokens: int) -> Figures:
     """One request at a time, from a record of server_steps."""
-    names = {"bf16-fa3": "bf16", "fp8-fa3": "fp8", "blockgtq-k3v3": "K3V3"}
     rows = [r for r in read(name) if r["measure"] == measure and r["input_tokens"] == str(tokens)]
-    return about(name)["gpu"]["name"], short(about(name)["commit"]), {names[r["method"]]: float(r["ms"]) for r in rows}
+    return about(name)["gpu"]["name"], short(about(name)["commit"]), {SHOWN[r["method"]]: float(r["ms"]) for r in rows}
+
+
+def of_phase(name: str) -> Figures:
+    """Decode of the most requests that a server has at a time."""
+    figures = {SHOWN[r["method"]]: float(r["tokens_per_s"]) for r in read(name)}
+    return about(name)["gpu"]["name"], short(about(name)["commit"]), figures
 
 
 def of_server(model: str, scenario: str, case: str, measure: str) -> Figures:
     """Servers under load, from the record with most of the GPU's memory; an H200's before an H100's."""
-    names = {"bf16-fa3": "bf16", "fp8-fa3": "fp8", "blockgtq-k3v3": "K3V3"}
     found: list[tuple[bool, float, Figures]] = []
     for file in sorted(RESULTS.glob("serving*/serving.csv")):
         name = str(file.relative_to(RESULTS))
         settings, where = about(name)["settings"], (model, scenario, case, measure)
         values = {
-            names[r["method"]]: float(r["value"])
+            SHOWN[r["method"]]: float(r["value"])
             for r in read(name)
-            if (r["model"], r["scenario"], r["case"], r["measure"]) == where and r["method"] in names and r["value"]
+            if (r["model"], r["scenario"], r["case"], r["measure"]) == where and r["method"] in SHOWN and r["value"]
         }
         if {"bf16", "K3V3"} <= values.keys():
             commit = measured_at(name, f"{model}/blockgtq-k3v3/{scenario}/{case}")
@@ -426,8 +435,9 @@ def gains() -> str:
     """README's tables of speed and capacity, one for each GPU; in brackets how many times better than bf16 it is."""
     tables: dict[str, list[str]] = {}
     for name, kind, *where in GAINS:
-        less = True if kind != "server" else where.pop()
-        gpu, commit, figures = {"kernel": of_kernel, "steps": of_steps, "server": of_server}[kind](*where)
+        less = where.pop() if kind == "server" else kind != "phase"
+        makers = {"kernel": of_kernel, "steps": of_steps, "server": of_server, "phase": of_phase}
+        gpu, commit, figures = makers[kind](*where)
         head = [f"| {gpu} | bf16 | fp8 | **K3V3** | commit |", "|---|---:|---:|---:|---|"]
         cells = [figure(figures["bf16"])]
         for method in ("fp8", "K3V3"):
