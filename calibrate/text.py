@@ -23,32 +23,32 @@ class TextError(ValueError):
     """Calibration text that cannot be used; the message says why and what would work."""
 
 
-def read_text(path: str | None) -> str:
+def read_text(path: str | None, option: str = TEXT_OPTION) -> str:
     """The calibration text: a UTF-8 file, or by default CPython's own documentation.
 
     The default is ``pydoc_data.topics`` in alphabetical order of topics. It comes with every
     full Python, so a server can calibrate without network; it may differ between Python versions.
-    Raises TextError if it is no regular file, unreadable, blank or not UTF-8.
+    option: what the user gave the path with. Raises TextError if it is no regular file, unreadable, blank or not UTF-8.
     """
     if path is None:
         try:
             from pydoc_data.topics import topics
         except ImportError as e:
             raise TextError(
-                f"{TEXT_OPTION} is not set and this Python has no pydoc_data (the default text): "
-                f"name a UTF-8 text file with {TEXT_OPTION}"
+                f"{option} is not set and this Python has no pydoc_data (the default text): "
+                f"name a UTF-8 text file with {option}"
             ) from e
         return "\n\n".join(topics[name] for name in sorted(topics))
     if problem := file_problem(path):
-        raise TextError(f"{TEXT_OPTION} {path}: {problem}; name a UTF-8 text file")
+        raise TextError(f"{option} {path}: {problem}; name a UTF-8 text file")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
-        raise TextError(f"{TEXT_OPTION} {path}: not UTF-8 (byte {e.start}); convert it or name another file") from e
+        raise TextError(f"{option} {path}: not UTF-8 (byte {e.start}); convert it or name another file") from e
     except OSError as e:
-        raise TextError(f"{TEXT_OPTION} {path}: cannot be read ({e.strerror}); name a UTF-8 text file") from e
+        raise TextError(f"{option} {path}: cannot be read ({e.strerror}); name a UTF-8 text file") from e
     if not text.strip():
-        raise TextError(f"{TEXT_OPTION} {path}: the file is blank; name a text of {MIN_TOKENS} tokens or more")
+        raise TextError(f"{option} {path}: the file is blank; name a text of {MIN_TOKENS} tokens or more")
     return text
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from sglang_blockgtq.calibrate.device import device
+from sglang_blockgtq.calibrate.text import TextError
 
 from . import ablation, card, panel_cli, peers, real_models, run, targets
 from .record import command_of, commit, machine, sources, text_source
@@ -63,8 +64,14 @@ def provenance(args: argparse.Namespace, subject: run.Subject, head: str) -> dic
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in PROGRAMS:
-        return PROGRAMS[argv[0]](argv[1:])
+    try:
+        return PROGRAMS[argv[0]](argv[1:]) if argv and argv[0] in PROGRAMS else fidelity(argv)
+    except TextError as e:
+        print(e, file=sys.stderr)
+        return 2
+
+
+def fidelity(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     head = commit()  # now: the tree may change during a long run
     if args.threads:

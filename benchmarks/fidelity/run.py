@@ -20,7 +20,7 @@ from sglang_blockgtq.calibrate.rope import RopeBlocks
 from sglang_blockgtq.calibrate.segments import SEGMENT_ALLOCATORS
 from sglang_blockgtq.calibrate.supported import check_model
 from sglang_blockgtq.calibrate.table import AllocationTable
-from sglang_blockgtq.calibrate.text import DEFAULT_TOKENS, read_text, text_hash, token_sequences
+from sglang_blockgtq.calibrate.text import DEFAULT_TOKENS, TextError, read_text, text_hash, token_sequences
 
 from . import attention, perplexity
 from .exact import Mixed
@@ -85,12 +85,12 @@ def load(
 ) -> Subject:
     """Load a model folder and calibrate it on 2,048 tokens. Float32 on every device: no TF32.
 
-    Raises ValueError where calibration and evaluation text are the same.
+    Raises TextError for a text that cannot be read, and where calibration and evaluation text are the same.
     """
-    calibration = read_text(calibration_path)
-    text = read_text(str(text_path or default_text()))
+    calibration = read_text(calibration_path, "--calibration-text")
+    text = read_text(str(text_path or default_text()), "--text")
     if calibration == text:
-        raise ValueError("calibration and evaluation text are the same; measure on a text the table has not seen")
+        raise TextError("--text: it is the calibration text; measure on a text that the table has not seen")
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     torch.set_float32_matmul_precision("highest")
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).to(device).eval()

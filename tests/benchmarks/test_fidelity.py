@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.fidelity import attention, model, perplexity, run, targets
+from benchmarks.fidelity.__main__ import main
 from benchmarks.fidelity.methods import Cast, IntPerToken
 from benchmarks.fidelity.rows import read_csv
 from sglang_blockgtq.calibrate.rope import RopeBlocks
@@ -136,7 +137,7 @@ def test_score_is_cross_entropy_and_kl(tiny):
 
 
 def test_same_text_is_refused(smollm2):
-    with pytest.raises(ValueError, match="the same"):
+    with pytest.raises(ValueError, match="--text: it is the calibration text"):
         run.load(smollm2, run.default_text(), str(run.default_text()))
 
 
@@ -158,3 +159,12 @@ def test_figures_are_the_recorded_ones(smollm2, root):
         recorded = old[row["method"], row["k_bits"], row["layer"], row["window"]]
         for column in ("mae", "softmax_kl", "top10_overlap"):
             assert row[column] == pytest.approx(float(recorded[column]), rel=tolerance), (row, column)
+
+
+@pytest.mark.parametrize("program", [[], ["peers"]], ids=["fidelity", "peers"])
+def test_a_text_that_cannot_be_read_is_told(program, tmp_path, capsys):
+    """By the option that names it, and with no model loaded."""
+    for option in ("--text", "--calibration-text"):
+        given = [*program, "--model-path", "none", "--out", str(tmp_path / "x.csv"), option, str(tmp_path / "gone")]
+        assert main(given) == 2
+        assert capsys.readouterr().err == f"{option} {tmp_path / 'gone'}: no such file; name a UTF-8 text file\n"
