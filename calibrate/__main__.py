@@ -12,8 +12,8 @@ from typing import NoReturn
 from . import RECENT
 from .allocate import ALLOCATORS
 from .build import check_budget
+from .cli import exact_recent, own_options
 from .device import device
-from .recent import exact_recent
 from .segments import GRANULARITIES
 from .table import AllocationTable
 from .text import DEFAULT_TOKENS, TextError, check_tokens
@@ -52,7 +52,7 @@ def _tokens(text: str) -> int:
         tokens = int(text)
         check_tokens(tokens)
     except TextError as e:
-        raise argparse.ArgumentTypeError(_own_options(e)) from None
+        raise argparse.ArgumentTypeError(own_options(e)) from None
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: not a whole number of tokens") from None
     return tokens
@@ -64,11 +64,6 @@ def _granularity(text: str) -> str:
 
 def _device(text: str) -> str:
     return text if text == "auto" else device(text)
-
-
-def _own_options(error: Exception) -> str:
-    """The message with this program's option names: the server's without their prefix."""
-    return str(error).replace("--kv-quant-", "--")
 
 
 def check_writable(path: Path) -> None:
@@ -168,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             _calibrate(argv)
     except (ValueError, OSError) as e:
-        message = " ".join(_own_options(e).split())
+        message = " ".join(own_options(e).split())
         print(f"error: {message}", file=sys.stderr)
         return BAD_INPUT
     return 0

@@ -35,6 +35,7 @@ SERVING = (
     ("cost", "start", "start, s", True),
     ("cost", "table", "calibration in it, s", True),
 )
+WIDTH = 98  # of a line
 UNFIT = "does not fit"  # a case's state, in serving.csv
 SERVED = {
     "bf16-fa3": "bf16, FlashAttention-3",
@@ -321,8 +322,9 @@ def quality() -> str:
     runs = {run["name"]: run["commit"] for run in about("real_models.csv")["runs"]}
     measured = commits({of[0]: runs[model] for model, of in MODELS.items()})
     asked = commits({column: about(record)["runs"][-1]["commit"] for column, record, _ in needles})
-    exactly = commits({of[0]: run["commit"] for run in about(SERVED_KL)["runs"] if (of := MODELS[run["name"]])})
-    return "\n".join([*lines, "", f"Commits: KL {measured}, in brackets {exactly}; needles {asked}."])
+    exactly = commits({MODELS[run["name"]][0]: run["commit"] for run in about(SERVED_KL)["runs"]})
+    said = f"Commits: KL {measured}, in brackets {exactly}; needles {asked}."
+    return "\n".join([*lines, "", *textwrap.wrap(said, WIDTH)])
 
 
 def commits(of: dict[str, str]) -> str:
@@ -337,7 +339,7 @@ def commits(of: dict[str, str]) -> str:
 KERNELS = "kernels_h200.csv"
 #: README's table of speed: what the reader sees, and where it is from: attention of a layer (shape, requests, tokens),
 #: one request at a time (record, measure, tokens), servers under load (model, scenario, case, measure, whether less is
-#: better), or a part of a load (record). One table comes out for each GPU.
+#: better), or a part of a load (record, whether less is better). One table comes out for each GPU.
 GAINS: tuple[tuple, ...] = (
     ("attention of a layer, Llama-3.1-8B's heads, 8 x 32K, us", "kernel", "Llama-3.1-8B", 8, 32768),
     ("attention of a layer, Qwen2.5-3B's heads, 8 x 32K, us", "kernel", "Qwen2.5-3B", 8, 32768),
@@ -348,7 +350,7 @@ GAINS: tuple[tuple, ...] = (
     ("decode step after 4K, Qwen2.5-3B, ms", "steps", "server_steps_h200.csv", "decode_step", 4096),
     ("decode step after 128K, Qwen2.5-3B, ms", "steps", "server_steps_h200.csv", "decode_step", 131072),
     ("prefill of 128K, Qwen2.5-3B, ms", "steps", "server_steps_h200.csv", "prefill", 131072),
-    ("decode of as many of 64 x 32K as fit, Llama-3.1-8B, tokens/s", "phase", "serving_h200/decode_phase.csv"),
+    ("decode of as many of 64 x 32K as fit, Llama-3.1-8B, tokens/s", "phase", "serving_h200/decode_phase.csv", False),
     (
         "the same 64, prefill and all, tokens/s",
         *("server", "llama-3.1-8b", "pressure", "32768+512 x64", "output_throughput", False),
@@ -435,7 +437,7 @@ def gains() -> str:
     """README's tables of speed and capacity, one for each GPU; in brackets how many times better than bf16 it is."""
     tables: dict[str, list[str]] = {}
     for name, kind, *where in GAINS:
-        less = where.pop() if kind == "server" else kind != "phase"
+        less = where.pop() if kind in ("server", "phase") else True
         makers = {"kernel": of_kernel, "steps": of_steps, "server": of_server, "phase": of_phase}
         gpu, commit, figures = makers[kind](*where)
         head = [f"| {gpu} | bf16 | fp8 | **K3V3** | commit |", "|---|---:|---:|---:|---|"]
@@ -451,7 +453,7 @@ def gains() -> str:
 def start_line() -> str:
     """What a server says at its first start, in as many lines as a page takes."""
     record, model = about("start_lines_cpu.json"), "SmolLM2-135M-Instruct"
-    said = textwrap.wrap(record["lines"][model][-1], 98)
+    said = textwrap.wrap(record["lines"][model][-1], WIDTH)
     return "\n".join(["```", f"# {model} on a CPU, commit {short(record['commit'])}", *said, "```"])
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from sglang_blockgtq.calibrate.cli import own_options
 from sglang_blockgtq.calibrate.device import device
 from sglang_blockgtq.calibrate.text import TextError
 
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return PROGRAMS[argv[0]](argv[1:]) if argv and argv[0] in PROGRAMS else fidelity(argv)
     except TextError as e:
-        print(e, file=sys.stderr)
+        print(own_options(e), file=sys.stderr)
         return 2
 
 

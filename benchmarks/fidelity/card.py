@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from sglang_blockgtq.calibrate import RECENT
+from sglang_blockgtq.calibrate.cli import exact_recent
 from sglang_blockgtq.calibrate.device import device
-from sglang_blockgtq.calibrate.recent import exact_recent
 from sglang_blockgtq.options import DEFAULT_ALLOCATOR, PRESETS
 
 from . import attention, run

@@ -87,7 +87,7 @@ def load(
 
     Raises TextError for a text that cannot be read, and where calibration and evaluation text are the same.
     """
-    calibration = read_text(calibration_path, "--calibration-text")
+    calibration = read_text(calibration_path)
     text = read_text(str(text_path or default_text()), "--text")
     if calibration == text:
         raise TextError("--text: it is the calibration text; measure on a text that the table has not seen")

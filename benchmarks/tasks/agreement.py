@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from sglang_blockgtq.calibrate.build import build_table
     from sglang_blockgtq.calibrate.model import config_hash
+    from sglang_blockgtq.calibrate.text import TextError
 
     from ..fidelity import perplexity, run
     from ..fidelity.methods import Packed
@@ -107,7 +108,10 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     meta = provenance("python -m benchmarks.tasks.agreement " + shown(shlex.join(words)), args.commit)
     device = meta["gpu"].get("name", "cpu")
-    subject = run.load(args.model_path, args.text)
+    try:
+        subject = run.load(args.model_path, args.text)
+    except TextError as e:
+        parser.error(str(e))
     ids, identity = subject.ids[: args.tokens], config_hash(subject.model.config)
     hidden = perplexity.hidden_states(subject.model, ids, None)
     true = of_hidden(subject.model, ids, hidden)

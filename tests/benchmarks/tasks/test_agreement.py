@@ -55,3 +55,13 @@ def test_a_text_from_the_cache_is_refused(monkeypatch):
     assert "--kv-quant-chunk-attention=quantized" in started and "--kv-quant-table=t" in started
     with pytest.raises(ServerError, match="came from the cache"):
         agreement.served("m", Path("t"), [1, 2, 3], ["--a"])
+
+
+def test_a_text_that_cannot_be_read_is_told(monkeypatch, tmp_path, capsys):
+    """Before a model is loaded."""
+    monkeypatch.setattr(agreement, "missing_plugin", lambda args: "")
+    monkeypatch.setattr(agreement, "exit_on_sigterm", lambda: None)
+    gone = tmp_path / "gone"
+    with pytest.raises(SystemExit, match="2"):
+        agreement.main(["--model-path", "none", "--out", str(tmp_path / "x.csv"), "--text", str(gone)])
+    assert f"--text {gone}: no such file; name a UTF-8 text file" in capsys.readouterr().err
