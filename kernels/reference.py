@@ -220,15 +220,19 @@ def gather_slots(
 
 
 def recent_step(
-    first: torch.Tensor, top: int, window: int, requests: torch.Tensor, lengths: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    first: torch.Tensor, top: int, window: int, room: int, requests: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The row of copies of each request ``[B]`` or -1, the position of its token, and how many tokens are exact: the
     last ``window`` of its ``lengths [B]``, but none before ``first [R]`` (:class:`.decode.recent.Recent`); its own
-    token is, with copies or without."""
+    token is, with copies or without. And the place where that token is kept: of its row, or behind all rows for the
+    first ``room`` requests, or -1."""
     rows = top - requests
     rows = torch.where((rows >= 0) & (rows < len(first)), rows, -1)
     exact = torch.where(rows >= 0, lengths - first[rows.clamp(min=0)], 1).clamp(1, window)
-    return rows, lengths - 1, torch.minimum(exact, lengths)
+    behind = torch.arange(len(rows), device=rows.device)
+    behind = torch.where(behind < room, len(first) * window + behind, -1)
+    place = torch.where(rows >= 0, rows * window + (lengths - 1) % window, behind)
+    return rows, lengths - 1, torch.minimum(exact, lengths), torch.where(lengths > 0, place, -1)
 
 
 def remember(
@@ -265,7 +269,7 @@ def recent_attention(
     terms: Terms = PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries ``q [B, Hq, D]`` of a decode step against their exact tokens: their own k ``[B, H, D]``, v ``[B, H, Dv]``
-    and the copies before it. step ``[3, B]``: as :func:`recent_step` gives it.
+    and the copies before it. step ``[4, B]``: as :func:`recent_step` gives it.
 
     Returns out ``[B, Hq, Dv]`` and lse ``[B, Hq]`` float32, without sinks; zeros and -inf where none is exact. The
     step's tokens are copied.
@@ -273,7 +277,7 @@ def recent_attention(
     heads, window = k.shape[1], k_copies.shape[1]
     out = torch.zeros(*q.shape[:2], v.shape[2], device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
-    for b, (row, position, count) in enumerate(step.T.tolist()):
+    for b, (row, position, count, place) in enumerate(step.T.tolist()):
         if count:
             before = torch.arange(position + 1 - count, position, device=q.device) % window
             keys = torch.cat([k_copies[row, before], k[b, None]])
@@ -282,8 +286,8 @@ def recent_attention(
             logits = torch.einsum("hgd,nhd->hgn", grouped, keys.float()) * sm_scale
             o, l = _softmax_attend(terms.capped(logits)[:, :, None], values.float())
             out[b], lse[b] = o[0].flatten(0, 1), l[0].flatten()
-        if row >= 0 and position >= 0:
-            k_copies[row, position % window], v_copies[row, position % window] = k[b], v[b]
+        if place >= 0:
+            k_copies.flatten(0, 1)[place], v_copies.flatten(0, 1)[place] = k[b], v[b]
     return out, lse
 
 

@@ -72,6 +72,7 @@ def backend():
     backend.buffers = SimpleNamespace(workspace=Recorder(), graph_slots=slots, verification=None)
     layers = {i: Layer(i) for i in LAYERS}
     backend.recent, backend.copies = None, {}
+    backend.encode_step, backend.last_layer = None, LAYERS[-1]
     backend.pool = SimpleNamespace(layer=layers.__getitem__, check=None)  # which waits for loads; nothing else does
     backend.forward_metadata = metadata([3, 0], [2, 4])
     return backend
@@ -279,8 +280,35 @@ def test_last_tokens_are_read_exactly(stepping):
     decoded = SimpleNamespace(out_cache_loc=torch.tensor([25, 8]), positions=torch.tensor([4, 2]))
     TritonPackedBackend.forward_decode(stepping, q, k, 2 * k, attention(9), decoded)
     read = stepping.pool.layer(9).drafts["recent"]
-    assert read.copies is stepping.copies[9] and read.step.tolist() == [[1, -1], [4, 2], [2, 1]]
+    assert read.copies is stepping.copies[9] and read.step.tolist() == [[1, -1], [4, 2], [2, 1], [2, 7]]
     assert torch.equal(read.k.flatten(1), k) and torch.equal(read.v.flatten(1), 2 * k)
+
+
+@pytest.mark.parametrize(("room", "save"), [(2, True), (1, True), (2, False)])
+def test_a_step_is_encoded_at_its_end(stepping, room, save):
+    """Behind the last layer's attention, and then noted as written; where not all tokens are kept, in the layers."""
+
+    class Encode:
+        def takes(self, tokens):
+            return tokens <= room
+
+        def __call__(self, loc, positions):
+            assert stepping.pool.layer(LAYERS[-1]).read
+            done.append((loc, positions))
+
+    done, wrote, stepping.encode_step = [], [], Encode()
+    stepping.pool.check = SimpleNamespace(poll=lambda: None, sample=lambda *_, **__: None)
+    stepping.pool.check.wrote = lambda layer_id, _: wrote.append((layer_id, len(done)))
+    stepping.init_forward_metadata(step([4, 1], [2, 3]))
+    stepping.buffers.scratch = None
+    batch = SimpleNamespace(out_cache_loc=torch.tensor([25, 8]), positions=torch.tensor([1, 2]))
+    q, k = torch.randn(2, HEADS * GROUP * DIM), torch.randn(2, HEADS * DIM)
+    for i in LAYERS:
+        TritonPackedBackend.forward_decode(stepping, q, k, k, attention(i), batch, save_kv_cache=save)
+    later = save and room == 2
+    assert [len(stepping.pool.layer(i).saved) for i in LAYERS] == [int(save and not later)] * len(LAYERS)
+    assert len(done) == int(later) and all(x is batch.out_cache_loc and y is batch.positions for x, y in done)
+    assert wrote == ([(i, int(later and i == LAYERS[-1])) for i in LAYERS] if save else [])
 
 
 @pytest.mark.parametrize("lengths", [[5], [1, 6, 2], [3, 3, 3, 3]])

@@ -5,7 +5,8 @@ in it when a layer's attention begins. :mod:`benchmarks.kernels` calls attention
 Here a graph holds the products of some layers, with weights of their own and the model's sizes, and between them what a
 layer of the server does: encode with the query's rotation, attention, merge. Columns: shape, batch, context, method,
 part (weights: the products alone; encode, attention: with everything up to it; exact: attention that also reads and
-keeps each request's last tokens exactly), us of a layer, more: us over weights.
+keeps each request's last tokens exactly; rotate: the query's rotation alone; step: rotation and exact attention, and
+encode of all layers in one launch at the end, as a server does), us of a layer, more: us over weights.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ import torch
 from sglang_blockgtq.calibrate import RECENT
 from sglang_blockgtq.kernels.decode.attention import DecodeScratch, decode_attention
 from sglang_blockgtq.kernels.decode.recent import Recent
-from sglang_blockgtq.kernels.device.tables import ColumnTables
-from sglang_blockgtq.kernels.encode import encoder
+from sglang_blockgtq.kernels.device.rotate import rotate_queries
+from sglang_blockgtq.kernels.device.tables import ColumnTables, moved
+from sglang_blockgtq.kernels.encode import step
 from sglang_blockgtq.kernels.encode.encoder import Encoder
+from sglang_blockgtq.kernels.encode.step import StepEncoder
 
 from ..models import SHAPES
 from . import cases, record, timing
 from .__main__ import lengths, retune, tuning
 from .data import Index, make_codec
 
-LAYERS = 8
-PARTS = ("weights", "encode", "attention", "exact")
+PARTS = ("weights", "encode", "attention", "exact", "rotate", "step")
 COLUMNS = ("shape", "batch", "context", "method", "part", "us", "more")
 SECONDS = 0.5  # of replays
 METHODS = {m.key: m for m in cases.PACKED if m.granularity == "segment"}  # whose rows lie in columns
@@ -60,28 +62,31 @@ class Sizes:
 class Layers:
     """Some layers of a model, and one decode step through them."""
 
-    def __init__(self, shape: cases.Shape, sizes: Sizes, method: cases.Method, batch: int, context: int, device: str):
-        self.shape, self.batch = shape, batch
-        tables = ColumnTables.of(make_codec(shape, method), device)
+    def __init__(
+        self, shape: cases.Shape, sizes: Sizes, method: cases.Method, batch: int, context: int, count: int, device: str
+    ):
+        self.shape, self.batch, self.count = shape, batch, count
+        tables = ColumnTables.of(make_codec(shape, method))
         index = Index.of((context,) * batch, cases.SHUFFLED, device)
         self.kv_indptr, self.kv_indices = index.flat(1, torch.int32)
         self.loc = self.kv_indices[self.kv_indptr[1:].long() - 1].long()
-        self.tables, self.sm_scale = tables, shape.dim**-0.5
+        self.tables, self.sm_scale = [moved(tables, torch.device(device)) for _ in range(count)], shape.dim**-0.5
         shape_of_rows = index.slots, tables.row.row_bytes
         # Any bytes are codes; scales are small numbers.
-        rows = [torch.randint(0, 64, shape_of_rows, dtype=torch.uint8, device=device) for _ in range(LAYERS)]
-        self.rows, self.encoders = rows, [Encoder(tables, x) for x in rows]
-        self.scratch = DecodeScratch.of(tables, batch, shape.q_heads)
+        rows = [torch.randint(0, 64, shape_of_rows, dtype=torch.uint8, device=device) for _ in range(count)]
+        self.rows, self.encoders = rows, [Encoder(*x) for x in zip(self.tables, rows, strict=True)]
+        self.scratch = DecodeScratch.of(self.tables[0], batch, shape.q_heads)
         self.recent = Recent.of(
-            LAYERS, batch, batch, RECENT, shape.kv_heads, shape.dim, shape.dim, torch.bfloat16, device
+            count, batch, batch, RECENT, shape.kv_heads, shape.dim, shape.dim, torch.bfloat16, device
         )
         self.recent.bind(batch)
         self.recent.begin(torch.arange(batch, 0, -1, device=device), torch.full((batch,), context, device=device))
-        self.copies = [self.recent.layer(i) for i in range(LAYERS)]
+        self.copies = [self.recent.layer(i) for i in range(count)]
+        self.encode_step = StepEncoder(self.encoders, self.recent)
         dtype, heads = torch.bfloat16, shape.q_heads + 2 * shape.kv_heads
         of = (sizes.hidden, heads * shape.dim), (shape.q_heads * shape.dim, sizes.hidden)
         of += (sizes.hidden, 2 * sizes.inner), (sizes.inner, sizes.hidden)
-        self.weights = [[torch.randn(n, device=device, dtype=dtype) / 64 for n in of] for _ in range(LAYERS)]
+        self.weights = [[torch.randn(n, device=device, dtype=dtype) / 64 for n in of] for _ in range(count)]
         self.inputs = [torch.randn(batch, n[0], device=device, dtype=dtype) for n in of]
         self.rotated = torch.empty(batch, shape.q_heads, shape.dim, device=device)
         self.out = torch.empty(batch, shape.q_heads, shape.dim, device=device, dtype=dtype)
@@ -95,14 +100,18 @@ class Layers:
             .split([self.shape.q_heads, self.shape.kv_heads, self.shape.kv_heads], 1)
         )
         q = q * 0.5  # in the place of RoPE: a kernel between the product and encode
-        if part != "weights":
+        if part in ("encode", "attention", "exact"):
             self.encoders[i](k, v, self.loc, self.positions, q, self.rotated)
-        if part in ("attention", "exact"):
+        if part in ("attention", "exact", "step"):
             decode_attention(
-                self.tables, q, self.rows[i], self.kv_indptr, self.kv_indices, self.sm_scale,
-                rotated=self.rotated, scratch=self.scratch, out=self.out,
-                recent=self.copies[i].read(k, v) if part == "exact" else None,
+                self.tables[i], q, self.rows[i], self.kv_indptr, self.kv_indices, self.sm_scale,
+                rotated=None if part == "step" else self.rotated, scratch=self.scratch, out=self.out,
+                recent=None if part == "attention" else self.copies[i].read(k, v),
             )  # fmt: skip
+        if part == "rotate":
+            rotate_queries(self.tables[i].k, q, self.shape.q_heads // self.shape.kv_heads)
+        if part == "step" and i == self.count - 1:
+            self.encode_step(self.loc, self.positions)
         for product in rest:
             product()
 
@@ -110,7 +119,8 @@ class Layers:
 def measure(layers: Layers, timer: Timer = timing.measure) -> Iterator[tuple[str, float]]:
     """Microseconds of a layer with each part."""
     for part in PARTS:
-        took = timer(lambda i, part=part: layers.layer(i, part), timing.COLD_BYTES / LAYERS, LAYERS, SECONDS)
+        count = layers.count
+        took = timer(lambda i, part=part: layers.layer(i, part), timing.COLD_BYTES / count, count, SECONDS)
         yield part, took.us
 
 
@@ -127,8 +137,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--method", nargs="+", choices=METHODS, default=["template-k3v3"])
     add("--lengths", nargs="+", type=lengths, default=[(1, 4096), (1, 131072)], metavar="BxN", help="e.g. 1x128K 8x32K")
     add("--tuning", nargs="+", type=tuning, default=[], metavar="NAME=NUMBER", help="of Triton's decode: stages=3")
-    few = "channels of a batch's keys up to which encode's kernel for a few tokens takes it (default %(default)s)"
-    add("--few-channels", type=int, default=encoder.FEW_CHANNELS, metavar="N", help=few)
+    add("--layers", type=int, default=8, metavar="N", help="in a graph (default %(default)s)")
+    few = "tokens of a step up to which encode's kernel for a few takes them (default %(default)s)"
+    add("--few", type=int, default=step.FEW_TOKENS, metavar="N", help=few)
     add("--commit", help="commit to record, where there is no git")
     return parser.parse_args(argv)
 
@@ -144,10 +155,10 @@ def main(argv: list[str] | None = None, timer: Timer = timing.measure, device: s
     if device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.kernels.layers needs a CUDA device", file=sys.stderr)
         return 2
-    encoder.FEW_CHANNELS = args.few_channels
-    tuned = retune(args.tuning) | {"few_channels": args.few_channels}
+    step.FEW_TOKENS = args.few
+    tuned = retune(args.tuning) | {"few": args.few}
     made = record.provenance(sys.argv[1:] if argv is None else argv, args.commit, "benchmarks.kernels.layers") | tuned
-    made["timing"] = {"us": f"median over replays of a CUDA graph of {LAYERS} layers, per layer"}
+    made["timing"] = {"us": f"median over replays of a CUDA graph of {args.layers} layers, per layer"}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -155,7 +166,8 @@ def main(argv: list[str] | None = None, timer: Timer = timing.measure, device: s
         for shape in chosen:
             for method in (m for key, m in METHODS.items() if key in args.method):
                 for batch, context in args.lengths:
-                    layers, least = Layers(shape, sizes[shape.name], method, batch, context, device), None
+                    sized = shape, sizes[shape.name], method, batch, context, args.layers
+                    layers, least = Layers(*sized, device), None
                     for part, us in measure(layers, timer):
                         least = us if least is None else least
                         writer.writerow(

@@ -20,7 +20,7 @@ _PER_SM = 8  # programs; each has 4 warps
 
 
 @triton.jit(
-    do_not_specialize=["more", "num_requests", "stride", "top", "rows", "steps"],
+    do_not_specialize=["more", "num_requests", "stride", "top", "rows", "steps", "room"],
     do_not_specialize_on_alignment=["requests", "lengths", "first"],
 )
 def gather_slots_kernel(
@@ -33,10 +33,11 @@ def gather_slots_kernel(
     num_requests,
     stride,
     first,  # int32 [rows], from which position exact copies are there (decode.recent); or None
-    step,  # int32 [3, steps]
+    step,  # int32 [4, steps]
     top,
     rows,
     steps,
+    room,
     REQUESTS: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -55,6 +56,9 @@ def gather_slots_kernel(
             tl.store(step + r, tl.where(there, copies, -1), mask=r < num_requests)
             tl.store(step + steps + r, (length_of - 1).to(tl.int32), mask=r < num_requests)
             tl.store(step + 2 * steps + r, exact, mask=r < num_requests)
+            place = copies * WINDOW + (length_of - 1).to(tl.int32) % WINDOW
+            place = tl.where(there, place, tl.where(r < room, rows * WINDOW + r, -1))
+            tl.store(step + 3 * steps + r, tl.where(length_of > 0, place, -1), mask=r < num_requests)
         length_of -= exact
     begin = tl.sum(tl.where(r < request, length_of, 0), 0)
     length = tl.sum(tl.where(r == request, length_of, 0), 0).to(tl.int32)
@@ -115,6 +119,7 @@ def gather_slots(
         recent.top if recent else 0,
         recent.rows if recent else 0,
         recent.step.shape[1] if recent else 0,
+        recent.room if recent else 0,
         REQUESTS=request_block(batch),
         WINDOW=recent.window if recent else 0,
         BLOCK=BLOCK,

@@ -2,8 +2,9 @@
 
 Copies are a request's own: position p of it lies at p modulo the window. They begin with the first token of its last
 prefill, whose launch notes the position; a decode step adds its token. So a request never takes another one's copies
-for its own, and nothing else has to know of them. Definition: :func:`..reference.recent_step` and
-:func:`..reference.recent_attention`; where they join: :mod:`.merge`.
+for its own, and nothing else has to know of them. From there a step's tokens are encoded, too, of all layers at a time
+(:mod:`..encode.step`), for which that of a request without copies is kept behind all rows. Definition:
+:func:`..reference.recent_step` and :func:`..reference.recent_attention`; where they join: :mod:`.merge`.
 """
 
 from __future__ import annotations
@@ -28,15 +29,18 @@ class Recent:
     """Of all layers: L layers, R rows of copies, up to B requests of a step, W tokens each.
 
     top: the request index whose copies lie in row 0; a request r has row top - r, if that is one of R.
-    first int32 ``[R]``: the position from which a row's copies are there. step int32 ``[3, B]``: of a decode step's
-    requests the row or -1, the position of the token, and how many tokens are exact, that one among them.
-    k ``[L, R, W, H, D]``, v ``[L, R, W, H, Dv]``.
+    room: requests of a step up to which each one's token is kept.
+    first int32 ``[R]``: the position from which a row's copies are there. step int32 ``[4, B]``: of a decode step's
+    requests the row or -1, the position of the token, how many tokens are exact, that one among them, and the place
+    where it is kept, as if rows were one, or -1.
+    k ``[L, R + S, W, H, D]``, v ``[L, R + S, W, H, Dv]``: S rows for the tokens of requests without one.
     """
 
     first: torch.Tensor
     step: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+    room: int
     top: int = 0
 
     @classmethod
@@ -52,11 +56,13 @@ class Recent:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> Recent:
+        held = layers, rows + triton.cdiv(rows, window), window, heads
         return cls(
             torch.zeros(rows, dtype=torch.int32, device=device),
-            torch.full((3, requests), -1, dtype=torch.int32, device=device),
-            torch.zeros(layers, rows, window, heads, dim, dtype=dtype, device=device),
-            torch.zeros(layers, rows, window, heads, v_dim, dtype=dtype, device=device),
+            torch.full((4, requests), -1, dtype=torch.int32, device=device),
+            torch.zeros(*held, dim, dtype=dtype, device=device),
+            torch.zeros(*held, v_dim, dtype=dtype, device=device),
+            rows,
         )
 
     @property
@@ -74,13 +80,14 @@ class Recent:
     def bind(self, top: int) -> None:
         """Requests have the indices 1 to ``top`` from now on; 0 is nobody's, and has no copies."""
         if top < self.rows:
-            self.first, self.k, self.v = self.first[:top], self.k[:, :top], self.v[:, :top]
+            held = top + self.k.shape[1] - self.rows
+            self.first, self.k, self.v = self.first[:top], self.k[:, :held], self.v[:, :held]
         self.top = top
 
     def begin(self, requests: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """A decode step of requests ``[B]`` with lengths ``[B]``, their tokens' own counted: fills ``step`` by PyTorch
         and gives the counts ``[B]`` (:func:`.gather.gather_slots` does it on a GPU)."""
-        step = reference.recent_step(self.first, self.top, self.window, requests, lengths)
+        step = reference.recent_step(self.first, self.top, self.window, self.room, requests, lengths)
         self.step[:, : len(requests)] = torch.stack(step)
         return step[2]
 
@@ -90,7 +97,7 @@ class Recent:
 
 @dataclass(frozen=True)
 class RecentLayer:
-    """One layer's copies: k ``[R, W, H, D]``, v ``[R, W, H, Dv]``."""
+    """One layer's copies: k ``[R + S, W, H, D]``, v ``[R + S, W, H, Dv]``."""
 
     recent: Recent
     k: torch.Tensor
@@ -167,7 +174,7 @@ class RecentRead:
 
     @property
     def step(self) -> torch.Tensor:
-        """int32 ``[3, B]``, see :class:`Recent`."""
+        """int32 ``[4, B]``, see :class:`Recent`."""
         return self.copies.recent.step[:, : len(self.k)]
 
     def check(self, requests: int, heads: int, dim: int, v_dim: int) -> None:
@@ -274,6 +281,7 @@ def exact_part(
     row = tl.load(step + token, mask=live, other=-1)
     position = tl.load(step + steps + token, mask=live, other=0)
     count = tl.load(step + 2 * steps + token, mask=live, other=0)
+    kept_at = tl.load(step + 3 * steps + token, mask=live, other=-1)
     query = tl.load(q + (token * qt + j * qh)[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
     own_k = tl.load(k + (token * kt + head * kh)[:, None] + channel[None, :], mask=inside, other=0.0)
     own_v = tl.load(v + (token * vt + head * vh)[:, None] + column[None, :], mask=inside_v, other=0.0)
@@ -300,8 +308,8 @@ def exact_part(
             summed = summed * keep[:, None] + tl.sum(value * share[:, :, None], 1)
             peak = top
 
-    mine = (row >= 0) & (position >= 0) & live & (j % GROUP == 0)
-    place = (row.to(tl.int64) * WINDOW + position % WINDOW) * heads + head
+    mine = (kept_at >= 0) & (j % GROUP == 0)
+    place = kept_at.to(tl.int64) * heads + head
     tl.store(v_copies + place[:, None] * V_DIM + column[None, :], own_v, mask=mine[:, None] & inside_v)
     if first_column == 0:
         tl.store(k_copies + place[:, None] * DIM + channel[None, :], own_k, mask=mine[:, None] & inside)

@@ -13,6 +13,7 @@ from .dependent import dependent, wait_and_release
 from .tables import Side
 
 BLOCK = 16  # rows per program, the least a tensor-core dot takes
+FEW_ROWS = 256  # of a head, up to which a program takes so few, and a part of the columns
 #: The interpreter keeps bfloat16 as its bits and multiplies those; in float32 the products are the same.
 _WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -130,12 +131,17 @@ def _rotate_kernel(
     )
 
 
+def tokens_of_each_binary(group: int) -> tuple[int, int]:
+    """A number of tokens for each one that :func:`rotate_queries` takes."""
+    return 1, FEW_ROWS // group + 1
+
+
 def rotate_queries(side: Side, x: torch.Tensor, group: int) -> torch.Tensor:
     """Queries ``x [T, group * H, dim]`` times the ``back`` matrices of the keys, float32."""
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     rows = x.shape[0] * group
     # Few rows are a matter of reading the matrix: its columns are spread over programs.
-    block, columns = (64, side.padded) if rows > 256 else (16, min(32, side.padded))
+    block, columns = (64, side.padded) if rows > FEW_ROWS else (BLOCK, min(32, side.padded))
     _rotate_kernel[(triton.cdiv(rows, block), side.back.shape[0], side.padded // columns)](
         x,
         side.back_pieces if x.dtype == torch.bfloat16 else side.back,

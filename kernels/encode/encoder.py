@@ -68,25 +68,23 @@ class Encoder:
             raise ValueError(f"positions {found}: [{tokens}] is needed, since keys are less the means of their pages")
         if not tokens:
             return
-        if tokens <= self.few_tokens:
-            few, per_token = True, 0
-            spread: dict[str, Any] = {}
+        few, per_token = tokens <= self.few_tokens, 0
+        if few:
             parts = tables.k.padded // _channels(tables)
             programs = (2 * tokens + triton.cdiv(tokens * group, QUERY_BLOCK) * parts) * tables.heads
             grid = programs, 1, 1
         else:
             per_token = rows_per_token(tables, tokens, k.device)
-            few, spread = False, {"spread": per_token}
             programs = triton.cdiv(max(tokens * per_token, tokens * group), ROWS)
             grid = programs, tables.heads * (3 if group else 2), 1
         stride_qt = stride_qh = stride_rt = stride_rh = 0
         if q is not None and rotated is not None:
             (stride_qt, stride_qh, _), (stride_rt, stride_rh, _) = q.stride(), rotated.stride()
+        spread: dict[str, Any] = {} if few else {"spread": per_token}
         key = few, k.dtype, group, per_token > 1
         launch = self._launches.get(key)
         if launch is None:
-            make = self._few(k.dtype, group) if few else self._many(k.dtype, group, per_token == 1)
-            launch = self._launches[key] = make
+            launch = self._launches[key] = Launch(**self.bound(few, k.dtype, group, per_token))
         launch(
             grid,
             k=k,
@@ -108,10 +106,18 @@ class Encoder:
             **spread,
         )
 
+    def bound(self, few: bool, dtype: torch.dtype, group: int, per_token: int) -> dict[str, Any]:
+        """The kernel and what of its arguments is the same in every launch for keys of this dtype, with ``group``
+        queries for each of their heads, 0 for none."""
+        own = self._few() if few else self._many(dtype, per_token == 1)
+        return self._common(dtype, group) | own
+
     def _common(self, dtype: torch.dtype, group: int) -> dict[str, Any]:
         """What both kernels are bound to."""
         tables, k, v, row, means = self.tables, self.tables.k, self.tables.v, self.tables.row, self.tables.means
         return {
+            "layers": None,
+            "places": None,
             "means": means and means.stored,
             "PAGE": means.page if means else 0,
             "words": self.rows.view(torch.int16),
@@ -142,44 +148,42 @@ class Encoder:
             "num_stages": 1,
         }
 
-    def _few(self, dtype: torch.dtype, group: int) -> Launch:
+    def _few(self) -> dict[str, Any]:
         tables, chained = self.tables, dependent(self.rows.device)
-        return Launch(
-            encode_few_kernel,
-            **self._common(dtype, group),
-            k_matrix=tables.k.into,
-            k_channels=tables.k_plan.channels,
-            v_matrix=tables.v.into,
-            v_channels=tables.v_plan.channels,
-            BITS=tables.k_plan.bits,
-            V_BITS=tables.v_plan.bits,
-            ROWS=QUERY_BLOCK,
-            CHANNELS=_channels(tables),
-            DEPENDENT=chained,
-            launch_pdl=chained,
-            maxnreg=FEW_REGISTERS if max(tables.k.padded, tables.v.padded) <= 128 else None,
-        )
+        return {
+            "kernel": encode_few_kernel,
+            "k_matrix": tables.k.into,
+            "k_channels": tables.k_plan.channels,
+            "v_matrix": tables.v.into,
+            "v_channels": tables.v_plan.channels,
+            "BITS": tables.k_plan.bits,
+            "V_BITS": tables.v_plan.bits,
+            "ROWS": QUERY_BLOCK,
+            "CHANNELS": _channels(tables),
+            "DEPENDENT": chained,
+            "launch_pdl": chained,
+            "maxnreg": FEW_REGISTERS if max(tables.k.padded, tables.v.padded) <= 128 else None,
+        }
 
-    def _many(self, dtype: torch.dtype, group: int, full: bool) -> Launch:
+    def _many(self, dtype: torch.dtype, full: bool) -> dict[str, Any]:
         """full: whether the batch has more programs than run at a time."""
         tables, split = self.tables, dtype == torch.bfloat16
         narrow = full and split and max(tables.k.padded, tables.v.padded) <= 128
-        return Launch(
-            encode_many_kernel,
-            **self._common(dtype, group),
-            k_matrix=tables.k_plan.pieces if split else tables.k.into,
-            k_lookup=tables.k_plan.lookup,
-            v_matrix=tables.v_plan.pieces if split else tables.v.into,
-            v_lookup=tables.v_plan.lookup,
-            cells=tables.cells.table,
-            TILES=tables.k_plan.flat_tiles,
-            V_TILES=tables.v_plan.flat_tiles,
-            BOOKS=tables.cells.magnitudes,
-            COUNT=tables.cells.count,
-            INTERPRET=triton.knobs.runtime.interpret,
-            ROWS=ROWS,
-            maxnreg=REGISTERS if narrow else None,
-        )
+        return {
+            "kernel": encode_many_kernel,
+            "k_matrix": tables.k_plan.pieces if split else tables.k.into,
+            "k_channels": tables.k_plan.lookup,
+            "v_matrix": tables.v_plan.pieces if split else tables.v.into,
+            "v_channels": tables.v_plan.lookup,
+            "cells": tables.cells.table,
+            "TILES": tables.k_plan.flat_tiles,
+            "V_TILES": tables.v_plan.flat_tiles,
+            "BOOKS": tables.cells.magnitudes,
+            "COUNT": tables.cells.count,
+            "INTERPRET": triton.knobs.runtime.interpret,
+            "ROWS": ROWS,
+            "maxnreg": REGISTERS if narrow else None,
+        }
 
 
 def _channels(tables: ColumnTables) -> int:
@@ -229,9 +233,9 @@ def few_tokens(tables: ColumnTables) -> int:
     return FEW_CHANNELS // (tables.heads * tables.k.padded)
 
 
-def rows_per_token(tables: ColumnTables, tokens: int, device: torch.device) -> int:
+def rows_per_token(tables: ColumnTables, tokens: int, device: torch.device, layers: int = 1) -> int:
     """1, or a row for each factor of the scale search as long as all programs still run at once."""
     tries = triton.next_power_of_2(tables.search.shape[0])
-    programs = triton.cdiv(tokens * tries, ROWS) * 2 * tables.heads
+    programs = triton.cdiv(tokens * tries, ROWS) * 2 * tables.heads * layers
     count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     return tries if tries <= ROWS and programs <= 2 * count else 1

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..device.address import block_base
+from ..device.address import block_base, pointer
 from ..device.dependent import wait_and_release
 from ..device.page_mean import stored_at
 from ..device.rotate import project_and_store
@@ -24,12 +24,13 @@ from ..format.codec import SCALE_MAX, V_SCALE_MAX
 from ..format.columns import COLUMNS
 from ..format.layout import BLOCK_SLOTS
 from ..format.page_mean import SCALE_MIN
-from .plan import COEFFICIENTS
+from .plan import COEFFICIENTS, FIELDS
 from .scale import TINY, correct
 
 _COLUMNS = tl.constexpr(COLUMNS)
 _SLOTS = tl.constexpr(BLOCK_SLOTS)
 _TERMS = tl.constexpr(COEFFICIENTS)
+_FIELDS = tl.constexpr(len(FIELDS))
 _MATRIX = tl.constexpr(1 << 14)  # entries of a matrix that a program holds in registers
 _SCALE_MAX = tl.constexpr(SCALE_MAX)
 _V_SCALE_MAX = tl.constexpr(V_SCALE_MAX)
@@ -103,6 +104,7 @@ def _encode(
     search,
     num_factors,
     token,
+    places,  # of the tokens' vectors, or None: one after another
     positions,  # None without page means
     means,  # in stored channels
     heads,
@@ -141,7 +143,10 @@ def _encode(
         moves += (tl.load(pack + (head * len(BINS) + b) * PADDED + channel),)
     index = tl.arange(0, TRIES)
     factor = tl.load(search + index, mask=index < num_factors, other=1.0)
-    x += token.to(tl.int64) * stride_t + head * stride_h
+    place = token
+    if places is not None:
+        place = tl.maximum(tl.load(places + token), 0)
+    x += place.to(tl.int64) * stride_t + head * stride_h
     matrix += head * PADDED * PADDED
     y, slot, mean = _multiply(x, loc + token, matrix, mean_at, DIM, PADDED, DEPENDENT)
     if PAGE > 0:
@@ -199,7 +204,7 @@ _FREE = ["num_factors", "num_tokens", "num_queries", "heads", "row_bytes", "norm
 _FREE += ["k_code_bytes", "k_at", "v_code_bytes", "v_at"]
 
 
-@triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=["loc", "positions"])
+@triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=["loc", "positions", "places"])
 def encode_few_kernel(
     k,  # [T, H, DIM]
     v,  # [T, H, V_DIM]
@@ -210,6 +215,8 @@ def encode_few_kernel(
     loc,
     positions,  # [T]; this and the means None where keys have none
     means,  # [pages, H, PADDED], in stored channels
+    layers,  # int64 [L, 10]: addresses of what each of several layers has (plan.FIELDS); None: of this one alone
+    places,  # [T], of the tokens' keys and values, or None: one after another
     k_matrix,
     k_channels,
     k_pack,
@@ -254,16 +261,23 @@ def encode_few_kernel(
     DEPENDENT: tl.constexpr,
 ):
     head, token = tl.program_id(0) % heads, tl.program_id(0) // heads
+    if layers is not None:
+        own = layers + tl.program_id(2) * _FIELDS
+        k, v, words, scales = pointer(own, 0, k), pointer(own, 1, v), pointer(own, 2, words), pointer(own, 2, scales)
+        k_matrix, k_channels, k_pack = pointer(own, 3, k_matrix), pointer(own, 4, k_channels), pointer(own, 5, k_pack)
+        v_matrix, v_channels, v_pack = pointer(own, 6, v_matrix), pointer(own, 7, v_channels), pointer(own, 8, v_pack)
+        if PAGE > 0:
+            means = pointer(own, 9, means)
     if token < num_tokens:
         _encode(
-            k, words, scales, loc, k_matrix, k_channels, k_pack, search, num_factors, token, positions, means, heads,
-            stride_kt, stride_kh, row_bytes, k_at, k_code_bytes, norm_offset, pad_at, head,
+            k, words, scales, loc, k_matrix, k_channels, k_pack, search, num_factors, token, places, positions, means,
+            heads, stride_kt, stride_kh, row_bytes, k_at, k_code_bytes, norm_offset, pad_at, head,
             DIM, PADDED, PAGE, BITS, BINS, RULE, TRIES, False, DEPENDENT,
         )  # fmt: skip
     elif token < 2 * num_tokens:
         _encode(
-            v, words, scales, loc, v_matrix, v_channels, v_pack, search, num_factors, token - num_tokens, None, None,
-            heads, stride_vt, stride_vh, row_bytes, v_at, v_code_bytes, norm_offset, pad_at, head,
+            v, words, scales, loc, v_matrix, v_channels, v_pack, search, num_factors, token - num_tokens, places, None,
+            None, heads, stride_vt, stride_vh, row_bytes, v_at, v_code_bytes, norm_offset, pad_at, head,
             V_DIM, V_PADDED, 0, V_BITS, V_BINS, RULE, TRIES, True, DEPENDENT,
         )  # fmt: skip
     elif GROUP > 0:

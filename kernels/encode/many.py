@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..device.address import block_base
+from ..device.address import block_base, pointer
 from ..device.page_mean import stored_at
 from ..device.rotate import project, project_and_store
 from ..format.codec import SCALE_MAX, V_SCALE_MAX
@@ -13,7 +13,7 @@ from ..format.columns import COLUMNS
 from ..format.layout import BLOCK_SLOTS
 from ..format.page_mean import SCALE_MIN
 from .nearest import nearest
-from .plan import TILE_FIELDS
+from .plan import FIELDS, TILE_FIELDS
 from .scale import TINY, correct, gain, of_first_best, sums_of_squares, try_factor
 
 _COLUMNS = tl.constexpr(COLUMNS)
@@ -23,6 +23,7 @@ _V_SCALE_MAX = tl.constexpr(V_SCALE_MAX)
 _TINY = tl.constexpr(TINY)
 _SCALE_MIN = tl.constexpr(SCALE_MIN)
 _N = tl.constexpr(TILE_FIELDS)
+_FIELDS = tl.constexpr(len(FIELDS))
 #: Adding 2^23 to a whole float32 puts the number into its low bits.
 _WHOLE = tl.constexpr(8388608.0)
 
@@ -93,6 +94,7 @@ def _encode(
     num_factors,
     spread,  # rows per token: 1, or TRIES with a factor each
     num_tokens,
+    places,  # of the tokens' vectors, or None: one after another
     positions,  # None without page means
     means,  # in stored channels
     heads,
@@ -120,7 +122,10 @@ def _encode(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, trial = row // spread, row % spread
     live = token < num_tokens
-    at = token.to(tl.int64) * stride_t + head * stride_h
+    place = token
+    if places is not None:
+        place = tl.maximum(tl.load(places + token, mask=live, other=0), 0)
+    at = place.to(tl.int64) * stride_t + head * stride_h
     lookup += head * 4 * PADDED
     if PAGE > 0:
         # Asked for before the product, which hides the way to them.
@@ -212,7 +217,7 @@ _FREE = ["num_factors", "spread", "num_tokens", "num_queries", "heads", "row_byt
 _FREE += ["k_code_bytes", "k_at", "v_code_bytes", "v_at"]
 
 
-@triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=["loc", "positions"])
+@triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=["loc", "positions", "places"])
 def encode_many_kernel(
     k,  # [T, H, DIM]
     v,  # [T, H, V_DIM]
@@ -223,11 +228,13 @@ def encode_many_kernel(
     loc,
     positions,  # [T]; this and the means None where keys have none
     means,  # [pages, H, PADDED], in stored channels
+    layers,  # int64 [L, 10]: addresses of what each of several layers has (plan.FIELDS); None: of this one alone
+    places,  # [T], of the tokens' keys and values, or None: one after another
     k_matrix,
-    k_lookup,
+    k_channels,
     k_pack,
     v_matrix,
-    v_lookup,
+    v_channels,
     v_pack,
     q_matrix,
     cells,
@@ -270,19 +277,26 @@ def encode_many_kernel(
     ROWS: tl.constexpr,
 ):
     side, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    if layers is not None:
+        own = layers + tl.program_id(2) * _FIELDS
+        k, v, words, scales = pointer(own, 0, k), pointer(own, 1, v), pointer(own, 2, words), pointer(own, 2, scales)
+        k_matrix, k_channels, k_pack = pointer(own, 3, k_matrix), pointer(own, 4, k_channels), pointer(own, 5, k_pack)
+        v_matrix, v_channels, v_pack = pointer(own, 6, v_matrix), pointer(own, 7, v_channels), pointer(own, 8, v_pack)
+        if PAGE > 0:
+            means = pointer(own, 9, means)
     if side == 0:
         if tl.program_id(0) * ROWS < num_tokens * spread:
             _encode(
-                k, words, scales, loc, k_matrix, k_lookup, k_pack, cells, search, num_factors, spread, num_tokens,
-                positions, means, heads, stride_kt, stride_kh, row_bytes, k_at, k_code_bytes, norm_offset, pad_at, head,
-                DIM, PADDED, PAGE, TILES, BINS, BOOKS, COUNT, INTERPRET, RULE, TRIES, False, ROWS,
+                k, words, scales, loc, k_matrix, k_channels, k_pack, cells, search, num_factors, spread, num_tokens,
+                places, positions, means, heads, stride_kt, stride_kh, row_bytes, k_at, k_code_bytes, norm_offset,
+                pad_at, head, DIM, PADDED, PAGE, TILES, BINS, BOOKS, COUNT, INTERPRET, RULE, TRIES, False, ROWS,
             )  # fmt: skip
     elif side == 1:
         if tl.program_id(0) * ROWS < num_tokens * spread:
             _encode(
-                v, words, scales, loc, v_matrix, v_lookup, v_pack, cells, search, num_factors, spread, num_tokens,
-                None, None, heads, stride_vt, stride_vh, row_bytes, v_at, v_code_bytes, norm_offset, pad_at, head,
-                V_DIM, V_PADDED, 0, V_TILES, V_BINS, BOOKS, COUNT, INTERPRET, RULE, TRIES, True, ROWS,
+                v, words, scales, loc, v_matrix, v_channels, v_pack, cells, search, num_factors, spread, num_tokens,
+                places, None, None, heads, stride_vt, stride_vh, row_bytes, v_at, v_code_bytes, norm_offset,
+                pad_at, head, V_DIM, V_PADDED, 0, V_TILES, V_BINS, BOOKS, COUNT, INTERPRET, RULE, TRIES, True, ROWS,
             )  # fmt: skip
     elif GROUP > 0:
         project_and_store(

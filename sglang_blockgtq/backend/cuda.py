@@ -19,6 +19,8 @@ from sglang.srt.speculative.eagle_utils import TreeMaskMode
 
 from ..kernels.cuda.attention import KernelError
 from ..kernels.decode.gather import gather_slots
+from ..kernels.encode.encoder import Encoder
+from ..kernels.encode.step import StepEncoder
 from ..options import NAME, KVQuantError, flag
 from ..runtime import current
 from ..terms import terms_of
@@ -53,11 +55,18 @@ class TritonPackedBackend(TritonAttnBackend):
         self.pages = (first.tables.means.page, first.tables.means.nowhere) if first.has_means else (0, 0)
         self.quantized_chunk = current().options.chunk_attention == "quantized"
         self.recent, self.copies = copies_of(runner, pool.layers)
+        self.encode_step, self.last_layer = self._step_encoder(), next(reversed(pool.layers))
         self.buffers = self._buffers(runner)
         self._warm_up(runner)
         self._verify_mask = self._new_verify_mask(runner)
         self._extended: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # requests, tokens before, indptr of a prefill
         self._plans: tuple[Any, dict[int, list[tuple[slice, ExtendPlan]]]] | None = None  # by window
+
+    def _step_encoder(self) -> StepEncoder | None:
+        """Where exact tokens are read, a step's are encoded for all layers at its end."""
+        encoders = [layer.encoder for layer in self.pool.layers.values()]
+        in_columns = [encoder for encoder in encoders if isinstance(encoder, Encoder)]
+        return StepEncoder(in_columns, self.recent) if self.recent and in_columns == encoders else None
 
     def _buffers(self, runner: Any) -> Buffers:
         """Those that were taken before the cache was sized."""
@@ -88,6 +97,8 @@ class TritonPackedBackend(TritonAttnBackend):
             if tree is not None:  # it is read, and the rows of an accepted branch are moved
                 todo += [partial(verification.warm_up, n, *self.pages) for n in warm_up.batch_sizes(most)]
                 todo.append(partial(self.pool.move_kv_cache, *torch.zeros(2, 1, dtype=torch.int64, device=self.device)))
+        if self.encode_step:
+            todo += [partial(self.encode_step.warm_up, n) for n in self.encode_step.batch_sizes()]
         todo.append(lambda: self.buffers.workspace.warm_up(layers))
         if self.pool.check:
             todo += [partial(self.pool.check.warm_up, n, self._ahead) for n in warm_up.batch_sizes(most)]
@@ -202,16 +213,19 @@ class TritonPackedBackend(TritonAttnBackend):
     def _step(self, q, k, v, layer: RadixAttention, forward_batch, positions, save_kv_cache, scratch, **options):
         meta, packed = self.forward_metadata, self.pool.layer(layer.layer_id)
         q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        rotated = None
-        if save_kv_cache:
-            rotated = packed.encode(*_by_head(k, v, layer), forward_batch.out_cache_loc, positions, q3)
-            self._wrote(layer, forward_batch)
+        rotated, later = None, self.encode_step if self.encode_step and self.encode_step.takes(len(q3)) else None
         if self.recent is not None:
             options["recent"] = self.copies[layer.layer_id].read(*_by_head(k, v, layer))
+        if save_kv_cache and later is None:
+            rotated = packed.encode(*_by_head(k, v, layer), forward_batch.out_cache_loc, positions, q3)
         out = q3.new_empty(q3.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         kv_indptr = meta.kv_indptr[: q3.shape[0] // meta.max_extend_len + 1]
         options |= {"rotated": rotated, "scratch": scratch, "out": out}
         packed.decode(q3, kv_indptr, meta.kv_indices, layer.scaling, **options)
+        if save_kv_cache:
+            if later is not None and layer.layer_id == self.last_layer:
+                later(forward_batch.out_cache_loc, positions)
+            self._wrote(layer, forward_batch)
         return out.flatten(1)
 
     def forward_extend(self, q, k, v, layer: RadixAttention, forward_batch, save_kv_cache=True, **kwargs):

@@ -13,6 +13,7 @@ from ..kernels.decode.gather import gather_slots
 from ..kernels.decode.recent import RecentLayer
 from ..kernels.decode.splits import request_block
 from ..kernels.decode.tree import Tree
+from ..kernels.device.rotate import rotate_queries, tokens_of_each_binary
 from ..kernels.device.tables import ColumnTables
 from ..kernels.encode.encoder import few_tokens, rows_per_token
 from ..kernels.layer import TritonLayer
@@ -45,11 +46,14 @@ def jobs(
     layer: any, since a binary serves all; slot 0 is written, which no request has. num_heads: of the query.
     dtype: the model's. copies: exact ones of its last tokens, of which none is written.
     """
-    with_query = (0, num_heads) if layer.fast else (0,)
+    # Up to so many requests are encoded at a step's end, without queries.
+    later, group = copies.recent.room if copies and layer.fast else 0, num_heads // layer.heads
+    with_query = (0, num_heads) if layer.fast and most > later else (0,)
     return [
         *(partial(_gather, batch, layer.rows.device, copies) for batch in batch_sizes(most)),
         *(partial(_decode, layer, scratch, num_heads, dtype, batch, copies=copies) for batch in batch_sizes(most)),
         *([partial(_remember, layer, dtype, copies)] if copies else []),
+        *(partial(_rotate, layer, group, dtype, n) for n in tokens_of_each_binary(group) if later and n <= most),
         *(partial(_encode, layer, heads, dtype, tokens) for tokens in encoded_at_once(layer) for heads in with_query),
     ]
 
@@ -86,6 +90,11 @@ def _encode(layer: TritonLayer, num_heads: int, dtype: torch.dtype, tokens: int)
     q = torch.zeros(tokens, num_heads, layer.head_dim, dtype=dtype, device=device) if num_heads else None
     zeros = torch.zeros(tokens, dtype=torch.int64, device=device)
     layer.encode(k, v, zeros, zeros, q)
+
+
+def _rotate(layer: TritonLayer, group: int, dtype: torch.dtype, tokens: int) -> None:
+    q = torch.zeros(tokens, group * layer.heads, layer.head_dim, dtype=dtype, device=layer.rows.device)
+    rotate_queries(layer.tables.k, q, group)
 
 
 def _nobody(batch: int, device: torch.device) -> torch.Tensor:

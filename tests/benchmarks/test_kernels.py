@@ -636,22 +636,20 @@ def test_timing_on_a_device():
 def known(monkeypatch):
     monkeypatch.setattr(cases, "SHAPES", (SHAPE, *cases.SHAPES))
     monkeypatch.setitem(layers.SHAPES, SHAPE.name, {"hidden_size": 32, "intermediate_size": 48})
-    monkeypatch.setattr(layers, "LAYERS", 2)
 
 
 def test_a_layer_is_timed_among_weights(known, tmp_path, monkeypatch):
     """Every part launches what it names, in every layer."""
-    seen, took_few = [], set()
+    seen = []
     encode, decode = layers.Encoder.__call__, layers.decode_attention
-    monkeypatch.setattr(
-        layers.Encoder,
-        "__call__",
-        lambda self, *args: (
-            seen.append(("encode", self.rows.data_ptr())),
-            took_few.add(len(args[2]) <= self.few_tokens),
-            encode(self, *args),
-        ),
-    )
+    rotate, encode_step = layers.rotate_queries, layers.StepEncoder.__call__
+
+    def named(kind, launch, address=lambda *_: None):
+        return lambda *args: (seen.append((kind, address(*args))), launch(*args))
+
+    monkeypatch.setattr(layers.Encoder, "__call__", named("encode", encode, lambda self, *_: self.rows.data_ptr()))
+    monkeypatch.setattr(layers, "rotate_queries", named("rotate", rotate))
+    monkeypatch.setattr(layers.StepEncoder, "__call__", named("step", encode_step))
 
     def attend(tables, q, rows, *args, **kwargs):
         seen.append(("attention" if kwargs["recent"] is None else "exact", rows.data_ptr()))
@@ -660,24 +658,25 @@ def test_a_layer_is_timed_among_weights(known, tmp_path, monkeypatch):
         return got
 
     monkeypatch.setattr(layers, "decode_attention", attend)
-    times = iter([10.0, 14.5, 21.25, 22.0])
+    times = iter([10.0, 14.5, 21.25, 22.0, 12.0, 19.5])
 
     def timer(launch, num_bytes, windows, seconds):
         seen.clear()
         for i in range(windows):
             launch(i)
         kinds = [kind for kind, _ in seen]
-        assert len({address for _, address in seen}) in (0, 2)
+        assert len({address for _, address in seen if address}) in (0, 2)
         took.append(kinds)
         return timing.Timing(next(times), "graph", windows, 20)
 
     took = []
-    monkeypatch.setattr(layers.encoder, "FEW_CHANNELS", layers.encoder.FEW_CHANNELS)
-    out, few = tmp_path / "layers.csv", 2 * SHAPE.kv_heads * SHAPE.dim - 1  # one less than the batch has
-    asked = ["--shape", "tiny", "--lengths", "2x40", "--few-channels", str(few), "--commit", "abc"]
+    monkeypatch.setattr(layers.step, "FEW_TOKENS", 0)
+    out = tmp_path / "layers.csv"
+    asked = ["--shape", "tiny", "--lengths", "2x40", "--layers", "2", "--few", "1", "--commit", "abc"]
     assert layers.main(["--out", str(out), *asked], timer, "cpu") == 0
-    assert took_few == {False}
-    assert took == [[], ["encode"] * 2, ["encode", "attention"] * 2, ["encode", "exact"] * 2]
+    assert layers.step.FEW_TOKENS == 1
+    want = [[], ["encode"] * 2, ["encode", "attention"] * 2, ["encode", "exact"] * 2, ["rotate"] * 2]
+    assert took == [*want, ["exact", "exact", "step"]]
     with out.open() as f:
         rows = [(r["part"], r["us"], r["more"]) for r in csv.DictReader(f)]
     assert rows == [
@@ -685,9 +684,11 @@ def test_a_layer_is_timed_among_weights(known, tmp_path, monkeypatch):
         ("encode", "14.5", "4.5"),
         ("attention", "21.2", "11.2"),
         ("exact", "22.0", "12.0"),
+        ("rotate", "12.0", "2.0"),
+        ("step", "19.5", "9.5"),
     ]
     made = json.loads(out.with_suffix(".json").read_text())
-    assert made["commit"] == "abc" and made["few_channels"] == few
+    assert made["commit"] == "abc" and made["few"] == 1
     assert made["command"].startswith("python -m benchmarks.kernels.layers --out")
 
 

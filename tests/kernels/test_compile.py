@@ -45,7 +45,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
     from sglang_blockgtq.kernels.decode.splits import num_splits
     from sglang_blockgtq.kernels.device import rotate
     from sglang_blockgtq.kernels.device.tables import ColumnTables
-    from sglang_blockgtq.kernels.encode import encoder
+    from sglang_blockgtq.kernels.encode import encoder, step
     from sglang_blockgtq.kernels.format.page_mean import PageMean
     from sglang_blockgtq.kernels.unpack import unpacker
     from sglang_blockgtq.kernels.unpack.task import UnpackTask
@@ -185,6 +185,11 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
         for merge._ROWS_ALONE, merge._GROUPS_AT_ONCE, target in ((1 << 30, 0, 600), (0, 1 << 30, 32)):
             parts = scratch(num_splits(8, target))
             merge.merge_splits(tables.v, parts.out, parts.lse, indptr, 1, target, q, lse, **beside)
+    if one_template:  # the encode kernels again, of several layers
+        exact = recent.Recent.of(2, 4, 8, 8, heads, dim, dim, dtype, "cpu")
+        encode_step = step.StepEncoder([encoder.Encoder(tables, rows)] * 2, exact)
+        for step.FEW_TOKENS, step.rows_per_token in ((4, None), (0, lambda *_: 8), (0, lambda *_: 1)):
+            encode_step(slots[:4].long(), slots[:4].long())
     unpack = unpacker.Unpacker(tables)
     for side in ("k", "v"):
         setattr(unpack, side, replace(getattr(unpack, side), matrix=getattr(unpack, side).matrix.half()))
@@ -224,6 +229,7 @@ def compiled(tmp_path_factory) -> Callable[[tuple], list[dict]]:
         yield lambda kind: found[kind].result()
 
 
+STEP = "encode_few_kernel", "encode_many_kernel", "encode_many_kernel"
 FIRST = [
     *("gather_slots_kernel", "encode_few_kernel", "encode_many_kernel", "encode_many_kernel"),
     *("_rotate_kernel", "decode_kernel", "merge_group_kernel"),
@@ -231,13 +237,14 @@ FIRST = [
     *("merge_chunk_kernel", "merge_tile_kernel", "_merge_into_kernel"),
     *("gather_slots_kernel", "remember_kernel", "merge_chunk_kernel", "merge_tile_kernel"),
     *("merge_chunk_kernel", "merge_row_kernel", "merge_group_kernel"),
+    *STEP,
     *["unpack_columns_kernel"] * 2,
     *("write_checksums_kernel", "compare_rows_kernel", "take_rows_kernel", "put_rows_kernel", "read_tree_kernel"),
 ]
 KERNELS = {
     TEMPLATE: FIRST,
     TEMPLATE_80: FIRST,
-    MEANS: [*FIRST[1:7], "unpack_columns_kernel"],
+    MEANS: [*FIRST[1:7], *STEP, "unpack_columns_kernel"],
     SEGMENTS: ["_rotate_kernel", "decode_kernel", "merge_group_kernel", "unpack_columns_kernel"],
     ANY_LAYOUT: [
         *["encode_any_kernel"] * 2,
@@ -267,13 +274,28 @@ def test_kernels_of_a_step_wait_for_each_other_on_hopper(compiled, kind):
         "remember_kernel",
         "_rotate_kernel",
     ]
-    for launch in compiled(kind):
+    launches = compiled(kind)
+    for launch in launches:
         if launch["name"] in step:
             ptx = Path(launch["file"]).with_suffix(".ptx").read_text()
             waits = ptx.count("griddepcontrol.wait")
             assert waits == ptx.count("griddepcontrol.launch_dependents")
-            # keys, values and queries each, of one program or another
-            assert waits == (0 if kind is TEMPLATE_80 else 3 if launch["name"] == "encode_few_kernel" else 1)
+            # keys, values and queries each, of one program or another; no queries at a step's end
+            most = 1
+            if launch["name"] == "encode_few_kernel":
+                most = 3 if launch is launches[1 if kind is not MEANS else 0] else 2
+            assert waits == (0 if kind is TEMPLATE_80 else most)
+
+
+@pytest.mark.parametrize("kind", [TEMPLATE, MEANS, TEMPLATE_80], ids=["sm90", "means", "sm80"])
+def test_addresses_from_a_table_are_known_to_be_aligned(compiled, kind):
+    """What a step's encode reads of a layer comes in 16 bytes at a time, as where the layer is the only one."""
+    launches = [launch for launch in compiled(kind) if launch["name"] in STEP]
+    ptx = [Path(launch["file"]).with_suffix(".ptx").read_text() for launch in launches]
+    narrow = [len(re.findall(r"ld\.global(?!\S*v[24])", text)) for text in ptx]
+    assert len(launches) == 6
+    for alone, step in zip(narrow[:3], narrow[3:], strict=True):
+        assert step - alone <= 30  # the addresses themselves, and the places
 
 
 def regions_of(ttgir: str, kind: str) -> list[str]:

@@ -10,6 +10,7 @@ from sglang_blockgtq.kernels.decode.attention import decode_attention
 from sglang_blockgtq.kernels.decode.gather import gather_slots
 from sglang_blockgtq.kernels.decode.recent import Recent, RecentLayer
 from sglang_blockgtq.kernels.device.tables import templates_of
+from sglang_blockgtq.kernels.encode.step import StepEncoder
 from sglang_blockgtq.kernels.format.layout import gather_rows
 from sglang_blockgtq.kernels.layer import TorchLayer, TritonLayer
 from sglang_blockgtq.kernels.terms import PLAIN, Terms
@@ -65,7 +66,11 @@ def step_of(case: Case, window: int = WINDOW) -> tuple[RecentLayer, torch.Tensor
     rows = [row if 0 <= row < ROWS else -1 for row in rows]
     counts = [n if row >= 0 else i % 2 for i, (n, row) in enumerate(zip(counts, rows, strict=True))]
     positions = [length + n - 1 for length, n in zip(case.lengths, counts, strict=True)]
-    layer.recent.step[:, :batch] = torch.tensor([rows, positions, counts])
+    places = []
+    for i, (row, position) in enumerate(zip(rows, positions, strict=True)):
+        behind = ROWS * window + i if i < layer.recent.room else -1
+        places.append(-1 if position < 0 else behind if row < 0 else row * window + position % window)
+    layer.recent.step[:, :batch] = torch.tensor([rows, positions, counts, places])
     for row, position, count in zip(rows, positions, counts, strict=True):
         for back in range(1, count):
             k, v = new_tokens(case, 1, seed=position - back)
@@ -171,7 +176,8 @@ def test_a_step_leaves_exact_tokens_out(index):
     gather_slots(table, requests, lengths, kv_indptr, kv_indices, recent=recent)
     assert kv_indptr.tolist() == want_indptr.tolist()
     assert kv_indices.tolist() == [*want.tolist(), -7, -7, -7]
-    step = [[0, 1, 2, 3, -1, -1, 5, -1], [19, 29, 12, 13, 10, 0, 14, -1], counts]
+    places = [4, 9, 12, 18, 34, 35, 29, -1]
+    step = [[0, 1, 2, 3, -1, -1, 5, -1], [19, 29, 12, 13, 10, 0, 14, -1], counts, places]
     assert recent.step[:, :8].tolist() == step and bool((recent.step[:, 8:] == 99).all())
     recent.step.fill_(99)
     assert recent.begin(requests, lengths).tolist() == counts
@@ -194,7 +200,7 @@ def test_a_prefill_leaves_its_last_tokens(case):
     for mine, theirs in ((got.k, want.k), (got.v, want.v)):
         assert torch.equal(mine.nan_to_num(77.0), theirs.nan_to_num(77.0))
     written = want.k.isfinite().flatten(2).all(-1).sum(1)
-    assert written.tolist() == [5, 5, 2, 0, 3, 0]
+    assert written.tolist() == [5, 5, 2, 0, 3, 0, 0, 0]
     assert torch.equal(want.k[0, 11 % WINDOW], k[11]) and torch.equal(want.v[2, 31 % WINDOW], v[18])
 
 
@@ -203,7 +209,7 @@ def test_more_requests_than_rows():
     recent = Recent.of(2, ROWS, 4, WINDOW, 1, 32, 32, torch.float32, DEVICE)
     held = recent.nbytes
     recent.bind(4)
-    assert recent.rows == 4 and recent.layer(1).k.shape == (4, WINDOW, 1, 32) and recent.nbytes < held
+    assert recent.rows == 4 and recent.layer(1).k.shape == (4 + 2, WINDOW, 1, 32) and recent.nbytes < held
     assert recent.begin(torch.tensor([0, 4], device=DEVICE), torch.tensor([9, 9], device=DEVICE)).tolist() == [1, 5]
 
 
@@ -281,12 +287,13 @@ def as_a_graph(step):
     return graph.replay
 
 
+@pytest.mark.parametrize("later", [False, True], ids=["in the layer", "at the end"])
 @pytest.mark.parametrize(
     ("case", "choice"),
     [(TEMPLATE, "triton"), *(pytest.param(LARGE[0], name, marks=pytest.mark.gpu) for name in ("triton", "cuda"))],
     ids=str,
 )
-def test_a_graph_of_a_step_follows_its_requests(case, choice, monkeypatch):
+def test_a_graph_of_a_step_follows_its_requests(case, choice, later, monkeypatch):
     """Gathered, encoded and attended more often than the window is long, by the same launches: a request that begins
     with less than the window, one with more, and one without copies."""
     monkeypatch.setattr(cuda, "CHOICE", choice)
@@ -313,11 +320,13 @@ def test_a_graph_of_a_step_follows_its_requests(case, choice, monkeypatch):
 
     def step():
         gather_slots(table, requests, lengths, kv_indptr, kv_indices, recent=own.recent)
-        rotated = layer.encode(new_k, new_v, loc, positions, q)
+        rotated = None if later else layer.encode(new_k, new_v, loc, positions, q)
         read = own.read(new_k, new_v)
         layer.decode(q, kv_indptr, kv_indices, d.sm_scale, rotated=rotated, recent=read, out=out)
+        if later:
+            encode(loc, positions)
 
-    again = None
+    again, encode = None, StepEncoder([layer.encoder], own.recent)
     for i in range(steps):
         for mine, new in zip((new_k, new_v), new_tokens(case, 3, seed=i), strict=True):
             mine.copy_(new)

@@ -8,9 +8,12 @@ from sglang_blockgtq.kernels.any_layout import attention as any_attention
 from sglang_blockgtq.kernels.any_layout import encode as any_encode
 from sglang_blockgtq.kernels.decode import attention
 from sglang_blockgtq.kernels.decode.attention import DecodeScratch
+from sglang_blockgtq.kernels.decode.recent import Recent
 from sglang_blockgtq.kernels.decode.splits import request_block
+from sglang_blockgtq.kernels.device import rotate
 from sglang_blockgtq.kernels.device.tables import templates_of
-from sglang_blockgtq.kernels.encode import encoder
+from sglang_blockgtq.kernels.encode import encoder, step
+from sglang_blockgtq.kernels.encode.step import StepEncoder
 from sglang_blockgtq.kernels.layer import TritonLayer
 
 from .matrix import DEVICE, MEANS, PRODUCT, TEMPLATE, data
@@ -44,7 +47,8 @@ def _kinds(monkeypatch):
 
         def __getitem__(self, grid):
             def launch(*args, **constants):
-                seen.add((self.kernel.__name__, constants.get("REQUESTS"), constants.get("GROUP")))
+                which = [constants.get(name) for name in ("REQUESTS", "GROUP", "COLUMNS", "spread")]
+                seen.add((self.kernel.__name__, *which, constants.get("layers") is not None))
                 return self.kernel[grid](*args, **constants)
 
             return launch
@@ -54,6 +58,7 @@ def _kinds(monkeypatch):
         (any_attention, "decode_any_kernel"),
         (encoder, "encode_few_kernel", "encode_many_kernel"),
         (any_encode, "encode_any_kernel"),
+        (rotate, "_rotate_kernel"),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Watched(getattr(module, name)))
@@ -71,7 +76,7 @@ def test_requests_need_what_is_prepared(monkeypatch, case):
     for job in warm_up.jobs(layer, scratch, d.q.shape[1], d.k.dtype, 12):
         job()
     prepared = seen.copy()
-    assert len(prepared) == (6 if layer.fast else 3)
+    assert len(prepared) == (8 if layer.fast else 4)
 
     for batch in (1, 3, 12):
         k, v, q = (x[:1].expand(batch, -1, -1).contiguous() for x in (d.k, d.v, d.q))
@@ -83,6 +88,37 @@ def test_requests_need_what_is_prepared(monkeypatch, case):
             rotated = layer.encode(k, v, slots, slots, q)
         layer.decode(q, kv_indptr, slots, 0.1, rotated=rotated, scratch=scratch)
     assert seen == prepared
+
+
+@pytest.mark.parametrize("room", [8, 12])
+def test_steps_with_exact_tokens_need_what_is_prepared(monkeypatch, room):
+    """Whose tokens are encoded at the end; of more requests than are kept, in each layer."""
+    d, most = data(TEMPLATE), 12
+    layer = TritonLayer(d.codec, DEVICE, templates_of(d.codec.layout.k))
+    layer.bind(layer.new_rows(len(d.rows), DEVICE))
+    monkeypatch.setattr(step, "FEW_TOKENS", 1)
+    monkeypatch.setattr(rotate, "FEW_ROWS", 9)
+    recent = Recent.of(1, room, most, 4, layer.heads, layer.head_dim, layer.v_head_dim, d.k.dtype, DEVICE)
+    recent.bind(most)
+    copies, num_heads = recent.layer(0), d.q.shape[1]
+    scratch, seen = DecodeScratch.of(layer.tables, most, num_heads), _kinds(monkeypatch)
+    encode = StepEncoder([layer.encoder], recent)
+    for job in warm_up.jobs(layer, scratch, num_heads, d.k.dtype, most, copies):
+        job()
+    for tokens in encode.batch_sizes():
+        encode.warm_up(tokens)
+    prepared = seen.copy()
+    for batch in range(1, most + 1):
+        k, v, q = (x[:1].expand(batch, -1, -1).contiguous() for x in (d.k, d.v, d.q))
+        slots, rotated = torch.arange(batch, device=DEVICE) % 4, None
+        if not encode.takes(batch):
+            rotated = layer.encode(k, v, slots, slots, q)
+        kv_indptr = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE)
+        layer.decode(q, kv_indptr, slots, 0.1, rotated=rotated, scratch=scratch, recent=copies.read(k, v))
+        if encode.takes(batch):
+            encode(slots, slots)
+    assert seen == prepared
+    assert (room == most) != any(kind[0].startswith("encode") and kind[2] for kind in prepared)  # with queries
 
 
 def test_a_failing_job_is_an_error(monkeypatch):
