@@ -215,7 +215,14 @@ def parse_serving(text: str) -> dict:
         raise BenchError("no request was completed")
     if not all(first > 0 for first in result["ttfts"]):
         raise BenchError("some answers had no text, so that bench_serving took no time to the first token")
-    for name in ("output_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "p99_tpot_ms"):
+    for name in (
+        "output_throughput",
+        "median_ttft_ms",
+        "p99_ttft_ms",
+        "median_tpot_ms",
+        "p99_tpot_ms",
+        "median_itl_ms",
+    ):
         if not math.isfinite(result[name]):
             raise BenchError(f"bench_serving says {name} is {result[name]}")
     return result

@@ -1,8 +1,9 @@
-"""What SGLang counts by itself: Prometheus text, memory and start-up times of /server_info."""
+"""What SGLang counts by itself: Prometheus text, memory and start-up times of /server_info, speeds in its log."""
 
 from __future__ import annotations
 
 import re
+from statistics import median
 
 from ..launch import Server
 
@@ -18,6 +19,15 @@ def total(text: str, name: str) -> float:
 def retracted(server: Server) -> float:
     """Requests that were pushed out of the running batch because the cache was full, since start."""
     return total(server.metrics(), "sglang:num_retracted_requests_total")
+
+
+def decoding(log: str) -> tuple[int, float] | None:
+    """The most requests that a step of this part of a log decoded, and tokens/s with so many: the median of the lines
+    that tell of them. None where no line does."""
+    lines = re.findall(r"Decode batch.*#running-req: (\d+),.*gen throughput \(token/s\): ([\d.]+)", log)
+    most = max((int(requests) for requests, _ in lines), default=0)
+    speeds = [float(speed) for requests, speed in lines if int(requests) == most]
+    return (most, median(speeds)) if speeds else None
 
 
 def state(info: dict) -> dict:

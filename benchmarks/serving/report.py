@@ -23,6 +23,7 @@ HEADINGS = {
 PLAIN = {
     "hit_rate",
     "retractions",
+    "decode_requests",
     "working_set",
     "cache",
     "bytes_per_token",

@@ -30,11 +30,12 @@ CHUNK = 64  # splits that are merged into one by the first launch
 
 _GROUPS_AT_ONCE = 128  # tokens times KV heads up to which one launch merges and rotates
 _GROUP_PARTS = 256  # rows of splits that such a launch takes at a time: what 8 warps hold in registers
+_SPLITS_AT_ONCE = 0  # splits of a batch up to which such rows are merged without a first launch
+_AT_ONCE = 64, 4  # of them that a program takes at a time, and its warps
 _ROWS_ALONE = 128  # output rows up to which each gets a merging program of its own
 _TILE_WARPS = {False: 4, True: 8}  # of a program that merges 16 rows, without exact tokens and with them
 _ELEMENTS = 4096  # of an output tile of merge_into
 _CHUNK = tl.constexpr(CHUNK)
-_PARTS = tl.constexpr(16)  # that the second launch takes at a time
 
 
 @triton.jit
@@ -224,6 +225,8 @@ def merge_row_kernel(
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     COLUMNS: tl.constexpr,  # of the output, per program: they share the reading of the matrix
+    PARTS: tl.constexpr,  # that are taken at a time
+    STEP: tl.constexpr,  # splits from one part to the next: CHUNK behind the first launch
     REQUESTS: tl.constexpr,
     SPAN: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -242,8 +245,8 @@ def merge_row_kernel(
     peak = -1e30
     total = 0.0
     merged = tl.zeros([PADDED], tl.float32)
-    for start in range(0, count, _PARTS * _CHUNK):
-        split = start + tl.arange(0, _PARTS) * _CHUNK
+    for start in range(0, count, PARTS * STEP):
+        split = start + tl.arange(0, PARTS) * STEP
         live = split < count
         row = ((first + split).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
         peak, total, merged = _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM)
@@ -386,15 +389,19 @@ def merge_splits(
     # Twice the share of each: a program too many costs as much to start as one that is needed.
     chunks = triton.cdiv(min(target, 2 * per_request), CHUNK) if spread else 1
     block = max(4, min(CHUNK, triton.next_power_of_2(2 * per_request)))
-    merge_chunk_kernel[(num_heads, tokens, chunks)](
-        partial_out, partial_lse, kv_indptr, requests, target, num_heads, **shared,
-        BLOCK=block, WHOLE=not spread, num_warps=4 if block > 8 else 1,
-    )  # fmt: skip
+    step, parts, warps = CHUNK, 16, 4
+    if spread and target <= _SPLITS_AT_ONCE:
+        step, parts, warps = 1, *_AT_ONCE
+    else:
+        merge_chunk_kernel[(num_heads, tokens, chunks)](
+            partial_out, partial_lse, kv_indptr, requests, target, num_heads, **shared,
+            BLOCK=block, WHOLE=not spread, num_warps=4 if block > 8 else 1,
+        )  # fmt: skip
     if spread:
         columns = min(32, side.padded)  # few rows share the matrix' columns out, to fill the device
         merge_row_kernel[(num_heads, tokens, side.padded // columns)](
             partial_out, partial_lse, side.back, sinks, exact, kv_indptr, out, lse, requests, target, num_heads,
-            out.stride(0), out.stride(1), **shared, **final, COLUMNS=columns, num_warps=4,
+            out.stride(0), out.stride(1), **shared, **final, COLUMNS=columns, PARTS=parts, STEP=step, num_warps=warps,
         )  # fmt: skip
     else:
         columns = min(64, side.padded)

@@ -47,6 +47,7 @@ WAYS = {
     "group": (1 << 30, 0, [(1, 1), (5, 3), (2 * CHUNK + 1, 1)]),
     "tile": (0, 0, [(1, 1), (5, 3), (5 * CHUNK + 1, 1)]),
     "row": (0, 1 << 30, [(5 * CHUNK + 1, 2)]),
+    "row at once": (0, 1 << 30, [(5 * CHUNK + 1, 2)]),
 }
 #: Two heads, of a group and of channels that fill no tile.
 PARTLY = Case("uniform", 3, 3, 64, 2, 3, v_dim=48)
@@ -60,8 +61,9 @@ def test_splits_are_merged(case, monkeypatch):
     for way, (at_once, alone, sizes) in WAYS.items():
         monkeypatch.setattr(merge, "_GROUPS_AT_ONCE", at_once)
         monkeypatch.setattr(merge, "_ROWS_ALONE", alone)
+        monkeypatch.setattr(merge, "_SPLITS_AT_ONCE", 1 << 30 if "at once" in way else 0)
         for name in names:  # none but the one that is meant
-            kernel = kernels[name] if name == ("tile" if wide else way) else None
+            kernel = kernels[name] if name == ("tile" if wide else way.split()[0]) else None
             monkeypatch.setattr(merge, f"merge_{name}_kernel", kernel)
         for target, q_len in sizes if case != WIDE else [(5, 1)]:
             lengths = [0, 100_000 if target > 4 * CHUNK else 5000, 3]

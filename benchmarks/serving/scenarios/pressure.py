@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..bench import serving, serving_command
-from ..counters import retracted
+from ..counters import decoding, retracted
 from . import Context, Outcomes, Plan, Unfit, Value
 
 NAME = "pressure"
@@ -33,11 +33,17 @@ def measure(ctx: Context, cases: list[str]) -> Outcomes:
             yield case, Unfit(f"{prompt + answer} tokens are needed by one request, {tokens} fit")
             continue
         out = ctx.raw / f"{NAME}_{case.rpartition('x')[2]}.jsonl"
-        before = retracted(ctx.server)
+        before, logged = retracted(ctx.server), len(ctx.server.output())
         command = serving_command(ctx.target, out, load(ctx.plan, case), answer, warm=not ctx.warm, flush=True)
         result = serving(ctx.worker, command, out, out.with_suffix(".log"), ctx.timeout())
         ctx.warm = True
-        yield case, [*stream_values(result), Value("retractions", retracted(ctx.server) - before, "requests")]
+        values = [*stream_values(result), Value("retractions", retracted(ctx.server) - before, "requests")]
+        if found := decoding(ctx.server.output()[logged:]):
+            values.append(Value("decode_requests", found[0], "requests", "the most of a step"))
+            values.append(
+                Value("decode_throughput", found[1], "tokens/s", "of steps with so many, by the server's log")
+            )
+        yield case, values
 
 
 def stream_values(result: dict) -> list[Value]:
@@ -51,5 +57,6 @@ def stream_values(result: dict) -> list[Value]:
         Value("ttft_p99", result["p99_ttft_ms"], "ms"),
         Value("tpot_p50", result["median_tpot_ms"], "ms"),
         Value("tpot_p99", result["p99_tpot_ms"], "ms"),
+        Value("itl_p50", result["median_itl_ms"], "ms", "between two tokens, all requests"),
         Value("hit_rate", report["total_cached_tokens"] / max(report["total_prompt_tokens"], 1), "of prompt tokens"),
     ]

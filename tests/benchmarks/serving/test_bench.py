@@ -32,6 +32,7 @@ def test_reads_bench_serving(data):
     assert values["output_throughput"].value == pytest.approx(6.664, rel=1e-3)
     assert values["ttft_p50"].value == pytest.approx(978.94, rel=1e-3)
     assert values["tpot_p99"].value == pytest.approx(223.43, rel=1e-3)
+    assert values["itl_p50"].value == pytest.approx(218.83, rel=1e-3)
     assert values["hit_rate"].value == 0 and values["hit_rate"].unit == "of prompt tokens"
     assert values["output_throughput"].note == "4 requests in 4.802 s"
 
@@ -65,6 +66,16 @@ def test_reads_what_one_batch_left_out(data):
     ]
     with pytest.raises(BenchError, match="fewer than 64 requests"):
         bench.parse_skips("Skip benchmark batch_size=64 > skip_max_running_requests_threshold=48 due to max")
+
+
+def test_speeds_of_the_largest_batch_in_a_log():
+    line = (
+        "[2026-11-30] Decode batch, #running-req: {}, #token: 9, cuda graph: True, gen throughput (token/s): {}, #queue"
+    )
+    steps = [(8, 100.5), (64, 12.0), (64, 250.25), (64, 260.0), (9, 999.0)]
+    log = "\n".join([*(line.format(*step) for step in steps), "Prefill batch, #running-req: 70, gen throughput"])
+    assert counters.decoding(log) == (64, 250.25)
+    assert counters.decoding("Prefill batch, #running-req: 70") is None
 
 
 def test_counters(data):
