@@ -2,11 +2,11 @@
 
 Definition: :func:`..reference.merge_states`. :func:`merge_splits` merges decode attention's splits and rotates the
 result by ``v_out``. Both are linear in the splits' outputs, so the rotation comes last and once, and behind it the
-exact tokens (:mod:`.recent`). Where each request has a few splits, one launch does it all: a program merges them for
-the heads of one group, which share the matrix. Where requests are few and each has many splits, a first launch merges
-64 at a time, in the place of the first of them, which spreads them over the GPU; where requests are many, all of a
-row's. A second launch then merges what is left and rotates it: one program for each row where rows are few, else 16
-rows at a time, so that the matrix is read a sixteenth as often.
+exact tokens (:mod:`.recent`). One launch does it all where each request has a few splits, by a program for the heads of
+a group, which share the matrix, and where rows are few, by a program for a row and some of its columns. Else it takes
+two. The first one merges 64 splits at a time, in the place of the first of them, where a row has very many; where
+requests are many, all of a row's. The second one merges what is left and rotates it, 16 rows at a time where rows are
+many, so that the matrix is read a sixteenth as often.
 
 :func:`merge_into` merges attention over a piece of a prefix into what there is.
 """
@@ -30,8 +30,9 @@ CHUNK = 64  # splits that are merged into one by the first launch
 
 _GROUPS_AT_ONCE = 128  # tokens times KV heads up to which one launch merges and rotates
 _GROUP_PARTS = 256  # rows of splits that such a launch takes at a time: what 8 warps hold in registers
-_SPLITS_AT_ONCE = 0  # splits of a batch up to which such rows are merged without a first launch
-_AT_ONCE = 64, 4  # of them that a program takes at a time, and its warps
+_SPLITS_AT_ONCE = 600  # splits of a request up to which such rows are merged without a first launch
+#: And how many of them a program takes at a time, with so many warps: up to 384 splits, and beyond.
+_AT_ONCE, _MORE_AT_ONCE = (64, 4), (128, 8)
 _ROWS_ALONE = 128  # output rows up to which each gets a merging program of its own
 _TILE_WARPS = {False: 4, True: 8}  # of a program that merges 16 rows, without exact tokens and with them
 _ELEMENTS = 4096  # of an output tile of merge_into
@@ -390,8 +391,8 @@ def merge_splits(
     chunks = triton.cdiv(min(target, 2 * per_request), CHUNK) if spread else 1
     block = max(4, min(CHUNK, triton.next_power_of_2(2 * per_request)))
     step, parts, warps = CHUNK, 16, 4
-    if spread and target <= _SPLITS_AT_ONCE:
-        step, parts, warps = 1, *_AT_ONCE
+    if spread and per_request <= _SPLITS_AT_ONCE:
+        step, (parts, warps) = 1, _AT_ONCE if per_request <= 384 else _MORE_AT_ONCE
     else:
         merge_chunk_kernel[(num_heads, tokens, chunks)](
             partial_out, partial_lse, kv_indptr, requests, target, num_heads, **shared,

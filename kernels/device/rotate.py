@@ -9,12 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .dependent import dependent, prefetch, wait_and_release
+from .dependent import dependent, wait_and_release
 from .tables import Side
 
 BLOCK = 16  # rows per program, the least a tensor-core dot takes
-PREFETCH = False
-_LINE = tl.constexpr(64)  # bfloat16 numbers that a cache fetches together
 FEW_ROWS = 256  # of a head, up to which a program takes so few, and a part of the columns
 #: The interpreter keeps bfloat16 as its bits and multiplies those; in float32 the products are the same.
 _WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
@@ -109,17 +107,10 @@ def _rotate_kernel(
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PREFETCH: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    head, first = tl.program_id(1), tl.program_id(2) * COLUMNS
-    if PREFETCH:
-        # A program's columns of each piece of the matrix, which lie together there.
-        LINES: tl.constexpr = COLUMNS * PADDED // _LINE
-        line = tl.arange(0, 2 * LINES)
-        at = (head * 2 + line // LINES) * (PADDED * PADDED) + first * PADDED + line % LINES * _LINE
-        prefetch(matrix + at)
     wait_and_release(DEPENDENT)
+    head, first = tl.program_id(1), tl.program_id(2) * COLUMNS
     project_and_store(
         x,
         matrix,
@@ -165,7 +156,6 @@ def rotate_queries(side: Side, x: torch.Tensor, group: int) -> torch.Tensor:
         PADDED=side.padded,
         ROWS=block,
         COLUMNS=columns,
-        PREFETCH=PREFETCH and x.dtype == torch.bfloat16 and dependent(x.device),
         DEPENDENT=dependent(x.device),
         launch_pdl=dependent(x.device),
     )

@@ -234,8 +234,9 @@ def few_tokens(tables: ColumnTables) -> int:
 
 
 def rows_per_token(tables: ColumnTables, tokens: int, device: torch.device, layers: int = 1) -> int:
-    """1, or a row for each factor of the scale search as long as all programs still run at once."""
+    """1, or a row for each factor of the scale search as long as all programs still run at once, or of several layers
+    twice as many."""
     tries = triton.next_power_of_2(tables.search.shape[0])
     programs = triton.cdiv(tokens * tries, ROWS) * 2 * tables.heads * layers
     count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-    return tries if tries <= ROWS and programs <= 2 * count else 1
+    return tries if tries <= ROWS and programs <= (4 if layers > 1 else 2) * count else 1

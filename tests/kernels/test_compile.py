@@ -167,8 +167,10 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
         tables = replace(tables, levels=tables.half_levels)  # as products take them on a GPU
     attention.decode_attention(tables, q, rows, indptr, slots, 0.1, target=32, scratch=scratch(32))
     if first:
-        args = indptr[:3], slots, 0.1
-        attention.decode_attention(tables, q, rows, *args, q_len=4, tree=slots, target=200, scratch=scratch(200, 4))
+        args = indptr[:2], slots, 0.1
+        attention.decode_attention(
+            tables, q[:4], rows, *args, q_len=4, tree=slots[:4], target=400, scratch=scratch(400, 4)
+        )
         merge._ROWS_ALONE = merge._GROUPS_AT_ONCE = 0
         parts, lse = scratch(num_splits(8, 32)), torch.zeros(8, 4 * heads)
         merge.merge_splits(tables.v, parts.out, parts.lse, indptr, 1, 32, q, lse)
@@ -182,7 +184,9 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
         triton.knobs.runtime.interpret = False
         beside = {"recent": exact.layer(0).read(k, v), "q": q, "sm_scale": 0.1}
         merge.merge_splits(tables.v, parts.out, parts.lse, indptr, 1, 32, q, lse, **beside)
-        for merge._ROWS_ALONE, merge._GROUPS_AT_ONCE, target in ((1 << 30, 0, 600), (0, 1 << 30, 32)):
+        for merge._ROWS_ALONE, merge._GROUPS_AT_ONCE, merge._SPLITS_AT_ONCE, target in (
+            (1 << 30, 0, 0, 600), (1 << 30, 0, 600, 600), (0, 1 << 30, 0, 32)
+        ):  # fmt: skip
             parts = scratch(num_splits(8, target))
             merge.merge_splits(tables.v, parts.out, parts.lse, indptr, 1, target, q, lse, **beside)
     if one_template:  # the encode kernels again, of several layers
@@ -233,10 +237,10 @@ STEP = "encode_few_kernel", "encode_many_kernel", "encode_many_kernel"
 FIRST = [
     *("gather_slots_kernel", "encode_few_kernel", "encode_many_kernel", "encode_many_kernel"),
     *("_rotate_kernel", "decode_kernel", "merge_group_kernel"),
-    *("_rotate_kernel", "decode_kernel", "merge_chunk_kernel", "merge_row_kernel"),
+    *("_rotate_kernel", "decode_kernel", "merge_row_kernel"),
     *("merge_chunk_kernel", "merge_tile_kernel", "_merge_into_kernel"),
     *("gather_slots_kernel", "remember_kernel", "merge_chunk_kernel", "merge_tile_kernel"),
-    *("merge_chunk_kernel", "merge_row_kernel", "merge_group_kernel"),
+    *("merge_chunk_kernel", "merge_row_kernel", "merge_row_kernel", "merge_group_kernel"),
     *STEP,
     *["unpack_columns_kernel"] * 2,
     *("write_checksums_kernel", "compare_rows_kernel", "take_rows_kernel", "put_rows_kernel", "read_tree_kernel"),

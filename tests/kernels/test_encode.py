@@ -146,9 +146,15 @@ def test_matches_reference(case):
 
 @over(MEAN_CASES[1:3])
 def test_both_kernels_write_the_same_rows(case):
-    """A flag or a mean's rounding to the model's type that differed would change every code."""
+    """A flag or a mean's rounding to the model's type that differed would change every code. On a GPU the products
+    differ by rounding, and so do a few codes on thresholds."""
     d, slots = data(case), data(case).kv_indices[chosen(case, "few")]
-    assert torch.equal(rows_at(d, encoded(case, "few"), slots), rows_at(d, encoded(case, "many"), slots))
+    few, many = (rows_at(d, encoded(case, kernel), slots) for kernel in KERNELS)
+    if DEVICE == "cpu":
+        assert torch.equal(few, many)
+    (codes, scales), (want, want_scales) = codes_and_scales(d, few), codes_and_scales(d, many)
+    assert (codes != want).double().mean() < 1e-3
+    assert torch.equal(scales < 0, want_scales < 0)
 
 
 @over(
@@ -378,6 +384,9 @@ def test_a_wide_head_does_not_take_registers_that_it_needs():
     """The limit stands for heads whose matrix fits; that of 256 channels would spill."""
     for case, limited in ((TEMPLATE, True), (WIDE, False)):
         encode = Encoder(make_tables(data(case).codec), data(case).rows)
-        assert (encode._few(torch.bfloat16, 0).bound["maxnreg"] is not None) == limited
-        assert (encode._many(torch.bfloat16, 0, True).bound["maxnreg"] is not None) == limited
-        assert encode._many(torch.bfloat16, 0, False).bound["maxnreg"] is None
+        found = [
+            encode.bound(*of)["maxnreg"] is not None
+            for of in ((True, torch.bfloat16, 0, 0), (False, torch.bfloat16, 0, 1))
+        ]
+        assert found == [limited, limited]
+        assert encode.bound(False, torch.bfloat16, 0, 8)["maxnreg"] is None

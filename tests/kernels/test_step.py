@@ -94,5 +94,5 @@ def test_more_tokens_than_are_kept_are_refused():
 def test_a_few_tokens_many_and_a_row_for_each_factor():
     """What a step's tokens go to, by their number and that of programs that run at a time."""
     encode = StepEncoder(layers_of(TEMPLATE), kept(TEMPLATE, 3, 3)[0])
-    ways = [encode.rows_per_token(n) for n in (1, step.FEW_TOKENS, step.FEW_TOKENS + 1, 16, 512)]
+    ways = [encode.rows_per_token(n) for n in (1, step.FEW_TOKENS, step.FEW_TOKENS + 1, 352, 353)]
     assert ways == [0, 0, 8, 8, 1]
