@@ -29,6 +29,8 @@ SERVING = (
     ("pressure", "output_throughput", "under pressure ({case} under way), answers' tokens/s", False),
     ("pressure", "ttft_p50", "the same, time to the first token (p50), ms", True),
     ("pressure", "tpot_p50", "the same, time per token (p50), ms", True),
+    ("pressure", "itl_p50", "the same, from one token to the next (p50), ms", True),
+    ("pressure", "decode_throughput", "the same, decode alone with as many as fit, tokens/s", False),
     ("prefixes", "ttft_p50", "shared prefixes ({case}), time to the first token (p50), ms", True),
     ("prefixes", "hit_rate", "the same, prompt tokens from the cache", False),
     ("prefill", "speed", "prefill of {case}, tokens/s", False),
@@ -338,8 +340,8 @@ def commits(of: dict[str, str]) -> str:
 #: The record of decode attention that README shows.
 KERNELS = "kernels_h200.csv"
 #: README's table of speed: what the reader sees, and where it is from: attention of a layer (shape, requests, tokens),
-#: one request at a time (record, measure, tokens), servers under load (model, scenario, case, measure, whether less is
-#: better), or a part of a load (record, whether less is better). One table comes out for each GPU.
+#: one request at a time (record, measure, tokens), or servers under load (model, scenario, case, measure, whether less
+#: is better). One table comes out for each GPU.
 GAINS: tuple[tuple, ...] = (
     ("attention of a layer, Llama-3.1-8B's heads, 8 x 32K, us", "kernel", "Llama-3.1-8B", 8, 32768),
     ("attention of a layer, Qwen2.5-3B's heads, 8 x 32K, us", "kernel", "Qwen2.5-3B", 8, 32768),
@@ -350,7 +352,10 @@ GAINS: tuple[tuple, ...] = (
     ("decode step after 4K, Qwen2.5-3B, ms", "steps", "server_steps_h200.csv", "decode_step", 4096),
     ("decode step after 128K, Qwen2.5-3B, ms", "steps", "server_steps_h200.csv", "decode_step", 131072),
     ("prefill of 128K, Qwen2.5-3B, ms", "steps", "server_steps_h200.csv", "prefill", 131072),
-    ("decode of as many of 64 x 32K as fit, Llama-3.1-8B, tokens/s", "phase", "serving_h200/decode_phase.csv", False),
+    (
+        "decode of as many of 64 x 32K as fit, Llama-3.1-8B, tokens/s",
+        *("server", "llama-3.1-8b", "pressure", "32768+512 x64", "decode_throughput", False),
+    ),
     (
         "the same 64, prefill and all, tokens/s",
         *("server", "llama-3.1-8b", "pressure", "32768+512 x64", "output_throughput", False),
@@ -386,12 +391,6 @@ def of_steps(name: str, measure: str, tokens: int) -> Figures:
     """One request at a time, from a record of server_steps."""
     rows = [r for r in read(name) if r["measure"] == measure and r["input_tokens"] == str(tokens)]
     return about(name)["gpu"]["name"], short(about(name)["commit"]), {SHOWN[r["method"]]: float(r["ms"]) for r in rows}
-
-
-def of_phase(name: str) -> Figures:
-    """Decode of the most requests that a server has at a time."""
-    figures = {SHOWN[r["method"]]: float(r["tokens_per_s"]) for r in read(name)}
-    return about(name)["gpu"]["name"], short(about(name)["commit"]), figures
 
 
 def of_server(model: str, scenario: str, case: str, measure: str) -> Figures:
@@ -437,8 +436,8 @@ def gains() -> str:
     """README's tables of speed and capacity, one for each GPU; in brackets how many times better than bf16 it is."""
     tables: dict[str, list[str]] = {}
     for name, kind, *where in GAINS:
-        less = where.pop() if kind in ("server", "phase") else True
-        makers = {"kernel": of_kernel, "steps": of_steps, "server": of_server, "phase": of_phase}
+        less = where.pop() if kind == "server" else True
+        makers = {"kernel": of_kernel, "steps": of_steps, "server": of_server}
         gpu, commit, figures = makers[kind](*where)
         head = [f"| {gpu} | bf16 | fp8 | **K3V3** | commit |", "|---|---:|---:|---:|---|"]
         cells = [figure(figures["bf16"])]
