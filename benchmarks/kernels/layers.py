@@ -5,8 +5,9 @@ in it when a layer's attention begins. :mod:`benchmarks.kernels` calls attention
 Here a graph holds the products of some layers, with weights of their own and the model's sizes, and between them what a
 layer of the server does: encode with the query's rotation, attention, merge. Columns: shape, batch, context, method,
 part (weights: the products alone; encode, attention: with everything up to it; exact: attention that also reads and
-keeps each request's last tokens exactly; rotate: the query's rotation alone; step: rotation and exact attention, and
-encode of all layers in one launch at the end, as a server does), us of a layer, more: us over weights.
+keeps each request's last tokens exactly, its launch for them rotating the query; rotate: the query's rotation alone;
+step: rotation and exact attention, and encode of all layers in one launch at the end, as a server does), us of a layer,
+more: us over weights.
 """
 
 from __future__ import annotations
@@ -100,12 +101,14 @@ class Layers:
             .split([self.shape.q_heads, self.shape.kv_heads, self.shape.kv_heads], 1)
         )
         q = q * 0.5  # in the place of RoPE: a kernel between the product and encode
-        if part in ("encode", "attention", "exact"):
+        if part in ("encode", "attention"):
             self.encoders[i](k, v, self.loc, self.positions, q, self.rotated)
+        if part == "exact":
+            self.encoders[i](k, v, self.loc, self.positions)
         if part in ("attention", "exact", "step"):
             decode_attention(
                 self.tables[i], q, self.rows[i], self.kv_indptr, self.kv_indices, self.sm_scale,
-                rotated=None if part == "step" else self.rotated, scratch=self.scratch, out=self.out,
+                rotated=self.rotated if part == "attention" else None, scratch=self.scratch, out=self.out,
                 recent=None if part == "attention" else self.copies[i].read(k, v),
             )  # fmt: skip
         if part == "rotate":

@@ -1,8 +1,9 @@
 """Decode attention over packed rows. Definition: :func:`..reference.decode_attention`.
 
-Three launches: the query is rotated to the stored channels; split-KV flash attention decodes tiles of codes in
-registers, by the CUDA kernel (:mod:`..cuda`) where it serves a layer and by Triton elsewhere; the splits are merged and
-the output rotated back. No dequantized key or value is ever written to memory, nothing synchronises with the host, and
+Three launches: the query is rotated to the stored channels, and attends to the exact tokens (:mod:`.ahead`); split-KV
+flash attention decodes tiles of codes in registers, by the CUDA kernel (:mod:`..cuda`) where it serves a layer and by
+Triton elsewhere; the splits are merged and the output rotated back. No dequantized key or value is ever written to
+memory, nothing synchronises with the host, and
 neither a grid nor an allocation depends on a sequence length, so decode can be captured in a CUDA graph.
 """
 
@@ -22,6 +23,7 @@ from ..device.gpu import multiprocessors
 from ..device.rotate import rotate_queries
 from ..device.tables import ColumnTables, Tables
 from ..terms import PLAIN, Terms
+from .ahead import ahead
 from .kernel import decode_kernel
 from .merge import merge_splits
 from .recent import RecentRead
@@ -167,6 +169,8 @@ def decode_attention(
     if recent is not None:
         if q_len > 1 or terms.window:
             raise ValueError(f"recent: not with q_len {q_len} and window {terms.window}: 1 and 0 are needed")
+        if rotated is not None:
+            raise ValueError("rotated: not with recent, whose launch rotates the queries")
         recent.check(requests, tables.heads, tables.k.dim, tables.v.dim)
     if target is None:
         target = target_splits(tables, num_heads, q_len)
@@ -184,7 +188,10 @@ def decode_attention(
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     if not requests:
         return out, lse
-    if rotated is None:
+    exact = None
+    if recent is not None:
+        rotated, exact = ahead(tables, q, recent, sm_scale, terms.cap)
+    elif rotated is None:
         rotated = rotate_queries(tables.k, q, num_heads // tables.heads)
     attend: Callable[..., None] = _attend if isinstance(tables, ColumnTables) else any_layout.attend
     if cuda.serves(tables, num_heads // tables.heads * q_len):
@@ -204,10 +211,7 @@ def decode_attention(
         lse,
         span,
         terms.sinks,
-        recent,
-        q,
-        sm_scale,
-        terms.cap,
+        exact,
     )
     return out, lse
 

@@ -2,7 +2,7 @@
 
 Definition: :func:`..reference.merge_states`. :func:`merge_splits` merges decode attention's splits and rotates the
 result by ``v_out``. Both are linear in the splits' outputs, so the rotation comes last and once, and behind it the
-exact tokens (:mod:`.recent`). One launch does it all where each request has a few splits, by a program for the heads of
+exact tokens (:mod:`.ahead`). One launch does it all where each request has a few splits, by a program for the heads of
 a group, which share the matrix, and where rows are few, by a program for a row and some of its columns. Else it takes
 two. The first one merges 64 splits at a time, in the place of the first of them, where a row has very many; where
 requests are many, all of a row's. The second one merges what is left and rotates it, 16 rows at a time where rows are
@@ -23,7 +23,6 @@ import triton.language as tl
 from ..device.dependent import dependent, wait_and_release
 from ..device.launch import Launch
 from ..device.tables import Side
-from .recent import RecentRead, arguments, exact_part, join
 from .splits import request_block, request_splits, splits_of
 
 CHUNK = 64  # splits that are merged into one by the first launch
@@ -34,7 +33,6 @@ _SPLITS_AT_ONCE = 600  # splits of a request up to which such rows are merged wi
 #: And how many of them a program takes at a time, with so many warps: up to 384 splits, and beyond.
 _AT_ONCE, _MORE_AT_ONCE = (64, 4), (128, 8)
 _ROWS_ALONE = 128  # output rows up to which each gets a merging program of its own
-_TILE_WARPS = {False: 4, True: 8}  # of a program that merges 16 rows, without exact tokens and with them
 _ELEMENTS = 4096  # of an output tile of merge_into
 _CHUNK = tl.constexpr(CHUNK)
 
@@ -71,6 +69,24 @@ def _weights(matrix, head, channel, column, PADDED: tl.constexpr):
     """Rows ``channel`` and columns ``column`` of a KV head's matrix. Asked for before the wait: in a server they come
     from memory each time."""
     return tl.load(matrix + head.to(tl.int64) * PADDED * PADDED + channel[:, None] * PADDED + column[None, :])
+
+
+@triton.jit
+def _exact(out, lse, row, live, column, DIM: tl.constexpr):
+    """Of the exact tokens: the lse of rows ``[R]``, and columns of their outputs ``[R, C]``."""
+    part = tl.load(out + row[:, None] * DIM + column[None, :], mask=live[:, None] & (column < DIM)[None, :], other=0.0)
+    return tl.load(lse + row, mask=live, other=float("-inf")), part
+
+
+@triton.jit
+def _join(lse, other):
+    """What two parts of these log-sum-exps are multiplied with, and the lse of both."""
+    top = tl.maximum(lse, other)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    a, b = tl.exp(lse - safe), tl.exp(other - safe)
+    whole = a + b
+    some = tl.where(whole > 0, whole, 1.0)
+    return a / some, b / some, tl.where(whole > 0, safe + tl.log(some), float("-inf"))
 
 
 @triton.jit
@@ -137,7 +153,8 @@ def merge_group_kernel(
     partial_lse,
     matrix,  # float32 [H, PADDED, PADDED] (in, out)
     sinks,  # [Hq], or None
-    recent,  # what is read exactly (recent.arguments), or None
+    exact_out,  # float32 [T, Hq, DIM] and [T, Hq] of the exact tokens (ahead), or None
+    exact_lse,
     kv_indptr,
     out,
     lse,
@@ -146,10 +163,6 @@ def merge_group_kernel(
     num_heads,
     stride_ot,
     stride_oh,
-    EXACT: tl.constexpr,  # tokens read exactly at most, their cap, and the keys' channels
-    CAP: tl.constexpr,
-    K_DIM: tl.constexpr,
-    K_PADDED: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,  # at least GROUP
     QUERIES: tl.constexpr,
@@ -169,11 +182,9 @@ def merge_group_kernel(
     first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS, SPAN)
     g = tl.arange(0, ROWS)
     j = head * GROUP + g
-    if recent is not None:
-        exact = exact_part(
-            recent, token + 0 * g, j, g < GROUP, column, first_column, GROUP, EXACT, CAP, K_DIM, K_PADDED, DIM
-        )
     wait_and_release(DEPENDENT)
+    if exact_out is not None:
+        exact = _exact(exact_out, exact_lse, token.to(tl.int64) * num_heads + j, g < GROUP, column, DIM)
     # Within a request 32 bits are enough to count in.
     base = (first.to(tl.int64) * QUERIES + token % QUERIES) * num_heads
     parts, states = partial_out + base * DIM, partial_lse + base
@@ -187,9 +198,9 @@ def merge_group_kernel(
         peak, total, merged = _fold(parts, states, row, live, channel, peak, total, merged, DIM)
     merged, merged_lse = _finish(peak, total, merged)
     rotated = tl.dot(tl.trans(weights), tl.trans(merged), input_precision="tf32x3")
-    if recent is not None:
-        packed_share, exact_share, merged_lse = join(merged_lse, exact[0], exact[1])
-        rotated = rotated * packed_share[None, :] + tl.trans(exact[2] * exact_share[:, None])
+    if exact_out is not None:
+        packed_share, exact_share, merged_lse = _join(merged_lse, exact[0])
+        rotated = rotated * packed_share[None, :] + tl.trans(exact[1] * exact_share[:, None])
     if sinks is not None:
         rotated *= _beside_sinks(sinks, j, merged_lse, g < GROUP)[None, :]
     to = out + token.to(tl.int64) * stride_ot + j[None, :] * stride_oh + column[:, None]
@@ -208,7 +219,8 @@ def merge_row_kernel(
     partial_lse,
     matrix,  # float32 [H, PADDED, PADDED] (in, out)
     sinks,  # [Hq], or None
-    recent,  # what is read exactly (recent.arguments), or None
+    exact_out,  # float32 [T, Hq, DIM] and [T, Hq] of the exact tokens (ahead), or None
+    exact_lse,
     kv_indptr,
     out,
     lse,
@@ -217,10 +229,6 @@ def merge_row_kernel(
     num_heads,
     stride_ot,
     stride_oh,
-    EXACT: tl.constexpr,  # tokens read exactly at most, their cap, and the keys' channels
-    CAP: tl.constexpr,
-    K_DIM: tl.constexpr,
-    K_PADDED: tl.constexpr,
     GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
     DIM: tl.constexpr,
@@ -237,12 +245,10 @@ def merge_row_kernel(
     column = first_column + tl.arange(0, COLUMNS)
     weights = _weights(matrix, j // GROUP, channel, column, PADDED)
     first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS, SPAN)
-    if recent is not None:
-        one = tl.arange(0, 1)
-        exact = exact_part(
-            recent, token + one, j + one, one == 0, column, first_column, GROUP, EXACT, CAP, K_DIM, K_PADDED, DIM
-        )
     wait_and_release(DEPENDENT)
+    if exact_out is not None:
+        at = token.to(tl.int64) * num_heads + j
+        exact = tl.load(exact_lse + at), tl.load(exact_out + at * DIM + column, mask=column < DIM, other=0.0)
     peak = -1e30
     total = 0.0
     merged = tl.zeros([PADDED], tl.float32)
@@ -253,9 +259,9 @@ def merge_row_kernel(
         peak, total, merged = _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM)
     merged, merged_lse = _finish(peak, total, merged)
     rotated = tl.sum(merged[:, None] * weights, 0)
-    if recent is not None:
-        packed_share, exact_share, merged_lse = join(merged_lse, tl.sum(exact[0], 0), tl.sum(exact[1], 0))
-        rotated = rotated * packed_share + tl.sum(exact[2], 0) * exact_share
+    if exact_out is not None:
+        packed_share, exact_share, merged_lse = _join(merged_lse, exact[0])
+        rotated = rotated * packed_share + exact[1] * exact_share
     if sinks is not None:
         rotated *= _beside_sinks(sinks, j, merged_lse, True)
     to = out + token.to(tl.int64) * stride_ot + j * stride_oh
@@ -273,7 +279,8 @@ def merge_tile_kernel(
     partial_lse,
     matrix,
     sinks,
-    recent,
+    exact_out,
+    exact_lse,
     kv_indptr,
     out,
     lse,
@@ -283,10 +290,6 @@ def merge_tile_kernel(
     num_heads,
     stride_ot,
     stride_oh,
-    EXACT: tl.constexpr,  # tokens read exactly at most, their cap, and the keys' channels
-    CAP: tl.constexpr,
-    K_DIM: tl.constexpr,
-    K_PADDED: tl.constexpr,
     GROUP: tl.constexpr,
     QUERIES: tl.constexpr,
     DIM: tl.constexpr,
@@ -314,9 +317,9 @@ def merge_tile_kernel(
     some = tl.sum(tl.where(index[None, :] == request[:, None], count[None, :], 0), 1) > 0
     firsts = tl.sum(tl.where(index[None, :] < request[:, None], count[None, :], 0), 1)
     state_at = (firsts.to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
-    if recent is not None:
-        exact = exact_part(recent, token, j, live, column, first_column, GROUP, EXACT, CAP, K_DIM, K_PADDED, DIM)
     wait_and_release(DEPENDENT)
+    if exact_out is not None:
+        exact = _exact(exact_out, exact_lse, token.to(tl.int64) * num_heads + j, live, column, DIM)
     state = tl.load(partial_lse + state_at, mask=some, other=float("-inf"))
     some = some & (state > float("-inf"))
 
@@ -326,9 +329,9 @@ def merge_tile_kernel(
         mask = some[:, None] & (channel < DIM)[None, :]
         merged = tl.load(partial_out + state_at[:, None] * DIM + channel[None, :], mask=mask, other=0.0)
         tile = tl.dot(merged.to(tl.float32), weights[i], tile, input_precision="tf32x3")
-    if recent is not None:
-        packed_share, exact_share, state = join(state, exact[0], exact[1])
-        tile = tile * packed_share[:, None] + exact[2] * exact_share[:, None]
+    if exact_out is not None:
+        packed_share, exact_share, state = _join(state, exact[0])
+        tile = tile * packed_share[:, None] + exact[1] * exact_share[:, None]
     if sinks is not None:
         tile *= _beside_sinks(sinks, j, state, live)[:, None]
     to = out + (token.to(tl.int64) * stride_ot + j * stride_oh)[:, None] + column[None, :]
@@ -348,15 +351,12 @@ def merge_splits(
     lse: torch.Tensor,
     span: int = 0,
     sinks: torch.Tensor | None = None,
-    recent: RecentRead | None = None,
-    q: torch.Tensor | None = None,
-    sm_scale: float = 1.0,
-    cap: float = 0.0,
+    exact: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Splits ``[S, q_len, Hq, Dv]`` with lse ``[S, q_len, Hq]`` into ``out [B * q_len, Hq, Dv]`` and ``lse``.
 
-    side: of the values. target, span: see :mod:`.splits`. sinks ``[Hq]``: taken into out, not into lse. recent: what
-    the queries ``q [B, Hq, D]`` read exactly besides, with their scale and cap. The partial results are overwritten.
+    side: of the values. target, span: see :mod:`.splits`. sinks ``[Hq]``: taken into out, not into lse. exact: out
+    and lse of what is read exactly besides, of those shapes, float32, contiguous. The partial results are overwritten.
     """
     tokens, num_heads = lse.shape
     heads, requests = side.back.shape[0], kv_indptr.shape[0] - 1
@@ -370,18 +370,14 @@ def merge_splits(
         "DEPENDENT": dependent(out.device),
         "launch_pdl": dependent(out.device),
     }
-    exact, window, k_dim = None, 0, 0
-    if recent is not None and q is not None:
-        exact, window, k_dim = arguments(recent, q, sm_scale), recent.copies.recent.window, q.shape[2]
-    k_padded = triton.next_power_of_2(max(k_dim, 1))
-    final = {"EXACT": window, "CAP": cap if window else 0.0, "K_DIM": k_dim, "K_PADDED": k_padded, "GROUP": group}
+    exact_out, exact_lse = exact or (None, None)
     per_request, narrow = target // requests, side.padded <= 128
     spread = narrow and tokens * num_heads <= _ROWS_ALONE and target > CHUNK * requests
     if narrow and not spread and tokens * heads <= _GROUPS_AT_ONCE:
         columns, rows = min(64, side.padded), max(8, triton.next_power_of_2(group))
         merge_group_kernel[(heads, tokens, side.padded // columns)](
-            partial_out, partial_lse, side.back, sinks, exact, kv_indptr, out, lse, requests, target, num_heads,
-            out.stride(0), out.stride(1), **shared, **final, COLUMNS=columns, ROWS=rows,
+            partial_out, partial_lse, side.back, sinks, exact_out, exact_lse, kv_indptr, out, lse, requests, target,
+            num_heads, out.stride(0), out.stride(1), **shared, GROUP=group, COLUMNS=columns, ROWS=rows,
             BLOCK=max(4, min(_GROUP_PARTS // rows, triton.next_power_of_2(per_request))), num_warps=8,
         )  # fmt: skip
         return
@@ -401,15 +397,16 @@ def merge_splits(
     if spread:
         columns = min(32, side.padded)  # few rows share the matrix' columns out, to fill the device
         merge_row_kernel[(num_heads, tokens, side.padded // columns)](
-            partial_out, partial_lse, side.back, sinks, exact, kv_indptr, out, lse, requests, target, num_heads,
-            out.stride(0), out.stride(1), **shared, **final, COLUMNS=columns, PARTS=parts, STEP=step, num_warps=warps,
+            partial_out, partial_lse, side.back, sinks, exact_out, exact_lse, kv_indptr, out, lse, requests, target,
+            num_heads, out.stride(0), out.stride(1), **shared, GROUP=group, COLUMNS=columns, PARTS=parts, STEP=step,
+            num_warps=warps,
         )  # fmt: skip
     else:
         columns = min(64, side.padded)
         merge_tile_kernel[(triton.cdiv(tokens * group, 16), heads, side.padded // columns)](
-            partial_out, partial_lse, side.back, sinks, exact, kv_indptr, out, lse, tokens * group, requests, target,
-            num_heads, out.stride(0), out.stride(1), **shared, **final, COLUMNS=columns, ROWS=16,
-            num_warps=_TILE_WARPS[exact is not None],
+            partial_out, partial_lse, side.back, sinks, exact_out, exact_lse, kv_indptr, out, lse, tokens * group,
+            requests, target, num_heads, out.stride(0), out.stride(1), **shared, GROUP=group, COLUMNS=columns, ROWS=16,
+            num_warps=4,
         )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ Copies are a request's own: position p of it lies at p modulo the window. They b
 prefill, whose launch notes the position; a decode step adds its token. So a request never takes another one's copies
 for its own, and nothing else has to know of them. From there a step's tokens are encoded, too, of all layers at a time
 (:mod:`..encode.step`), for which that of a request without copies is kept behind all rows. Definition:
-:func:`..reference.recent_step` and :func:`..reference.recent_attention`; where they join: :mod:`.merge`.
+:func:`..reference.recent_step` and :func:`..reference.recent_attention`; where they are read: :mod:`.ahead`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ import triton.language as tl
 from .. import reference
 from ..device.dependent import dependent, wait_and_release
 from ..device.launch import Launch
-
-_ELEMENTS = tl.constexpr(2048)  # of keys in a tile of a program
-_TOKENS = tl.constexpr(8)  # of a tile, and of tiles that are asked for together, at most
 
 
 @dataclass
@@ -192,16 +189,6 @@ class RecentRead:
             raise ValueError("recent: k and v: channels must be contiguous")
 
 
-def arguments(recent: RecentRead, q: torch.Tensor, sm_scale: float) -> tuple:
-    """What :func:`exact_part` takes of a step's queries ``q [B, Hq, D]``."""
-    copies, k, v = recent.copies, recent.k, recent.v
-    step = copies.recent.step
-    return (
-        *(q, k, v, copies.k, copies.v, step, step.shape[1], sm_scale),
-        *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), k.shape[1]),
-    )
-
-
 @triton.jit(do_not_specialize=["top", "rows"], do_not_specialize_on_alignment=["requests", "prefix_lens", "qo_indptr"])
 def remember_kernel(
     k,
@@ -247,89 +234,3 @@ def remember_kernel(
             tl.store(k_copies + at * DIM + channel, key, mask=mask)
             value = tl.load(v + token * stride_vt + head * stride_vh + v_channel, mask=v_mask)
             tl.store(v_copies + at * V_DIM + v_channel, value, mask=v_mask)
-
-
-@triton.jit
-def exact_part(
-    recent,  # of :func:`arguments`
-    token,  # [ROWS], of the step
-    j,  # [ROWS], query heads
-    live,  # [ROWS]
-    column,  # [COLUMNS], of the values
-    first_column,
-    GROUP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CAP: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    V_DIM: tl.constexpr,
-):
-    """Attention of query rows to the exact tokens: the peak and the sum of the softmax ``[ROWS]`` and the columns of
-    the values' sum ``[ROWS, COLUMNS]``, float32. Keeps the step's token, in the place of what has left the window.
-
-    For before the wait: the launch ahead makes nothing of this, and began when those ahead of it had ended.
-    """
-    q, k, v, k_copies, v_copies, step, steps, scale, qt, qh, kt, kh, vt, vh, heads = recent
-    FIT: tl.constexpr = _ELEMENTS // (token.shape[0] * PADDED)
-    TOKENS: tl.constexpr = min(_TOKENS, FIT) if FIT > 0 else 1
-    TOGETHER: tl.constexpr = (min(_TOKENS, WINDOW - 1) + TOKENS - 1) // TOKENS * TOKENS if WINDOW > 1 else 1
-    channel = tl.arange(0, PADDED)
-    head = j // GROUP
-    inside = live[:, None] & (channel < DIM)[None, :]
-    inside_v = live[:, None] & (column < V_DIM)[None, :]
-    token = token.to(tl.int64)
-    row = tl.load(step + token, mask=live, other=-1)
-    position = tl.load(step + steps + token, mask=live, other=0)
-    count = tl.load(step + 2 * steps + token, mask=live, other=0)
-    kept_at = tl.load(step + 3 * steps + token, mask=live, other=-1)
-    query = tl.load(q + (token * qt + j * qh)[:, None] + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-    own_k = tl.load(k + (token * kt + head * kh)[:, None] + channel[None, :], mask=inside, other=0.0)
-    own_v = tl.load(v + (token * vt + head * vh)[:, None] + column[None, :], mask=inside_v, other=0.0)
-
-    # The token's own key and value need no copy.
-    some = count > 0
-    peak = tl.where(some, _capped(tl.sum(query * own_k.to(tl.float32), 1) * scale, CAP), float("-inf"))
-    total = tl.where(some, 1.0, 0.0)
-    summed = tl.where(some[:, None], own_v.to(tl.float32), 0.0)
-    for first in range(0, WINDOW - 1, TOGETHER):
-        for start in tl.static_range(0, TOGETHER, TOKENS):
-            back = 1 + first + start + tl.arange(0, TOKENS)
-            there = (back[None, :] < count[:, None]) & live[:, None]
-            place = row[:, None].to(tl.int64) * WINDOW + (position[:, None] - back[None, :] + WINDOW) % WINDOW
-            place = (place * heads + head[:, None])[:, :, None]
-            key_mask, value_mask = there[:, :, None] & (channel < DIM), there[:, :, None] & (column < V_DIM)
-            key = tl.load(k_copies + place * DIM + channel, mask=key_mask, other=0.0).to(tl.float32)
-            value = tl.load(v_copies + place * V_DIM + column, mask=value_mask, other=0.0).to(tl.float32)
-            logit = tl.where(there, _capped(tl.sum(query[:, None, :] * key, 2) * scale, CAP), float("-inf"))
-            top = tl.maximum(peak, tl.max(logit, 1))
-            safe = tl.where(top == float("-inf"), 0.0, top)
-            keep, share = tl.exp(peak - safe), tl.exp(logit - safe[:, None])
-            total = total * keep + tl.sum(share, 1)
-            summed = summed * keep[:, None] + tl.sum(value * share[:, :, None], 1)
-            peak = top
-
-    mine = (kept_at >= 0) & (j % GROUP == 0)
-    place = kept_at.to(tl.int64) * heads + head
-    tl.store(v_copies + place[:, None] * V_DIM + column[None, :], own_v, mask=mine[:, None] & inside_v)
-    if first_column == 0:
-        tl.store(k_copies + place[:, None] * DIM + channel[None, :], own_k, mask=mine[:, None] & inside)
-    return peak, total, summed
-
-
-@triton.jit
-def _capped(logit, CAP: tl.constexpr):
-    if CAP > 0:
-        logit = CAP * (2.0 / (1.0 + tl.exp(-2.0 * logit / CAP)) - 1.0)  # tanh
-    return logit
-
-
-@triton.jit
-def join(lse, peak, total):
-    """What the packed part, of log-sum-exp ``lse``, and the exact sum are multiplied with, and the lse of both."""
-    top = tl.maximum(lse, peak)
-    safe = tl.where(top == float("-inf"), 0.0, top)
-    packed = tl.exp(lse - safe)
-    exact = tl.exp(peak - safe)
-    whole = packed + exact * total
-    some = tl.where(whole > 0, whole, 1.0)
-    return packed / some, exact / some, tl.where(whole > 0, safe + tl.log(some), float("-inf"))

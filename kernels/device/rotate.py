@@ -131,6 +131,12 @@ def _rotate_kernel(
     )
 
 
+def tiling(side: Side, rows: int) -> tuple[int, int]:
+    """Rows of a head, and columns, of a program. Few rows are a matter of reading the matrix, whose columns are spread
+    over programs."""
+    return (64, side.padded) if rows > FEW_ROWS else (BLOCK, min(32, side.padded))
+
+
 def tokens_of_each_binary(group: int) -> tuple[int, int]:
     """A number of tokens for each one that :func:`rotate_queries` takes."""
     return 1, FEW_ROWS // group + 1
@@ -140,8 +146,7 @@ def rotate_queries(side: Side, x: torch.Tensor, group: int) -> torch.Tensor:
     """Queries ``x [T, group * H, dim]`` times the ``back`` matrices of the keys, float32."""
     y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     rows = x.shape[0] * group
-    # Few rows are a matter of reading the matrix: its columns are spread over programs.
-    block, columns = (64, side.padded) if rows > FEW_ROWS else (BLOCK, min(32, side.padded))
+    block, columns = tiling(side, rows)
     _rotate_kernel[(triton.cdiv(rows, block), side.back.shape[0], side.padded // columns)](
         x,
         side.back_pieces if x.dtype == torch.bfloat16 else side.back,

@@ -217,7 +217,8 @@ class TritonPackedBackend(TritonAttnBackend):
         if self.recent is not None:
             options["recent"] = self.copies[layer.layer_id].read(*_by_head(k, v, layer))
         if save_kv_cache and later is None:
-            rotated = packed.encode(*_by_head(k, v, layer), forward_batch.out_cache_loc, positions, q3)
+            query = q3 if self.recent is None else None  # which is rotated where exact tokens are read
+            rotated = packed.encode(*_by_head(k, v, layer), forward_batch.out_cache_loc, positions, query)
         out = q3.new_empty(q3.shape[0], layer.tp_q_head_num, layer.v_head_dim)
         kv_indptr = meta.kv_indptr[: q3.shape[0] // meta.max_extend_len + 1]
         options |= {"rotated": rotated, "scratch": scratch, "out": out}

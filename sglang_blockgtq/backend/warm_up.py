@@ -8,12 +8,13 @@ from functools import partial
 
 import torch
 
+from ..kernels.decode.ahead import ahead
 from ..kernels.decode.attention import DecodeScratch
 from ..kernels.decode.gather import gather_slots
-from ..kernels.decode.recent import RecentLayer
+from ..kernels.decode.recent import RecentLayer, RecentRead
 from ..kernels.decode.splits import request_block
 from ..kernels.decode.tree import Tree
-from ..kernels.device.rotate import rotate_queries, tokens_of_each_binary
+from ..kernels.device.rotate import tokens_of_each_binary
 from ..kernels.device.tables import ColumnTables
 from ..kernels.encode.encoder import few_tokens, rows_per_token
 from ..kernels.layer import TritonLayer
@@ -41,19 +42,18 @@ def jobs(
     most: int,
     copies: RecentLayer | None = None,
 ) -> list[Job]:
-    """Calls that compile what a step needs for batches of up to ``most`` requests, no kernel twice.
+    """Calls that compile what a step needs for batches of up to ``most`` requests.
 
     layer: any, since a binary serves all; slot 0 is written, which no request has. num_heads: of the query.
     dtype: the model's. copies: exact ones of its last tokens, of which none is written.
     """
-    # Up to so many requests are encoded at a step's end, without queries.
-    later, group = copies.recent.room if copies and layer.fast else 0, num_heads // layer.heads
-    with_query = (0, num_heads) if layer.fast and most > later else (0,)
+    with_query = (0, num_heads) if layer.fast and copies is None else (0,)
+    many = tokens_of_each_binary(num_heads // layer.heads)[1]
     return [
         *(partial(_gather, batch, layer.rows.device, copies) for batch in batch_sizes(most)),
         *(partial(_decode, layer, scratch, num_heads, dtype, batch, copies=copies) for batch in batch_sizes(most)),
         *([partial(_remember, layer, dtype, copies)] if copies else []),
-        *(partial(_rotate, layer, group, dtype, n) for n in tokens_of_each_binary(group) if later and n <= most),
+        *([partial(_ahead, layer, num_heads, dtype, many, copies)] if copies and many <= most else []),
         *(partial(_encode, layer, heads, dtype, tokens) for tokens in encoded_at_once(layer) for heads in with_query),
     ]
 
@@ -92,9 +92,15 @@ def _encode(layer: TritonLayer, num_heads: int, dtype: torch.dtype, tokens: int)
     layer.encode(k, v, zeros, zeros, q)
 
 
-def _rotate(layer: TritonLayer, group: int, dtype: torch.dtype, tokens: int) -> None:
-    q = torch.zeros(tokens, group * layer.heads, layer.head_dim, dtype=dtype, device=layer.rows.device)
-    rotate_queries(layer.tables.k, q, group)
+def _ahead(layer: TritonLayer, num_heads: int, dtype: torch.dtype, tokens: int, copies: RecentLayer) -> None:
+    q = torch.zeros(tokens, num_heads, layer.head_dim, dtype=dtype, device=layer.rows.device)
+    ahead(layer.tables, q, _read(layer, dtype, tokens, copies), 1.0, 0.0)
+
+
+def _read(layer: TritonLayer, dtype: torch.dtype, tokens: int, copies: RecentLayer) -> RecentRead:
+    """Of a step whose requests are still nobody's, as gathered."""
+    k = torch.zeros(tokens, layer.heads, layer.head_dim, dtype=dtype, device=layer.rows.device)
+    return copies.read(k, k.new_zeros(tokens, layer.heads, layer.v_head_dim))
 
 
 def _nobody(batch: int, device: torch.device) -> torch.Tensor:
@@ -131,12 +137,9 @@ def _decode(
     q = torch.zeros(tokens, num_heads, layer.head_dim, dtype=dtype, device=device)
     kv_indptr = torch.arange(batch + 1, dtype=torch.int32, device=device) * q_len
     slots = torch.zeros(tokens, dtype=SLOT, device=device)
-    rotated = torch.zeros(q.shape, dtype=torch.float32, device=device) if layer.fast else None
+    rotated = torch.zeros(q.shape, dtype=torch.float32, device=device) if layer.fast and copies is None else None
     bits = None if tree is None else tree.bits[:tokens]
-    recent = None
-    if copies is not None:  # the step's requests are still nobody's, as gathered
-        k = torch.zeros(tokens, layer.heads, layer.head_dim, dtype=dtype, device=device)
-        recent = copies.read(k, k.new_zeros(tokens, layer.heads, layer.v_head_dim))
+    recent = _read(layer, dtype, tokens, copies) if copies else None
     layer.decode(q, kv_indptr, slots, 1.0, q_len=q_len, tree=bits, rotated=rotated, scratch=scratch, recent=recent)
 
 

@@ -151,6 +151,15 @@ def test_several_queries_and_windows_are_refused(q_len, terms):
         decode_attention(d.tables, q, *where, q_len=q_len, terms=terms, recent=layer.read(k, v))
 
 
+def test_queries_that_are_rotated_already_are_refused():
+    d, (layer, k, v) = data(TEMPLATE), step_of(TEMPLATE)
+    q = decode_queries(TEMPLATE)
+    with pytest.raises(ValueError, match="rotated: not with recent"):
+        decode_attention(
+            d.tables, q, d.rows, d.kv_indptr, d.kv_indices, d.sm_scale, recent=layer.read(k, v), rotated=q.float()
+        )
+
+
 def test_other_shapes_are_refused():
     d, (layer, k, v) = data(TEMPLATE), step_of(TEMPLATE)
     where = decode_queries(TEMPLATE), d.rows, d.kv_indptr, d.kv_indices, d.sm_scale
@@ -320,9 +329,10 @@ def test_a_graph_of_a_step_follows_its_requests(case, choice, later, monkeypatch
 
     def step():
         gather_slots(table, requests, lengths, kv_indptr, kv_indices, recent=own.recent)
-        rotated = None if later else layer.encode(new_k, new_v, loc, positions, q)
+        if not later:
+            layer.encode(new_k, new_v, loc, positions)
         read = own.read(new_k, new_v)
-        layer.decode(q, kv_indptr, kv_indices, d.sm_scale, rotated=rotated, recent=read, out=out)
+        layer.decode(q, kv_indptr, kv_indices, d.sm_scale, recent=read, out=out)
         if later:
             encode(loc, positions)
 

@@ -6,7 +6,7 @@ import torch
 from sglang_blockgtq.backend import warm_up
 from sglang_blockgtq.kernels.any_layout import attention as any_attention
 from sglang_blockgtq.kernels.any_layout import encode as any_encode
-from sglang_blockgtq.kernels.decode import attention
+from sglang_blockgtq.kernels.decode import ahead, attention
 from sglang_blockgtq.kernels.decode.attention import DecodeScratch
 from sglang_blockgtq.kernels.decode.recent import Recent
 from sglang_blockgtq.kernels.decode.splits import request_block
@@ -59,6 +59,7 @@ def _kinds(monkeypatch):
         (encoder, "encode_few_kernel", "encode_many_kernel"),
         (any_encode, "encode_any_kernel"),
         (rotate, "_rotate_kernel"),
+        (ahead, "ahead_kernel"),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Watched(getattr(module, name)))
@@ -110,15 +111,15 @@ def test_steps_with_exact_tokens_need_what_is_prepared(monkeypatch, room):
     prepared = seen.copy()
     for batch in range(1, most + 1):
         k, v, q = (x[:1].expand(batch, -1, -1).contiguous() for x in (d.k, d.v, d.q))
-        slots, rotated = torch.arange(batch, device=DEVICE) % 4, None
+        slots = torch.arange(batch, device=DEVICE) % 4
         if not encode.takes(batch):
-            rotated = layer.encode(k, v, slots, slots, q)
+            layer.encode(k, v, slots, slots)
         kv_indptr = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE)
-        layer.decode(q, kv_indptr, slots, 0.1, rotated=rotated, scratch=scratch, recent=copies.read(k, v))
+        layer.decode(q, kv_indptr, slots, 0.1, scratch=scratch, recent=copies.read(k, v))
         if encode.takes(batch):
             encode(slots, slots)
     assert seen == prepared
-    assert (room == most) != any(kind[0].startswith("encode") and kind[2] for kind in prepared)  # with queries
+    assert not any(kind[0].startswith("encode") and kind[2] for kind in prepared)  # with queries
 
 
 def test_a_failing_job_is_an_error(monkeypatch):
