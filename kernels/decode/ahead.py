@@ -17,9 +17,6 @@ from ..device.rotate import project_and_store, tiling
 from ..device.tables import Tables
 from .recent import RecentRead
 
-_ELEMENTS = tl.constexpr(4096)  # of queries times keys in a tile of a program
-_TOKENS = tl.constexpr(8)  # of a tile, at most
-
 
 @triton.jit
 def _attend(
@@ -43,7 +40,8 @@ def _attend(
     stride_vt,
     stride_vh,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,  # GROUP and up, a power of two
+    ROWS: tl.constexpr,  # GROUP and up, and WINDOW and up: powers of two, 16 at least
+    TOKENS: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
     DIM: tl.constexpr,
@@ -54,56 +52,45 @@ def _attend(
 ):
     """The queries of one token and KV head: zeros and -inf where no token is exact. Keeps the step's token, in the
     place of what has left the window."""
-    FIT: tl.constexpr = _ELEMENTS // (ROWS * max(PADDED, V_PADDED))
-    TOKENS: tl.constexpr = min(_TOKENS, FIT) if FIT > 0 else 1
     row = tl.load(step + token)
     position = tl.load(step + steps + token)
     count = tl.load(step + 2 * steps + token)
     place = tl.load(step + 3 * steps + token).to(tl.int64)
     wait_and_release(DEPENDENT)
-    g, channel, column = tl.arange(0, ROWS), tl.arange(0, PADDED), tl.arange(0, V_PADDED)
+    g, back, channel, column = tl.arange(0, ROWS), tl.arange(0, TOKENS), tl.arange(0, PADDED), tl.arange(0, V_PADDED)
     j, inside, inside_v = head * GROUP + g, channel < DIM, column < V_DIM
     token = token.to(tl.int64)
     at = token * stride_qt + (j * stride_qh)[:, None] + channel[None, :]
-    query = tl.load(q + at, mask=(g < GROUP)[:, None] & inside[None, :], other=0.0).to(tl.float32) * scale
+    query = tl.load(q + at, mask=(g < GROUP)[:, None] & inside[None, :], other=0.0)
     own_k = tl.load(k + token * stride_kt + head * stride_kh + channel, mask=inside, other=0.0)
     own_v = tl.load(v + token * stride_vt + head * stride_vh + column, mask=inside_v, other=0.0)
 
     # The token's own key and value need no copy.
-    peak = _capped(tl.sum(query * own_k.to(tl.float32)[None, :], 1), CAP)
-    peak = tl.where(count > 0, peak, float("-inf"))
-    total = tl.where(count > 0, 1.0, 0.0) + tl.zeros([ROWS], tl.float32)
-    summed = tl.where(count > 0, own_v.to(tl.float32), 0.0)[None, :] + tl.zeros([ROWS, V_PADDED], tl.float32)
-    for start in range(1, WINDOW, TOKENS):
-        back = start + tl.arange(0, TOKENS)
-        there = back < count
-        copy = ((row.to(tl.int64) * WINDOW + (position - back + WINDOW) % WINDOW) * heads + head)[:, None]
-        key = tl.load(k_copies + copy * DIM + channel, mask=there[:, None] & inside[None, :], other=0.0)
-        value = tl.load(v_copies + copy * V_DIM + column, mask=there[:, None] & inside_v[None, :], other=0.0)
-        logit = _capped(tl.sum(query[:, None, :] * key.to(tl.float32)[None, :, :], 2), CAP)
-        logit = tl.where(there[None, :], logit, float("-inf"))
-        top = tl.maximum(peak, tl.max(logit, 1))
-        safe = tl.where(top == float("-inf"), 0.0, top)
-        keep, share = tl.exp(peak - safe), tl.exp(logit - safe[:, None])
-        total = total * keep + tl.sum(share, 1)
-        summed = summed * keep[:, None] + tl.sum(share[:, :, None] * value.to(tl.float32)[None, :, :], 1)
-        peak = top
+    copied = ((back > 0) & (back < count))[:, None]
+    copy = ((row.to(tl.int64) * WINDOW + (position + (TOKENS * WINDOW - back)) % WINDOW) * heads + head)[:, None]
+    key = tl.load(k_copies + copy * DIM + channel[None, :], mask=copied & inside[None, :], other=0.0)
+    value = tl.load(v_copies + copy * V_DIM + column[None, :], mask=copied & inside_v[None, :], other=0.0)
+    key = tl.where((back == 0)[:, None], own_k[None, :], key)
+    value = tl.where((back == 0)[:, None], own_v[None, :], value)
 
+    logit = tl.dot(query, tl.trans(key), input_precision="tf32x3") * scale
+    if CAP > 0:
+        logit = CAP * (2.0 / (1.0 + tl.exp(-2.0 * logit / CAP)) - 1.0)  # tanh
+    logit = tl.where((back < count)[None, :], logit, float("-inf"))
+    peak = tl.max(logit, 1)
+    share = tl.exp(logit - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
+    total = tl.sum(share, 1)
     some = tl.where(total > 0, total, 1.0)
-    rows = token * heads * GROUP + j
-    to, live = out + rows[:, None] * V_DIM + column[None, :], g < GROUP
-    tl.store(to, summed / some[:, None], mask=live[:, None] & inside_v[None, :])
+    # In two pieces of the values' type, which in float32 is all there is in the first.
+    high = share.to(value.dtype)
+    low = (share - high.to(tl.float32)).to(value.dtype)
+    mean = tl.dot(low, value, tl.dot(high, value, input_precision="tf32x3"), input_precision="tf32x3") / some[:, None]
+    rows, live = token * heads * GROUP + j, g < GROUP
+    tl.store(out + rows[:, None] * V_DIM + column[None, :], mean, mask=live[:, None] & inside_v[None, :])
     tl.store(lse + rows, tl.where(total > 0, peak + tl.log(some), float("-inf")), mask=live)
     if place >= 0:
         tl.store(k_copies + (place * heads + head) * DIM + channel, own_k, mask=inside)
         tl.store(v_copies + (place * heads + head) * V_DIM + column, own_v, mask=inside_v)
-
-
-@triton.jit
-def _capped(logit, CAP: tl.constexpr):
-    if CAP > 0:
-        logit = CAP * (2.0 / (1.0 + tl.exp(-2.0 * logit / CAP)) - 1.0)  # tanh
-    return logit
 
 
 # Numbers that differ between calls or layers are not specialised on: one binary serves them all.
@@ -132,6 +119,7 @@ def ahead_kernel(
     stride_vh,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
     DIM: tl.constexpr,
@@ -147,7 +135,7 @@ def ahead_kernel(
         _attend(
             q, k, v, k_copies, v_copies, step, steps, scale, out, lse, program // heads, program % heads, heads,
             stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-            GROUP, ROWS, WINDOW, CAP, DIM, PADDED, V_DIM, V_PADDED, DEPENDENT,
+            GROUP, ROWS, TOKENS, WINDOW, CAP, DIM, PADDED, V_DIM, V_PADDED, DEPENDENT,
         )  # fmt: skip
     else:
         wait_and_release(DEPENDENT)
@@ -165,7 +153,8 @@ def ahead(
     and lse ``[B, Hq]``, float32, of their exact tokens, zeros and -inf of none. The step's own tokens are kept. cap: of
     logits, 0 for none."""
     side, copies, (tokens, num_heads, dim), v_dim = tables.k, recent.copies, q.shape, recent.v.shape[2]
-    heads, group, chained = tables.heads, num_heads // tables.heads, dependent(q.device)
+    heads, group, window = tables.heads, num_heads // tables.heads, copies.recent.window
+    chained = dependent(q.device)
     rotated = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     out = torch.empty(tokens, num_heads, v_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(tokens, num_heads, dtype=torch.float32, device=q.device)
@@ -194,8 +183,9 @@ def ahead(
         stride_vt=recent.v.stride(0),
         stride_vh=recent.v.stride(1),
         GROUP=group,
-        ROWS=triton.next_power_of_2(group),
-        WINDOW=copies.recent.window,
+        ROWS=max(16, triton.next_power_of_2(group)),
+        TOKENS=max(16, triton.next_power_of_2(window)),
+        WINDOW=window,
         CAP=cap,
         DIM=dim,
         PADDED=side.padded,
