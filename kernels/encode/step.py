@@ -75,7 +75,7 @@ class StepEncoder:
         for i, encoder in enumerate(encoders):
             bound = encoder.bound(not per_token, k.dtype, 0, per_token) | {"k": k[i], "v": v[i]}
             same = tuple((name, x) for name, x in bound.items() if not isinstance(x, torch.Tensor))
-            groups.setdefault(same, []).append(bound)
+            groups.setdefault((same, *encoder.tables.search.tolist()), []).append(bound)
         launches = []
         for group in groups.values():
             own = [[0 if of[name] is None else of[name].data_ptr() for name in FIELDS] for of in group]
