@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -148,10 +149,26 @@ def _read_exactly(runner: Any, ids: list[int], recent: int = 0) -> HeldOut | Non
     return HeldOut(run, len(ids), logits, runner.model_config.num_hidden_layers, recent)
 
 
+def _compile(exact: HeldOut, layers: Mapping[int, PackedLayer]) -> None:
+    """On a GPU, the kernels that write and read the held-out sequence, both at a time: at a first start their
+    compilation is nearly all of the measuring. The server needs them afterwards."""
+    first = next(iter(layers), None)
+    if first is None or not exact.exact[first][1].is_cuda:
+        return
+    from .backend import warm_up
+
+    layer, (_, k, v) = layers[first], exact.exact[first]
+    slots = torch.arange(len(k), device=k.device)
+    layer.bind(layer.new_rows(len(k), k.device))
+    warm_up.run([partial(layer.encode, k, v, slots, slots), partial(layer.dense, slots, slots, k.dtype)], k.device)
+    layer.unbind()
+
+
 def _measure(exact: HeldOut | None, layers: Mapping[int, PackedLayer], table: AllocationTable) -> Quality | None:
     if exact is None:
         return None
     started = time.perf_counter()
+    _compile(exact, layers)
     sums = exact.sums(layers)
     reduce(sums.flat)
     quality = from_rank_zero(lambda: sums.quality(len(exact.answers), exact.recent))

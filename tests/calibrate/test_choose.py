@@ -3,11 +3,13 @@
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sglang_blockgtq import choose as module
+from sglang_blockgtq.backend import warm_up
 from sglang_blockgtq.calibrate.build import build_table
 from sglang_blockgtq.calibrate.quality import Quality
 from sglang_blockgtq.calibrate.rope import RopeBlocks
@@ -282,6 +284,43 @@ def test_more_bits_cost_less(loaded, make_moments, monkeypatch, caplog):
     assert costs[0].kl > 4 * costs[1].kl > 16 * costs[2].kl > 0
     assert costs[0].attention_kl > 4 * costs[1].attention_kl > 16 * costs[2].attention_kl > 0
     assert module._measure(None, layers, table) is None
+
+
+def test_kernels_that_measure_are_compiled_at_the_same_time(monkeypatch):
+    """On a GPU, by one layer that has rows of its own meanwhile; nothing is done elsewhere."""
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    class Layer:
+        def new_rows(self, slots, device):
+            return slots
+
+        def bind(self, rows):
+            self.rows = rows
+
+        def unbind(self):
+            del self.rows
+
+        def encode(self, *args):
+            done.append(("encode", self.rows, *map(len, args)))
+
+        def dense(self, slots, positions, dtype):
+            done.append(("dense", self.rows, len(slots), len(positions), dtype))
+
+    def run(jobs, device):
+        assert device.type == "cpu"
+        for job in jobs:
+            job()
+
+    done, layer = [], Layer()
+    monkeypatch.setattr(warm_up, "run", run)
+    k = torch.zeros(7, 2, 32)
+    module._compile(SimpleNamespace(exact={3: (k, k, k)}), {3: layer})
+    module._compile(SimpleNamespace(exact={}), {})
+    assert not done
+    module._compile(SimpleNamespace(exact={3: (k, k.as_subclass(OnGPU), k)}), {3: layer, 4: None})
+    assert done == [("encode", 7, 7, 7, 7, 7), ("dense", 7, 7, 7, torch.float32)] and not hasattr(layer, "rows")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in is on the CPU, where kernels need the interpreter")
