@@ -8,9 +8,12 @@ they begin with the first token of its last prefill, and each decode step adds i
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from .calibrate import RECENT
 from .kernels.decode.recent import Recent
@@ -23,8 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Requests that have copies at a time. Of those beyond, each token is exact in its own step alone.
-MOST_REQUESTS = 256
+#: Requests that have copies at a time, and the share of the device's memory that these take at most. Of requests
+#: beyond, each token is exact in its own step alone.
+MOST_REQUESTS, MOST_MEMORY = 256, 0.02
 
 
 def resolve(options: KVQuantOptions, runner: Any, attention: Iterable[Any]) -> KVQuantOptions:
@@ -52,25 +56,35 @@ def new_copies(options: KVQuantOptions, runner: Any, layers: Sequence[PackedLaye
     """Room for the copies of up to ``requests`` requests; None where no token is read exactly."""
     if not options.exact_recent:
         return None
-    first, rows = layers[0], min(requests, MOST_REQUESTS)
+    first, window = layers[0], options.exact_recent
+    token = len(layers) * first.heads * (first.head_dim + first.v_head_dim) * runner.dtype.itemsize
+    fit = int(MOST_MEMORY * memory_of(runner.device) / (token * (window + 1)))  # and its step's own token beside
+    rows = max(1, min(requests, MOST_REQUESTS, fit))
     if requests > rows and is_rank_zero():
         logger.info(
             "%s: the last %d tokens of %d requests at a time are read exactly, of others the last one",
             NAME,
-            options.exact_recent,
+            window,
             rows,
         )
     return Recent.of(
         len(layers),
         rows,
         requests,
-        options.exact_recent,
+        window,
         first.heads,
         first.head_dim,
         first.v_head_dim,
         runner.dtype,
         runner.device,
     )
+
+
+def memory_of(device: torch.device | str) -> int:
+    """Bytes of all memory there, taken or not."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def refuse_beams(recent: Recent) -> str:

@@ -3,8 +3,8 @@
 Three launches: the query is rotated to the stored channels, and attends to the exact tokens (:mod:`.ahead`); split-KV
 flash attention decodes tiles of codes in registers, by the CUDA kernel (:mod:`..cuda`) where it serves a layer and by
 Triton elsewhere; the splits are merged and the output rotated back. No dequantized key or value is ever written to
-memory, nothing synchronises with the host, and
-neither a grid nor an allocation depends on a sequence length, so decode can be captured in a CUDA graph.
+memory, nothing synchronises with the host, and neither a grid nor an allocation depends on a sequence length, so decode
+can be captured in a CUDA graph.
 """
 
 from __future__ import annotations

@@ -1,0 +1,44 @@
+"""How many requests have exact copies of their last tokens."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sglang_blockgtq import recent
+from sglang_blockgtq.recent import MOST_MEMORY, MOST_REQUESTS, new_copies
+
+LAYERS = [SimpleNamespace(heads=2, head_dim=32, v_head_dim=16)] * 3
+TOKEN = 3 * 2 * (32 + 16) * 2  # bytes, in 16 bits
+
+
+@pytest.fixture
+def copies(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(recent, "is_rank_zero", lambda: True)
+
+    def make(requests: int, memory: float, window: int = 8):
+        monkeypatch.setattr(recent, "memory_of", lambda device: memory)
+        runner = SimpleNamespace(dtype=torch.bfloat16, device="cpu")
+        return new_copies(SimpleNamespace(exact_recent=window), runner, LAYERS, requests)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "requests, memory, rows",
+    [(5, 1e9, 5), (4096, 1e9, MOST_REQUESTS), (4096, 40.5 * 9 * TOKEN / MOST_MEMORY, 40), (4096, 1, 1)],
+    ids=["all", "most", "what fits", "one"],
+)
+def test_requests_with_copies(copies, caplog, requests, memory, rows):
+    """All, up to a number, up to a share of the memory; the server says so where it is not all."""
+    made = copies(requests, memory)
+    assert (made.rows, made.room, made.window, made.step.shape[1]) == (rows, rows, 8, requests)
+    assert made.k.nbytes + made.v.nbytes <= max(MOST_MEMORY * memory, 2 * 8 * TOKEN) + 8 * TOKEN
+    said = f"the last 8 tokens of {rows} requests at a time are read exactly, of others the last one"
+    assert (said in caplog.text) == (rows < requests)
+
+
+def test_none_without_exact_tokens(copies):
+    assert copies(5, 1e9, window=0) is None
+    assert recent.memory_of("cpu") > 1 << 28
