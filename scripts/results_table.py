@@ -349,6 +349,7 @@ GAINS: tuple[tuple, ...] = (
     ("decode step after 128K, Llama-3.1-8B, ms", "steps", "server_steps_8b_h200.csv", "decode_step", 131072),
     ("tokens that fit, Llama-3.1-8B", "server", "llama-3.1-8b", "capacity", "start", "tokens", False),
     ("8 x 32K, Llama-3.1-8B, tokens/s", "server", "llama-3.1-8b", "batch", "8x32768", "output_throughput", False),
+    ("32 x 8K, Llama-3.1-8B, tokens/s", "server", "llama-3.1-8b", "batch", "32x8192", "output_throughput", False),
     ("decode step after 4K, Qwen2.5-3B, ms", "steps", "server_steps_h200.csv", "decode_step", 4096),
     ("decode step after 128K, Qwen2.5-3B, ms", "steps", "server_steps_h200.csv", "decode_step", 131072),
     ("prefill of 128K, Qwen2.5-3B, ms", "steps", "server_steps_h200.csv", "prefill", 131072),
