@@ -18,21 +18,24 @@ from ..device.tables import Tables
 from .recent import RecentRead
 
 
-@triton.jit
-def _attend(
-    q,
-    k,
-    v,
+# Numbers that differ between calls or layers are not specialised on: one binary serves them all.
+@triton.jit(do_not_specialize=["steps", "tokens", "heads", "num_rows"])
+def ahead_kernel(
+    q,  # [B, H * GROUP, DIM]
+    k,  # [B, H, DIM]
+    v,  # [B, H, V_DIM]
     k_copies,
     v_copies,
-    step,
+    step,  # int32 [4, steps] (recent.Recent)
     steps,
     scale,
-    out,
-    lse,
-    token,
-    head,
+    out,  # float32 [B, H * GROUP, V_DIM]
+    lse,  # float32 [B, H * GROUP]
+    matrix,  # as device.rotate takes it
+    rotated,  # float32 [B, H * GROUP, DIM]
+    tokens,
     heads,
+    num_rows,  # tokens * GROUP
     stride_qt,
     stride_qh,
     stride_kt,
@@ -40,18 +43,30 @@ def _attend(
     stride_vt,
     stride_vh,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,  # GROUP and up, and WINDOW and up: powers of two, 16 at least
-    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,  # GROUP and up; this and TOKENS a power of two, 16 at least
+    TOKENS: tl.constexpr,  # WINDOW and up
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     V_DIM: tl.constexpr,
     V_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,  # of a rotating program's rows, and its columns
+    COLUMNS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """The queries of one token and KV head: zeros and -inf where no token is exact. Keeps the step's token, in the
-    place of what has left the window."""
+    """The first programs take the queries of a token and KV head each, and keep the token in the place of what has left
+    the window; the others rotate."""
+    program = tl.program_id(0)
+    if program >= tokens * heads:
+        wait_and_release(DEPENDENT)
+        part = program // heads - tokens
+        project_and_store(
+            q, matrix, rotated, num_rows, stride_qt, stride_qh, heads * GROUP * DIM, DIM, program % heads,
+            part // (PADDED // COLUMNS), part % (PADDED // COLUMNS) * COLUMNS, GROUP, DIM, PADDED, BLOCK, COLUMNS,
+        )  # fmt: skip
+        return
+    token, head = program // heads, program % heads
     row = tl.load(step + token)
     position = tl.load(step + steps + token)
     count = tl.load(step + 2 * steps + token)
@@ -91,59 +106,6 @@ def _attend(
     if place >= 0:
         tl.store(k_copies + (place * heads + head) * DIM + channel, own_k, mask=inside)
         tl.store(v_copies + (place * heads + head) * V_DIM + column, own_v, mask=inside_v)
-
-
-# Numbers that differ between calls or layers are not specialised on: one binary serves them all.
-@triton.jit(do_not_specialize=["steps", "tokens", "heads", "num_rows"])
-def ahead_kernel(
-    q,  # [B, H * GROUP, DIM]
-    k,  # [B, H, DIM]
-    v,  # [B, H, V_DIM]
-    k_copies,
-    v_copies,
-    step,  # int32 [4, steps] (recent.Recent)
-    steps,
-    scale,
-    out,  # float32 [B, H * GROUP, V_DIM]
-    lse,  # float32 [B, H * GROUP]
-    matrix,  # as device.rotate takes it
-    rotated,  # float32 [B, H * GROUP, DIM]
-    tokens,
-    heads,
-    num_rows,  # tokens * GROUP
-    stride_qt,
-    stride_qh,
-    stride_kt,
-    stride_kh,
-    stride_vt,
-    stride_vh,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CAP: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED: tl.constexpr,
-    V_DIM: tl.constexpr,
-    V_PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,  # of a rotating program's rows, and its columns
-    COLUMNS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    program = tl.program_id(0)
-    if program < tokens * heads:
-        _attend(
-            q, k, v, k_copies, v_copies, step, steps, scale, out, lse, program // heads, program % heads, heads,
-            stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-            GROUP, ROWS, TOKENS, WINDOW, CAP, DIM, PADDED, V_DIM, V_PADDED, DEPENDENT,
-        )  # fmt: skip
-    else:
-        wait_and_release(DEPENDENT)
-        part = program // heads - tokens
-        project_and_store(
-            q, matrix, rotated, num_rows, stride_qt, stride_qh, heads * GROUP * DIM, DIM, program % heads,
-            part // (PADDED // COLUMNS), part % (PADDED // COLUMNS) * COLUMNS, GROUP, DIM, PADDED, BLOCK, COLUMNS,
-        )  # fmt: skip
 
 
 def ahead(

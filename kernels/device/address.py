@@ -19,9 +19,3 @@ def block_base(slot, row_bytes, NEAR: tl.constexpr = False):
     """
     block = slot // _SLOTS
     return (block if NEAR else block.to(tl.int64)) * (row_bytes * _SLOTS)
-
-
-@triton.jit
-def pointer(addresses, i, like):
-    """The i-th of some addresses, multiples of 16, as a pointer of the type of ``like``."""
-    return tl.multiple_of(tl.load(addresses + i).to(like.dtype), 16)

@@ -68,25 +68,16 @@ class Encoder:
             raise ValueError(f"positions {found}: [{tokens}] is needed, since keys are less the means of their pages")
         if not tokens:
             return
-        few, per_token = tokens <= self.few_tokens, 0
-        if few:
-            parts = tables.k.padded // _channels(tables)
-            programs = (2 * tokens + triton.cdiv(tokens * group, QUERY_BLOCK) * parts) * tables.heads
-            grid = programs, 1, 1
-        else:
-            per_token = rows_per_token(tables, tokens, k.device)
-            programs = triton.cdiv(max(tokens * per_token, tokens * group), ROWS)
-            grid = programs, tables.heads * (3 if group else 2), 1
+        per_token = 0 if tokens <= self.few_tokens else rows_per_token(tables, tokens, k.device)
         stride_qt = stride_qh = stride_rt = stride_rh = 0
         if q is not None and rotated is not None:
             (stride_qt, stride_qh, _), (stride_rt, stride_rh, _) = q.stride(), rotated.stride()
-        spread: dict[str, Any] = {} if few else {"spread": per_token}
-        key = few, k.dtype, group, per_token > 1
+        key = k.dtype, group, per_token
         launch = self._launches.get(key)
         if launch is None:
-            launch = self._launches[key] = Launch(**self.bound(few, k.dtype, group, per_token))
+            launch = self._launches[key] = Launch(**self.bound(*key))
         launch(
-            grid,
+            (*grid_of(tables, tokens, group, per_token), 1),
             k=k,
             v=v,
             q=q,
@@ -103,13 +94,14 @@ class Encoder:
             stride_qh=stride_qh,
             stride_rt=stride_rt,
             stride_rh=stride_rh,
-            **spread,
+            **spread(per_token),
         )
 
-    def bound(self, few: bool, dtype: torch.dtype, group: int, per_token: int) -> dict[str, Any]:
+    def bound(self, dtype: torch.dtype, group: int, per_token: int) -> dict[str, Any]:
         """The kernel and what of its arguments is the same in every launch for keys of this dtype, with ``group``
-        queries for each of their heads, 0 for none."""
-        own = self._few() if few else self._many(dtype, per_token == 1)
+        queries for each of their heads, 0 for none. per_token: of :func:`rows_per_token`, 0 for the kernel for a few.
+        """
+        own = self._many(dtype, per_token == 1) if per_token else self._few()
         return self._common(dtype, group) | own
 
     def _common(self, dtype: torch.dtype, group: int) -> dict[str, Any]:
@@ -184,6 +176,20 @@ class Encoder:
             "ROWS": ROWS,
             "maxnreg": REGISTERS if narrow else None,
         }
+
+
+def grid_of(tables: ColumnTables, tokens: int, group: int, per_token: int) -> tuple[int, int]:
+    """Programs of a launch for a layer, group and per_token as of :meth:`Encoder.bound`."""
+    if per_token:
+        programs = triton.cdiv(max(tokens * per_token, tokens * group), ROWS)
+        return programs, tables.heads * (3 if group else 2)
+    parts = tables.k.padded // _channels(tables)
+    return (2 * tokens + triton.cdiv(tokens * group, QUERY_BLOCK) * parts) * tables.heads, 1
+
+
+def spread(per_token: int) -> dict[str, Any]:
+    """What only the kernel for many tokens is told."""
+    return {"spread": per_token} if per_token else {}
 
 
 def _channels(tables: ColumnTables) -> int:

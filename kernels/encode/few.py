@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..device.address import block_base, pointer
+from ..device.address import block_base
 from ..device.dependent import wait_and_release
 from ..device.page_mean import stored_at
 from ..device.rotate import project_and_store
@@ -24,13 +24,13 @@ from ..format.codec import SCALE_MAX, V_SCALE_MAX
 from ..format.columns import COLUMNS
 from ..format.layout import BLOCK_SLOTS
 from ..format.page_mean import SCALE_MIN
-from .plan import COEFFICIENTS, FIELDS
+from .layers import of_layer
+from .plan import COEFFICIENTS
 from .scale import TINY, correct
 
 _COLUMNS = tl.constexpr(COLUMNS)
 _SLOTS = tl.constexpr(BLOCK_SLOTS)
 _TERMS = tl.constexpr(COEFFICIENTS)
-_FIELDS = tl.constexpr(len(FIELDS))
 _MATRIX = tl.constexpr(1 << 14)  # entries of a matrix that a program holds in registers
 _SCALE_MAX = tl.constexpr(SCALE_MAX)
 _V_SCALE_MAX = tl.constexpr(V_SCALE_MAX)
@@ -215,7 +215,7 @@ def encode_few_kernel(
     loc,
     positions,  # [T]; this and the means None where keys have none
     means,  # [pages, H, PADDED], in stored channels
-    layers,  # int64 [L, 10]: addresses of what each of several layers has (plan.FIELDS); None: of this one alone
+    layers,  # int64 [L, 10]: addresses of what each of several layers has (.layers); None: of this one alone
     places,  # [T], of the tokens' keys and values, or None: one after another
     k_matrix,
     k_channels,
@@ -262,12 +262,10 @@ def encode_few_kernel(
 ):
     head, token = tl.program_id(0) % heads, tl.program_id(0) // heads
     if layers is not None:
-        own = layers + tl.program_id(2) * _FIELDS
-        k, v, words, scales = pointer(own, 0, k), pointer(own, 1, v), pointer(own, 2, words), pointer(own, 2, scales)
-        k_matrix, k_channels, k_pack = pointer(own, 3, k_matrix), pointer(own, 4, k_channels), pointer(own, 5, k_pack)
-        v_matrix, v_channels, v_pack = pointer(own, 6, v_matrix), pointer(own, 7, v_channels), pointer(own, 8, v_pack)
-        if PAGE > 0:
-            means = pointer(own, 9, means)
+        k, v, words, scales, k_matrix, k_channels, k_pack, v_matrix, v_channels, v_pack, means = of_layer(
+            layers, tl.program_id(2), k, v, words, scales, k_matrix, k_channels, k_pack, v_matrix, v_channels, v_pack,
+            means,
+        )  # fmt: skip
     if token < num_tokens:
         _encode(
             k, words, scales, loc, k_matrix, k_channels, k_pack, search, num_factors, token, places, positions, means,

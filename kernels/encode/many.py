@@ -5,15 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..device.address import block_base, pointer
+from ..device.address import block_base
 from ..device.page_mean import stored_at
 from ..device.rotate import project, project_and_store
 from ..format.codec import SCALE_MAX, V_SCALE_MAX
 from ..format.columns import COLUMNS
 from ..format.layout import BLOCK_SLOTS
 from ..format.page_mean import SCALE_MIN
+from .layers import of_layer
 from .nearest import nearest
-from .plan import FIELDS, TILE_FIELDS
+from .plan import TILE_FIELDS
 from .scale import TINY, correct, gain, of_first_best, sums_of_squares, try_factor
 
 _COLUMNS = tl.constexpr(COLUMNS)
@@ -23,7 +24,6 @@ _V_SCALE_MAX = tl.constexpr(V_SCALE_MAX)
 _TINY = tl.constexpr(TINY)
 _SCALE_MIN = tl.constexpr(SCALE_MIN)
 _N = tl.constexpr(TILE_FIELDS)
-_FIELDS = tl.constexpr(len(FIELDS))
 #: Adding 2^23 to a whole float32 puts the number into its low bits.
 _WHOLE = tl.constexpr(8388608.0)
 
@@ -228,7 +228,7 @@ def encode_many_kernel(
     loc,
     positions,  # [T]; this and the means None where keys have none
     means,  # [pages, H, PADDED], in stored channels
-    layers,  # int64 [L, 10]: addresses of what each of several layers has (plan.FIELDS); None: of this one alone
+    layers,  # int64 [L, 10]: addresses of what each of several layers has (.layers); None: of this one alone
     places,  # [T], of the tokens' keys and values, or None: one after another
     k_matrix,
     k_channels,
@@ -278,12 +278,10 @@ def encode_many_kernel(
 ):
     side, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     if layers is not None:
-        own = layers + tl.program_id(2) * _FIELDS
-        k, v, words, scales = pointer(own, 0, k), pointer(own, 1, v), pointer(own, 2, words), pointer(own, 2, scales)
-        k_matrix, k_channels, k_pack = pointer(own, 3, k_matrix), pointer(own, 4, k_channels), pointer(own, 5, k_pack)
-        v_matrix, v_channels, v_pack = pointer(own, 6, v_matrix), pointer(own, 7, v_channels), pointer(own, 8, v_pack)
-        if PAGE > 0:
-            means = pointer(own, 9, means)
+        k, v, words, scales, k_matrix, k_channels, k_pack, v_matrix, v_channels, v_pack, means = of_layer(
+            layers, tl.program_id(2), k, v, words, scales, k_matrix, k_channels, k_pack, v_matrix, v_channels, v_pack,
+            means,
+        )  # fmt: skip
     if side == 0:
         if tl.program_id(0) * ROWS < num_tokens * spread:
             _encode(

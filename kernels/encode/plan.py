@@ -18,8 +18,6 @@ from ..format.layout import CodeLayout
 
 MAX_TILE = 64  # channels; a wider one needs more registers at once when codes are made of it
 MAX_CHAIN_BITS = 4  # up to here the nearest level is found by comparing with every threshold
-#: Of what several layers have each of their own, in the order of their addresses; scales lie where words do.
-FIELDS = ("k", "v", "words", "k_matrix", "k_channels", "k_pack", "v_matrix", "v_channels", "v_pack", "means")
 COEFFICIENTS = 4  # of a codebook's polynomial, zeros included
 
 

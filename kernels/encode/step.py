@@ -15,8 +15,8 @@ import triton
 
 from ..decode.recent import Recent
 from ..device.launch import Launch
-from .encoder import ROWS, Encoder, rows_per_token
-from .plan import FIELDS
+from .encoder import Encoder, grid_of, rows_per_token, spread
+from .layers import FIELDS
 
 #: Tokens up to which the kernel for a few takes a step: beyond, its programs read too many matrices.
 FEW_TOKENS = 4
@@ -36,19 +36,16 @@ class StepEncoder:
 
         The bytes are those that :class:`.encoder.Encoder` writes, but for values on a threshold to rounding.
         """
-        tokens, heads = len(loc), self.tables.heads
+        tokens = len(loc)
         if not self.takes(tokens):
             raise ValueError(f"{tokens} tokens: {self.recent.room} are kept of a step, of each request one")
         if not tokens:
             return
         per_token = self.rows_per_token(tokens)
-        grid: tuple[int, int]
-        free: dict[str, Any]
-        grid, free = (2 * tokens * heads, 1), {"loc": loc, "num_tokens": tokens}
-        if per_token:
-            grid, free["spread"] = (triton.cdiv(tokens * per_token, ROWS), 2 * heads), per_token
+        grid = grid_of(self.tables, tokens, 0, per_token)
         for launch, layers in self._launches[per_token]:
-            launch((*grid, layers), **free, positions=positions if launch.bound["PAGE"] else None)
+            mean_at = positions if launch.bound["PAGE"] else None
+            launch((*grid, layers), loc=loc, positions=mean_at, num_tokens=tokens, **spread(per_token))
 
     def takes(self, tokens: int) -> bool:
         """Whether so many are kept of a step."""
@@ -73,7 +70,7 @@ class StepEncoder:
         k, v = (x.flatten(1, 2) for x in (self.recent.k, self.recent.v))
         groups: dict[tuple, list[dict[str, Any]]] = {}
         for i, encoder in enumerate(encoders):
-            bound = encoder.bound(not per_token, k.dtype, 0, per_token) | {"k": k[i], "v": v[i]}
+            bound = encoder.bound(k.dtype, 0, per_token) | {"k": k[i], "v": v[i]}
             same = tuple((name, x) for name, x in bound.items() if not isinstance(x, torch.Tensor))
             groups.setdefault((same, *encoder.tables.search.tolist()), []).append(bound)
         launches = []

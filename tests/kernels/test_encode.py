@@ -384,9 +384,6 @@ def test_a_wide_head_does_not_take_registers_that_it_needs():
     """The limit stands for heads whose matrix fits; that of 256 channels would spill."""
     for case, limited in ((TEMPLATE, True), (WIDE, False)):
         encode = Encoder(make_tables(data(case).codec), data(case).rows)
-        found = [
-            encode.bound(*of)["maxnreg"] is not None
-            for of in ((True, torch.bfloat16, 0, 0), (False, torch.bfloat16, 0, 1))
-        ]
+        found = [encode.bound(torch.bfloat16, 0, per_token)["maxnreg"] is not None for per_token in (0, 1)]
         assert found == [limited, limited]
-        assert encode.bound(False, torch.bfloat16, 0, 8)["maxnreg"] is None
+        assert encode.bound(torch.bfloat16, 0, 8)["maxnreg"] is None
