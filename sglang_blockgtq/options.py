@@ -68,8 +68,8 @@ class KVQuantOptions:
     chunk_attention: what the keys and values of the running chunk look like to the chunk itself.
         "raw": exact, as computed. "quantized": as they will be read back later, so that a cold prompt
         and its repetition from the prefix cache give the same answer.
-    exact_recent: the last tokens of a running request that decode reads exactly, its own among them. None: RECENT
-        where the server can, else 0.
+    exact_recent: the last tokens of a running request that decode reads exactly, its own among them. None: RECENT,
+        fewer where copies of all requests would not fit, 0 where the server cannot.
     check_rows: rows that are compared with their checksums at each step; 0 for none, and no checksums.
     recalibrate: what makes a new table once weights were replaced. "never", or "flush": the next /flush_cache.
     """
@@ -212,7 +212,8 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
     add(
         "exact_recent",
         "N",
-        f"Decode reads a running request's last N tokens exactly, up to {MOST_RECENT} (default {RECENT}; 0: none).",
+        f"Decode reads a running request's last N tokens exactly, up to {MOST_RECENT} (default {RECENT}, fewer where "
+        "memory is short; 0: none).",
     )
     add(
         "check_rows",

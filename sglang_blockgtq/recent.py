@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import torch
 from .calibrate import RECENT
 from .kernels.decode.recent import Recent
 from .options import NAME, KVQuantError, KVQuantOptions, flag
-from .ranks import is_rank_zero
+from .ranks import from_rank_zero, is_rank_zero
 from .terms import terms_of
 
 if TYPE_CHECKING:
@@ -29,12 +29,14 @@ logger = logging.getLogger(__name__)
 #: Requests that have copies at a time, and the share of the device's memory that these take at most. Of requests
 #: beyond, each token is exact in its own step alone.
 MOST_REQUESTS, MOST_MEMORY = 256, 0.02
+#: Tokens where the user names no number: the first that leaves copies for every request, else the last.
+WINDOWS = RECENT, RECENT // 2, RECENT // 4
 
 
-def resolve(options: KVQuantOptions, runner: Any, attention: Iterable[Any]) -> KVQuantOptions:
+def resolve(options: KVQuantOptions, runner: Any, attention: Sequence[Any], requests: int) -> KVQuantOptions:
     """The options with a number of exact tokens, 0 where the server cannot have them and nobody asked for some.
 
-    attention: the RadixAttention modules whose rows are packed. Raises KVQuantError.
+    attention: the RadixAttention modules whose rows are packed. requests: that run at a time. Raises KVQuantError.
     """
     windowed = next((x.layer_id for x in attention if terms_of(x, {}).window), None)
     if runner.spec_algorithm.is_speculative():
@@ -44,7 +46,10 @@ def resolve(options: KVQuantOptions, runner: Any, attention: Iterable[Any]) -> K
     elif options.chunk_attention == "quantized":
         why = f"with {flag('chunk_attention')} quantized every token is read as it is stored"
     else:
-        return replace(options, exact_recent=RECENT if options.exact_recent is None else options.exact_recent)
+        if options.exact_recent is not None:
+            return options
+        numbers = sum(x.tp_k_head_num * (x.qk_head_dim + x.v_head_dim) for x in attention)
+        return replace(options, exact_recent=from_rank_zero(lambda: default_window(runner, numbers, requests)))
     if options.exact_recent:
         raise KVQuantError(f"{flag('exact_recent')} {options.exact_recent}: {why}; leave the option out")
     if options.exact_recent is None and is_rank_zero():
@@ -52,14 +57,24 @@ def resolve(options: KVQuantOptions, runner: Any, attention: Iterable[Any]) -> K
     return replace(options, exact_recent=0)
 
 
+def default_window(runner: Any, numbers: int, requests: int) -> int:
+    """How many tokens are exact where the user says nothing. numbers: of a token's keys and values in all layers."""
+    wanted = min(requests, MOST_REQUESTS)
+    return next((w for w in WINDOWS if fitting(runner, numbers, w) >= wanted), WINDOWS[-1])
+
+
+def fitting(runner: Any, numbers: int, window: int) -> int:
+    """Requests whose copies, and their steps' own tokens beside, fit into :data:`MOST_MEMORY`."""
+    return int(MOST_MEMORY * memory_of(runner.device) / (numbers * runner.dtype.itemsize * (window + 1)))
+
+
 def new_copies(options: KVQuantOptions, runner: Any, layers: Sequence[PackedLayer], requests: int) -> Recent | None:
     """Room for the copies of up to ``requests`` requests; None where no token is read exactly."""
     if not options.exact_recent:
         return None
     first, window = layers[0], options.exact_recent
-    token = len(layers) * first.heads * (first.head_dim + first.v_head_dim) * runner.dtype.itemsize
-    fit = int(MOST_MEMORY * memory_of(runner.device) / (token * (window + 1)))  # and its step's own token beside
-    rows = max(1, min(requests, MOST_REQUESTS, fit))
+    numbers = len(layers) * first.heads * (first.head_dim + first.v_head_dim)
+    rows = max(1, min(requests, MOST_REQUESTS, fitting(runner, numbers, window)))
     if requests > rows and is_rank_zero():
         logger.info(
             "%s: the last %d tokens of %d requests at a time are read exactly, of others the last one",

@@ -200,7 +200,8 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
             "the model spreads its heads in an unsupported way, use another --tp-size"
         )
     ids = {x.layer_id: row_of[x.layer_id] for x in here}
-    options = resolve(options, runner, attention)
+    requests = get_schedule().max_running_requests or MAX_REQUESTS
+    options = resolve(options, runner, attention, requests)
 
     def make(table: AllocationTable) -> dict[int, PackedLayer]:
         made = layers_of(table, heads, ids.values(), runner.device, runner.model_config.context_len)
@@ -214,7 +215,6 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
         release()
     seconds = time.perf_counter() - begin
     table, layers, buffers = choice.table, choice.layers, None
-    requests = get_schedule().max_running_requests or MAX_REQUESTS
     recent = new_copies(options, runner, list(layers.values()), requests)
     if get_memory().enable_hierarchical_cache:
         from .hicache import one_width

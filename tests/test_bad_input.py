@@ -91,7 +91,7 @@ def test_rows_to_check(model):
 def test_exact_tokens(model):
     for value in ("x", "-1", "2.5", "65"):
         message = refusal(model(), f"--kv-quant-exact-recent={value}", kv_quant_exact_recent=value)
-        assert f"--kv-quant-exact-recent {value}: a whole number up to 64 is needed, e.g. 8, or 0 for none" in message
+        assert f"--kv-quant-exact-recent {value}: a whole number up to 64 is needed, e.g. 32, or 0 for none" in message
     both = {"kv_quant_exact_recent": 8, "speculative_algorithm": "NGRAM"}
     message = refusal(model(), "--kv-quant-exact-recent=8", "--speculative-algorithm=NGRAM", **both)
     assert "--kv-quant-exact-recent 8: not with --speculative-algorithm NGRAM: drafts are verified over" in message

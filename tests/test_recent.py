@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sglang_blockgtq import recent
-from sglang_blockgtq.recent import MOST_MEMORY, MOST_REQUESTS, new_copies
+from sglang_blockgtq.recent import MOST_MEMORY, MOST_REQUESTS, default_window, new_copies
 
 LAYERS = [SimpleNamespace(heads=2, head_dim=32, v_head_dim=16)] * 3
 TOKEN = 3 * 2 * (32 + 16) * 2  # bytes, in 16 bits
@@ -37,6 +37,17 @@ def test_requests_with_copies(copies, caplog, requests, memory, rows):
     assert made.k.nbytes + made.v.nbytes <= max(MOST_MEMORY * memory, 2 * 8 * TOKEN) + 8 * TOKEN
     said = f"the last 8 tokens of {rows} requests at a time are read exactly, of others the last one"
     assert (said in caplog.text) == (rows < requests)
+
+
+@pytest.mark.parametrize(
+    "requests, fit, window",
+    [(4096, 256 * 33, 32), (4096, 256 * 33 - 1, 16), (64, 64 * 17, 16), (64, 64 * 17 - 1, 8), (4096, 1, 8)],
+)
+def test_tokens_where_nothing_is_said(monkeypatch, requests, fit, window):
+    """The widest window that leaves copies for every request, up to a number of them; 8 tokens at least."""
+    monkeypatch.setattr(recent, "memory_of", lambda device: (fit * TOKEN + 1) / MOST_MEMORY)
+    runner = SimpleNamespace(dtype=torch.bfloat16, device="cpu")
+    assert default_window(runner, TOKEN // 2, requests) == window
 
 
 def test_none_without_exact_tokens(copies):

@@ -22,9 +22,10 @@ def test_every_preset_has_a_line_and_more_bits_cost_less(tiny_subject, tmp_path,
     assert program.main(["card", "--model-path", "tiny", "--out", str(out), "--queries", "4", "--every", "2"]) == 0
     text = out.read_text()
     assert all(f"| {name} (K" in text for name in card.FIXED) and capsys.readouterr().out.strip() in text
-    assert "their last 8 tokens, their own among them, in 16 bits" in text and "--kv-quant-exact-recent 8 does" in text
+    assert "their last 32 tokens, their own among them, in 16 bits" in text
+    assert "--kv-quant-exact-recent 32 does" in text
     record = json.loads(text.split("```json\n")[1].split("```")[0])
-    assert record["command"].endswith("--exact-recent 8")
+    assert record["command"].endswith("--exact-recent 32")
     assert record["model"]["name"] == "tiny" and record["evaluation"]["tokens"] == 400
 
 
@@ -48,7 +49,7 @@ def test_presets_read_the_last_tokens_as_a_server_does(tiny_subject):
 def test_exact_tokens_that_no_server_keeps(recent, capsys):
     with pytest.raises(SystemExit):
         card.main(["--model-path", "m", "--out", "o", f"--exact-recent={recent}"])
-    assert f"--exact-recent: '{recent}': a whole number up to 64 is needed, e.g. 8" in capsys.readouterr().err
+    assert f"--exact-recent: '{recent}': a whole number up to 64 is needed, e.g. 32" in capsys.readouterr().err
 
 
 def test_pass_rates_of_tasks_are_weighed_by_their_samples(tmp_path):

@@ -333,7 +333,7 @@ def test_bad_options(bad, tmp_path):
     assert "--calibration-tokens" in (line := bad(calibration_tokens="2047")) and "2048 or more" in line
     assert "--calibration-tokens" in (line := bad(calibration_tokens="many")) and "whole number" in line
     for recent in ("65", "-1", "2.5", "all"):
-        assert f"'{recent}': a whole number up to 64 is needed, e.g. 8" in bad(exact_recent=recent)
+        assert f"'{recent}': a whole number up to 64 is needed, e.g. 32" in bad(exact_recent=recent)
     assert "--model-path" in bad(model_path=None)
     assert "--nonsense" in bad(nonsense="1")
 
