@@ -177,7 +177,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
         parts, lse = scratch(num_splits(8, 32)), torch.zeros(8, 4 * heads)
         merge.merge_splits(tables.v, parts.out, parts.lse, indptr, 1, 32, q, lse)
         merge.merge_into(q.float(), lse, q, lse)
-        exact = recent.Recent.of(1, 4, 8, 8, heads, dim, dim, dtype, "cpu")
+        exact = recent.Recent.of(1, 4, 8, 32, heads, dim, dim, dtype, "cpu")
         gather.gather_slots(
             torch.zeros(8, 16, dtype=torch.int32), *torch.ones(2, 8, dtype=torch.int64), indptr, slots, recent=exact
         )
@@ -192,7 +192,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
             parts = scratch(num_splits(8, target))
             merge.merge_splits(tables.v, parts.out, parts.lse, indptr, 1, target, q, lse, **beside)
     if one_template:  # the encode kernels again, of several layers
-        exact = recent.Recent.of(2, 4, 8, 8, heads, dim, dim, dtype, "cpu")
+        exact = recent.Recent.of(2, 4, 8, 32, heads, dim, dim, dtype, "cpu")
         encode_step = step.StepEncoder([encoder.Encoder(tables, rows)] * 2, exact)
         for step.FEW_TOKENS, step.rows_per_token in ((4, None), (0, lambda *_: 8), (0, lambda *_: 1)):
             encode_step(slots[:4].long(), slots[:4].long())
