@@ -29,9 +29,7 @@ CHUNK = 64  # splits that are merged into one by the first launch
 
 _GROUPS_AT_ONCE = 128  # tokens times KV heads up to which one launch merges and rotates
 _GROUP_PARTS = 256  # rows of splits that such a launch takes at a time: what 8 warps hold in registers
-_SPLITS_AT_ONCE = 600  # splits of a request up to which such rows are merged without a first launch
-#: And how many of them a program takes at a time, with so many warps: up to 384 splits, and beyond.
-_AT_ONCE, _MORE_AT_ONCE = (64, 4), (128, 8)
+_SPLITS_AT_ONCE = 384  # splits of a request up to which such rows are merged without a first launch
 _ROWS_ALONE = 128  # output rows up to which each gets a merging program of its own
 _ELEMENTS = 4096  # of an output tile of merge_into
 _CHUNK = tl.constexpr(CHUNK)
@@ -386,9 +384,9 @@ def merge_splits(
     # Twice the share of each: a program too many costs as much to start as one that is needed.
     chunks = triton.cdiv(min(target, 2 * per_request), CHUNK) if spread else 1
     block = max(4, min(CHUNK, triton.next_power_of_2(2 * per_request)))
-    step, parts, warps = CHUNK, 16, 4
+    step, parts = CHUNK, 16
     if spread and per_request <= _SPLITS_AT_ONCE:
-        step, (parts, warps) = 1, _AT_ONCE if per_request <= 384 else _MORE_AT_ONCE
+        step, parts = 1, CHUNK
     else:
         merge_chunk_kernel[(num_heads, tokens, chunks)](
             partial_out, partial_lse, kv_indptr, requests, target, num_heads, **shared,
@@ -399,7 +397,7 @@ def merge_splits(
         merge_row_kernel[(num_heads, tokens, side.padded // columns)](
             partial_out, partial_lse, side.back, sinks, exact_out, exact_lse, kv_indptr, out, lse, requests, target,
             num_heads, out.stride(0), out.stride(1), **shared, GROUP=group, COLUMNS=columns, PARTS=parts, STEP=step,
-            num_warps=warps,
+            num_warps=4,
         )  # fmt: skip
     else:
         columns = min(64, side.padded)

@@ -171,7 +171,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
     if first:
         args = indptr[:2], slots, 0.1
         attention.decode_attention(
-            tables, q[:4], rows, *args, q_len=4, tree=slots[:4], target=400, scratch=scratch(400, 4)
+            tables, q[:4], rows, *args, q_len=4, tree=slots[:4], target=380, scratch=scratch(380, 4)
         )
         merge._ROWS_ALONE = merge._GROUPS_AT_ONCE = 0
         parts, lse = scratch(num_splits(8, 32)), torch.zeros(8, 4 * heads)

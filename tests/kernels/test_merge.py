@@ -48,7 +48,6 @@ WAYS = {
     "tile": (0, 0, [(1, 1), (5, 3), (5 * CHUNK + 1, 1)]),
     "row": (0, 1 << 30, [(5 * CHUNK + 1, 2)]),
     "row at once": (0, 1 << 30, [(5 * CHUNK + 1, 2)]),
-    "row at once, 128": (0, 1 << 30, [(20 * CHUNK + 1, 1)]),
 }
 #: Two heads, of a group and of channels that fill no tile.
 PARTLY = Case("uniform", 3, 3, 64, 2, 3, v_dim=48)
