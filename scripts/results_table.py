@@ -381,7 +381,7 @@ def of_kernel(shape: str, batch: int, context: int) -> Figures:
         us[method] = min(float(r["us"]), us.get(method, float("inf")))
     if not us:
         raise ValueError(f"{KERNELS} does not have {shape}, {batch} x {context}")
-    return about(KERNELS)["gpu"], short(about(KERNELS)["commit"]), us
+    return about(KERNELS)["gpu"], short(about(KERNELS)["commits"][shape]), us
 
 
 #: Servers that README shows.
