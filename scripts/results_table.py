@@ -274,7 +274,7 @@ QUALITY = (
 )
 #: model -> (column, record of the needles, the tasks that count: those with the most samples)
 MODELS = {
-    "Qwen2.5-Coder-1.5B": ("1.5B", "needles_qwen1.5b.csv", ("single", "distractor", "multikey", "multivalue")),
+    "Qwen2.5-Coder-1.5B": ("1.5B", "needles_recent_qwen1.5b.csv", ("single", "distractor", "multikey", "multivalue")),
     "Qwen2.5-Coder-0.5B": ("0.5B", None, ()),
     "SmolLM2-135M": ("SmolLM2", "tasks_smollm2.csv", ("single", "distractor", "multikey")),
 }
@@ -292,15 +292,18 @@ def passed(name: str, config: str, tasks: tuple[str, ...]) -> str:
     return f"{100 * fmean(rates):.1f}"
 
 
-#: What a server reads since it keeps each request's last tokens exactly, on other texts than real_models.csv.
-SERVED_KL = "exact_recent.csv"
+#: What a server reads, which keeps each request's last tokens exactly, on other texts than real_models.csv.
+SERVED_KL, SERVED_EXACT = "exact_recent.csv", "last 32"
 
 
 def served(model: str, method: str, k_bits: float, v_bits: float) -> str:
     """KL of the answer with a request's last tokens exact, in brackets; empty where that was not measured."""
     which = model, method, k_bits, v_bits
     for r in read(SERVED_KL):
-        if r["exact_keys"] != "none" and (r["model"], r["method"], float(r["k_bits"]), float(r["v_bits"])) == which:
+        if (
+            r["exact_keys"] == SERVED_EXACT
+            and (r["model"], r["method"], float(r["k_bits"]), float(r["v_bits"])) == which
+        ):
             return f" ({float(r['kl']):.4f})"
     return ""
 

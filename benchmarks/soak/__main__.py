@@ -39,7 +39,7 @@ from ..server_steps import provenance
 from .client import Client
 from .load import Load
 from .plan import Plan, PlanError
-from .replay import Bound, Replay
+from .replay import FAR, Bound, Replay
 
 WATCH = Path(__file__).parent / "watch"
 EVERY = 30  # seconds between lines
@@ -211,6 +211,8 @@ class Run:
             "tokens replayed": self.replay.tokens,
             "last ids of the vocabulary read": self.replay.renamed,
             "gap, nats": spread(self.replay.gaps),
+            "tokens farther off than, nats": {str(nats): self.replay.far[nats] for nats in FAR},
+            "likely ones of them": {str(nats): self.replay.likely[nats] for nats in FAR},
             "worst token, nats": round(self.replay.worst, 4),
             "its log-probabilities": self.replay.pair,
             "gap without pressure, nats": spread(self.calm.gaps) if self.calm else None,

@@ -114,8 +114,8 @@ class Load:
             counts["requests of several answers"] += turn.n > 1
             counts["answers by a grammar"] += turn.grammar is not None
             counts["grammars that ended"] += outcome.complete
-            session.keep(turn, *outcome.choices[0])
+            session.keep(turn, *outcome.choices[0], outcome.retractions)
             for choice in outcome.choices[1:]:
                 branch = Session(session.number, session.seed, session.plan, session.text)
-                branch.keep(turn, *choice)
+                branch.keep(turn, *choice, outcome.retractions)
                 self.ready.append(branch.reading())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -14,6 +15,9 @@ from .client import Client, WrongAnswer, named
 from .session import Reading
 
 SHORT = 8  # tokens of an answer whose mean says little
+FAR = 0.5, 1.0, 2.0, 4.0, 8.0, 16.0  # nats
+LIKELY = -1.0  # log-probability
+BEFORE = 16  # tokens that are shown before an outlier
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,9 @@ class Bound:
 
 @dataclass
 class Replay:
-    """gaps: mean of each answer, nats. outliers: in words. read: prompts and tokens so far, in seconds. renamed: tokens
-    of prompts that had the vocabulary's ``last`` id, which SGLang calls by another name."""
+    """gaps: mean of each answer, nats. far: tokens farther off than each of FAR; likely: those of them that one of
+    the two readings finds likely. outliers: in words. read: prompts and tokens so far, in seconds. renamed: tokens of
+    prompts that had the vocabulary's ``last`` id, which SGLang calls by another name."""
 
     url: str
     bound: Bound
@@ -43,6 +48,8 @@ class Replay:
     worst: float = 0.0  # of a token, and its log-probabilities as generated and as read
     pair: tuple[float, float] | None = None
     tokens: int = 0
+    far: Counter[float] = field(default_factory=Counter)
+    likely: Counter[float] = field(default_factory=Counter)
     outliers: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     prompts: int = 0
@@ -98,9 +105,15 @@ class Replay:
             self.gaps.append(fmean(gaps))
             if max(gaps) > self.worst:
                 self.worst, self.pair = max((gap, pair) for gap, pair in zip(gaps, pairs, strict=True))
-            where = f"session {reading.session}, {len(gaps)} tokens from {answer.start} on"
+            for gap, pair in zip(gaps, pairs, strict=True):
+                beyond = [nats for nats in FAR if gap > nats]
+                self.far.update(beyond)
+                self.likely.update(beyond if max(pair) > LIKELY else ())
+            where = f"session {reading.session}, {len(gaps)} tokens from {answer.start} on ({answer.how})"
             if len(gaps) >= SHORT and self.gaps[-1] > self.bound.mean:
                 self.outliers.append(f"{where}: {self.gaps[-1]:.3f} nats a token")
             for i, (a, b) in enumerate(pairs):
                 if not self.bound.allows(a, b):
-                    self.outliers.append(f"{where}: token {i} generated at {a:.3f}, read at {b:.3f}")
+                    at = answer.start + i
+                    ids = ", ".join(str(token) for token in reading.ids[max(0, at - BEFORE) : at + 1])
+                    self.outliers.append(f"{where}: token {i} generated at {a:.3f}, read at {b:.3f}; up to it {ids}")

@@ -21,11 +21,12 @@ GRAMMAR_TOKENS = 60
 @dataclass(frozen=True)
 class Answer:
     """Tokens of an answer, which begin at ``start`` of what it belongs to. logprobs: as they were generated, nats;
-    None where a grammar changed them."""
+    None where a grammar changed them. how: it came about, in words."""
 
     start: int
     tokens: list[int]
     logprobs: list[float] | None
+    how: str = ""
 
 
 @dataclass
@@ -119,9 +120,10 @@ class Session:
             after=random_.random() / 2,  # of what the answer takes; by then most are still being written
         )
 
-    def keep(self, turn: Turn, tokens: list[int], logprobs: list[float]) -> None:
+    def keep(self, turn: Turn, tokens: list[int], logprobs: list[float], retractions: int = 0) -> None:
         """The answer to a turn becomes part of the session."""
-        self.answers.append(Answer(len(turn.ids), tokens, None if turn.grammar else logprobs))
+        how = f"{turn.kind}, temperature {turn.temperature:g}, {retractions} retractions"
+        self.answers.append(Answer(len(turn.ids), tokens, None if turn.grammar else logprobs, how))
         self.ids = turn.ids + tokens
         self.turns += 1
 

@@ -196,18 +196,26 @@ def test_a_session_keeps_its_answers_in_their_places():
     reading = session.reading()
     assert all(reading.ids[a.start :][: len(a.tokens)] == a.tokens for a in reading.answers)
     assert {a.logprobs is None for a in reading.answers} == {True, False}
+    assert {a.how for a in reading.answers} > {
+        "plain, temperature 0, 0 retractions",
+        "several, temperature 1, 0 retractions",
+    }
 
 
 def test_answers_are_compared_token_by_token():
     ids, read = [*range(30)], [-1.0] * 29
-    right, wrong = Answer(5, ids[5:15], [-1.1] * 10), Answer(20, ids[20:30], [-1.0] * 9 + [-1.6])
+    right, wrong = Answer(5, ids[5:15], [-1.1] * 10), Answer(20, ids[20:30], [-1.0] * 9 + [-1.6], "plain")
     replay = Replay("", Bound(0.2, 0.3))
     replay.compare(Reading(ids, [right, Answer(16, ids[16:18], None)], 1), read)
     assert not replay.outliers and replay.gaps == [pytest.approx(0.1)] and replay.tokens == 10
     replay.compare(Reading(ids, [wrong], 2), read)
-    assert replay.outliers == ["session 2, 10 tokens from 20 on: token 9 generated at -1.600, read at -1.000"]
-    replay.compare(Reading(ids, [Answer(5, ids[5:15], [-1.25] * 10)], 3), read)
-    assert replay.outliers[1:] == ["session 3, 10 tokens from 5 on: 0.250 nats a token"]
+    shown = ", ".join(str(i) for i in range(13, 30))
+    said = f"session 2, 10 tokens from 20 on (plain): token 9 generated at -1.600, read at -1.000; up to it {shown}"
+    assert replay.outliers == [said] and replay.far == {0.5: 1} and not replay.likely
+    replay.compare(Reading(ids, [Answer(5, ids[5:15], [-1.25] * 10, "plain")], 3), read)
+    assert replay.outliers[1:] == ["session 3, 10 tokens from 5 on (plain): 0.250 nats a token"]
+    replay.compare(Reading(ids, [Answer(5, ids[5:15], [-0.1] + [-1.0] * 9)], 3), read)
+    assert replay.far == {0.5: 2} and replay.likely == {0.5: 1}
     assert Bound(1, 0.3).allows(-8.0, -8.8) and not Bound(1, 0.3).allows(-0.2, -0.6)  # the likelier, the nearer
 
 
