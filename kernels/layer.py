@@ -232,7 +232,7 @@ class TorchLayer(PackedLayer):
         """kv_indices: also a slice, of one request's neighbouring slots."""
         rows = self.gather(kv_indices)
         if recent is not None:
-            return self._decode_beside(recent, q, rows, kv_indptr, sm_scale, terms)
+            return self._decode_beside(recent, q, rows, kv_indptr, sm_scale, terms, q_len)
         if self.reader is None:
             options = {"q_len": q_len, "terms": terms, "tree": tree}
             return reference.decode_attention(self.codec, q, rows, kv_indptr, sm_scale, **options)[0].to(q.dtype)
@@ -242,19 +242,21 @@ class TorchLayer(PackedLayer):
             out[i] = self.reader.attend(q[i], seen, sm_scale, terms) if len(seen) else 0
         return out
 
-    def _decode_beside(self, recent, q, rows, kv_indptr, sm_scale, terms):
-        """A query for each request over its packed rows and its exact tokens."""
+    def _decode_beside(self, recent, q, rows, kv_indptr, sm_scale, terms, q_len):
+        """The queries of each request over its packed rows and its exact tokens."""
         copies, plain = recent.copies, replace(terms, sinks=None)
-        exact = reference.recent_attention(q, recent.k, recent.v, copies.k, copies.v, recent.step, sm_scale, plain)
+        own = recent.k, recent.v, copies.k, copies.v, recent.step
+        exact = reference.recent_attention(q, *own, sm_scale, plain, q_len)
         if self.reader is None:
-            packed = reference.decode_attention(self.codec, q, rows, kv_indptr, sm_scale, terms=plain)
+            options = {"q_len": q_len, "terms": plain, "tree": recent.all_bits}
+            packed = reference.decode_attention(self.codec, q, rows, kv_indptr, sm_scale, **options)
         else:
             packed = (
                 q.new_zeros(*q.shape[:2], self.v_head_dim, dtype=torch.float32),
                 torch.full_like(exact[1], -torch.inf),
             )
-            for i, (begin, end) in enumerate(pairwise(kv_indptr.tolist())):
-                if begin < end:
+            for request, (begin, end) in enumerate(pairwise(kv_indptr.tolist())):
+                for i in range(request * q_len, (request + 1) * q_len) if begin < end else ():
                     packed[0][i], packed[1][i] = self.reader.attend_with_lse(q[i], rows[begin:end], sm_scale, plain)
         out, lse = reference.merge_states(*packed, *exact)
         return terms.with_sinks(out, lse).to(q.dtype)

@@ -220,18 +220,18 @@ def gather_slots(
 
 
 def recent_step(
-    first: torch.Tensor, top: int, window: int, room: int, requests: torch.Tensor, lengths: torch.Tensor
+    first: torch.Tensor, top: int, window: int, ring: int, room: int, requests: torch.Tensor, lengths: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The row of copies of each request ``[B]`` or -1, the position of its token, and how many tokens are exact: the
     last ``window`` of its ``lengths [B]``, but none before ``first [R]`` (:class:`.decode.recent.Recent`); its own
-    token is, with copies or without. And the place where that token is kept: of its row, or behind all rows for the
-    first ``room`` requests, or -1."""
+    token is, with copies or without. And the place where that token is kept: of its row of ``ring`` places, or behind
+    all rows for the first ``room`` requests, or -1."""
     rows = top - requests
     rows = torch.where((rows >= 0) & (rows < len(first)), rows, -1)
     exact = torch.where(rows >= 0, lengths - first[rows.clamp(min=0)], 1).clamp(1, window)
     behind = torch.arange(len(rows), device=rows.device)
-    behind = torch.where(behind < room, len(first) * window + behind, -1)
-    place = torch.where(rows >= 0, rows * window + (lengths - 1) % window, behind)
+    behind = torch.where(behind < room, len(first) * ring + behind, -1)
+    place = torch.where(rows >= 0, rows * ring + (lengths - 1) % ring, behind)
     return rows, lengths - 1, torch.minimum(exact, lengths), torch.where(lengths > 0, place, -1)
 
 
@@ -246,15 +246,15 @@ def remember(
     prefix_lens: torch.Tensor,
     qo_indptr: torch.Tensor,
 ) -> None:
-    """See :meth:`.decode.recent.RecentLayer.remember`; k_copies ``[R, W, H, D]``, v_copies ``[R, W, H, Dv]``."""
-    window, indptr = k_copies.shape[1], qo_indptr.tolist()
+    """See :meth:`.decode.recent.RecentLayer.remember`; k_copies ``[R, P, H, D]``, v_copies ``[R, P, H, Dv]``."""
+    ring, indptr = k_copies.shape[1], qo_indptr.tolist()
     for b, (request, before) in enumerate(zip(requests.tolist(), prefix_lens.tolist(), strict=True)):
         row, begin, end = top - request, indptr[b], indptr[b + 1]
         if not 0 <= row < len(first) or begin == end:
             continue
         first[row] = before
-        last = slice(max(begin, end - window), end)
-        places = (before + torch.arange(last.start - begin, end - begin, device=k.device)) % window
+        last = slice(max(begin, end - ring), end)
+        places = (before + torch.arange(last.start - begin, end - begin, device=k.device)) % ring
         k_copies[row, places], v_copies[row, places] = k[last], v[last]
 
 
@@ -267,27 +267,33 @@ def recent_attention(
     step: torch.Tensor,
     sm_scale: float,
     terms: Terms = PLAIN,
+    q_len: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries ``q [B, Hq, D]`` of a decode step against their exact tokens: their own k ``[B, H, D]``, v ``[B, H, Dv]``
-    and the copies before it. step ``[4, B]``: as :func:`recent_step` gives it.
+    """Queries ``q [B * q_len, Hq, D]`` of a step, ``q_len`` of each request, against their exact tokens: of those of
+    the queries, k ``[B * q_len, H, D]`` and v ``[B * q_len, H, Dv]``, the request's own up to itself, and the copies
+    before the first. step ``[4, B]``: as :func:`recent_step` gives it, of the first.
 
-    Returns out ``[B, Hq, Dv]`` and lse ``[B, Hq]`` float32, without sinks; zeros and -inf where none is exact. The
-    step's tokens are copied.
+    Returns out ``[B * q_len, Hq, Dv]`` and lse ``[B * q_len, Hq]`` float32, without sinks; zeros and -inf where none is
+    exact. The step's tokens are copied; several of a request only where it has a row.
     """
-    heads, window = k.shape[1], k_copies.shape[1]
+    heads, ring = k.shape[1], k_copies.shape[1]
     out = torch.zeros(*q.shape[:2], v.shape[2], device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
     for b, (row, position, count, place) in enumerate(step.T.tolist()):
-        if count:
-            before = torch.arange(position + 1 - count, position, device=q.device) % window
-            keys = torch.cat([k_copies[row, before], k[b, None]])
-            values = torch.cat([v_copies[row, before], v[b, None]])
-            grouped = q[b].float().unflatten(0, (heads, -1))
+        before = torch.arange(position + 1 - count, position, device=q.device) % ring
+        own = range(b * q_len, (b + 1) * q_len)
+        for i in own if count else ():
+            keys = torch.cat([k_copies[row, before], k[own[0] : i + 1]])
+            values = torch.cat([v_copies[row, before], v[own[0] : i + 1]])
+            grouped = q[i].float().unflatten(0, (heads, -1))
             logits = torch.einsum("hgd,nhd->hgn", grouped, keys.float()) * sm_scale
             o, l = _softmax_attend(terms.capped(logits)[:, :, None], values.float())
-            out[b], lse[b] = o[0].flatten(0, 1), l[0].flatten()
-        if place >= 0:
-            k_copies.flatten(0, 1)[place], v_copies.flatten(0, 1)[place] = k[b], v[b]
+            out[i], lse[i] = o[0].flatten(0, 1), l[0].flatten()
+        for i in own:
+            if q_len > 1:
+                place = row * ring + (position + i - own[0]) % ring if row >= 0 else -1
+            if place >= 0:
+                k_copies.flatten(0, 1)[place], v_copies.flatten(0, 1)[place] = k[i], v[i]
     return out, lse
 
 

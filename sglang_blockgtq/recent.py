@@ -19,6 +19,7 @@ from .calibrate import RECENT
 from .kernels.decode.recent import Recent
 from .options import NAME, KVQuantError, KVQuantOptions, flag
 from .ranks import from_rank_zero, is_rank_zero
+from .speculation import trees
 from .terms import terms_of
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ def resolve(options: KVQuantOptions, runner: Any, attention: Sequence[Any], requ
     attention: the RadixAttention modules whose rows are packed. requests: that run at a time. Raises KVQuantError.
     """
     windowed = next((x.layer_id for x in attention if terms_of(x, {}).window), None)
-    if runner.spec_algorithm.is_speculative():
-        why = "drafts are verified over packed rows alone"
+    if trees(runner.spec_algorithm):
+        why = "trees of drafts are verified over packed rows alone; --speculative-eagle-topk 1 makes chains"
     elif windowed is not None:
         why = f"layer {windowed} has a window, which counts packed tokens"
     elif options.chunk_attention == "quantized":
@@ -65,7 +66,13 @@ def default_window(runner: Any, numbers: int, requests: int) -> int:
 
 def fitting(runner: Any, numbers: int, window: int) -> int:
     """Requests whose copies, and their steps' own tokens beside, fit into :data:`MOST_MEMORY`."""
-    return int(MOST_MEMORY * memory_of(runner.device) / (numbers * runner.dtype.itemsize * (window + 1)))
+    held = numbers * runner.dtype.itemsize * (window + queries_of(runner))
+    return int(MOST_MEMORY * memory_of(runner.device) / held)
+
+
+def queries_of(runner: Any) -> int:
+    """Of a request in a step: one, or a chain of drafts with the token before it."""
+    return runner.decode_num_tokens_per_req() if runner.spec_algorithm.is_speculative() else 1
 
 
 def new_copies(options: KVQuantOptions, runner: Any, layers: Sequence[PackedLayer], requests: int) -> Recent | None:
@@ -92,6 +99,7 @@ def new_copies(options: KVQuantOptions, runner: Any, layers: Sequence[PackedLaye
         first.v_head_dim,
         runner.dtype,
         runner.device,
+        queries=queries_of(runner),
     )
 
 

@@ -66,6 +66,13 @@ def draft_bytes_per_token(configurator: Any) -> int:
     )
 
 
+def trees(algorithm: Any) -> bool:
+    """Whether drafts of SGLang's SpeculativeAlgorithm are trees; else they are chains, or there are none."""
+    from sglang.srt.runtime_context import get_spec
+
+    return algorithm.is_speculative() and (algorithm.is_ngram() or get_spec().speculative_eagle_topk > 1)
+
+
 def _ngram_masks_are_full() -> bool:
     from sglang.srt.speculative.ngram_worker import USE_FULL_MASK
 
@@ -84,8 +91,6 @@ class Verification:
     @classmethod
     def of(cls, runner: Any, requests: int) -> Verification | None:
         """For up to ``requests`` of a ModelRunner; None without speculation. Raises KVQuantError."""
-        from sglang.srt.runtime_context import get_spec
-
         algorithm = runner.spec_algorithm
         if not algorithm.is_speculative():
             return None
@@ -95,8 +100,7 @@ class Verification:
                 f"--speculative-num-draft-tokens {q_len}: not with --kv-quant {NAME}: at most {MAX_Q_LEN} are verified "
                 "at a time"
             )
-        trees = algorithm.is_ngram() or get_spec().speculative_eagle_topk > 1
-        tree = Tree.of(requests, q_len, runner.device) if trees else None
+        tree = Tree.of(requests, q_len, runner.device) if trees(algorithm) else None
         return cls(q_len, tree, full_mask=algorithm.is_ngram() and _ngram_masks_are_full())
 
     def warm_up(self, requests: int, page: int, nowhere: int) -> None:

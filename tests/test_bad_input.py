@@ -94,7 +94,11 @@ def test_exact_tokens(model):
         assert f"--kv-quant-exact-recent {value}: a whole number up to 64 is needed, e.g. 32, or 0 for none" in message
     both = {"kv_quant_exact_recent": 8, "speculative_algorithm": "NGRAM"}
     message = refusal(model(), "--kv-quant-exact-recent=8", "--speculative-algorithm=NGRAM", **both)
-    assert "--kv-quant-exact-recent 8: not with --speculative-algorithm NGRAM: drafts are verified over" in message
+    assert "--kv-quant-exact-recent 8: not with --speculative-algorithm NGRAM: trees of drafts are" in message
+    given = "--speculative-algorithm=EAGLE", "--speculative-eagle-topk=2"
+    both = {"kv_quant_exact_recent": 8, "speculative_algorithm": "EAGLE", "speculative_eagle_topk": 2}
+    message = refusal(model(), "--kv-quant-exact-recent=8", *given, **both)
+    assert "--kv-quant-exact-recent 8: not with --speculative-algorithm EAGLE --speculative-eagle-topk 2" in message
     both = {"kv_quant_exact_recent": 4, "kv_quant_chunk_attention": "quantized"}
     message = refusal(model(), "--kv-quant-exact-recent=4", "--kv-quant-chunk-attention=quantized", **both)
     assert "--kv-quant-exact-recent 4: --kv-quant-chunk-attention quantized reads all tokens as" in message

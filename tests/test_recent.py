@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_blockgtq import recent
 from sglang_blockgtq.recent import MOST_MEMORY, MOST_REQUESTS, default_window, new_copies
@@ -12,14 +13,21 @@ LAYERS = [SimpleNamespace(heads=2, head_dim=32, v_head_dim=16)] * 3
 TOKEN = 3 * 2 * (32 + 16) * 2  # bytes, in 16 bits
 
 
+def runner_of(queries: int) -> SimpleNamespace:
+    """Whose steps verify chains of so many tokens."""
+    algorithm = SpeculativeAlgorithm.EAGLE if queries > 1 else SpeculativeAlgorithm.NONE
+    names = {"dtype": torch.bfloat16, "device": "cpu", "spec_algorithm": algorithm}
+    return SimpleNamespace(**names, decode_num_tokens_per_req=lambda: queries)
+
+
 @pytest.fixture
 def copies(monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(recent, "is_rank_zero", lambda: True)
 
-    def make(requests: int, memory: float, window: int = 8):
+    def make(requests: int, memory: float, window: int = 8, queries: int = 1):
         monkeypatch.setattr(recent, "memory_of", lambda device: memory)
-        runner = SimpleNamespace(dtype=torch.bfloat16, device="cpu")
+        runner = runner_of(queries)
         return new_copies(SimpleNamespace(exact_recent=window), runner, LAYERS, requests)
 
     return make
@@ -46,8 +54,13 @@ def test_requests_with_copies(copies, caplog, requests, memory, rows):
 def test_tokens_where_nothing_is_said(monkeypatch, requests, fit, window):
     """The widest window that leaves copies for every request, up to a number of them; 8 tokens at least."""
     monkeypatch.setattr(recent, "memory_of", lambda device: (fit * TOKEN + 1) / MOST_MEMORY)
-    runner = SimpleNamespace(dtype=torch.bfloat16, device="cpu")
-    assert default_window(runner, TOKEN // 2, requests) == window
+    assert default_window(runner_of(1), TOKEN // 2, requests) == window
+
+
+def test_chains_of_drafts_have_places_of_their_own(copies):
+    """Beside what their first query reads, in the same share of the memory."""
+    made = copies(4096, 20.5 * (8 + 5) * TOKEN / MOST_MEMORY, queries=5)
+    assert (made.rows, made.window, made.ring, made.queries) == (20, 8, 12, 5)
 
 
 def test_none_without_exact_tokens(copies):

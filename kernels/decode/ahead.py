@@ -42,10 +42,11 @@ def ahead_kernel(
     stride_kh,
     stride_vt,
     stride_vh,
+    QUERIES: tl.constexpr,  # of a request
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,  # GROUP and up; this and TOKENS a power of two, 16 at least
-    TOKENS: tl.constexpr,  # WINDOW and up
-    WINDOW: tl.constexpr,
+    TOKENS: tl.constexpr,  # RING and up
+    RING: tl.constexpr,
     CAP: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
@@ -67,10 +68,14 @@ def ahead_kernel(
         )  # fmt: skip
         return
     token, head = program // heads, program % heads
-    row = tl.load(step + token)
-    position = tl.load(step + steps + token)
-    count = tl.load(step + 2 * steps + token)
-    place = tl.load(step + 3 * steps + token).to(tl.int64)
+    request, query_at = token // QUERIES, token % QUERIES
+    row = tl.load(step + request)
+    position = tl.load(step + steps + request) + query_at
+    count = tl.load(step + 2 * steps + request) + query_at
+    if QUERIES == 1:
+        place = tl.load(step + 3 * steps + request).to(tl.int64)
+    else:
+        place = tl.where(row >= 0, row * RING + position % RING, -1).to(tl.int64)
     wait_and_release(DEPENDENT)
     g, back, channel, column = tl.arange(0, ROWS), tl.arange(0, TOKENS), tl.arange(0, PADDED), tl.arange(0, V_PADDED)
     j, inside, inside_v = head * GROUP + g, channel < DIM, column < V_DIM
@@ -80,13 +85,21 @@ def ahead_kernel(
     own_k = tl.load(k + token * stride_kt + head * stride_kh + channel, mask=inside, other=0.0)
     own_v = tl.load(v + token * stride_vt + head * stride_vh + column, mask=inside_v, other=0.0)
 
-    # The token's own key and value need no copy.
-    copied = ((back > 0) & (back < count))[:, None]
-    copy = ((row.to(tl.int64) * WINDOW + (position + (TOKENS * WINDOW - back)) % WINDOW) * heads + head)[:, None]
+    # The step's own keys and values need no copy.
+    copied = ((back > query_at) & (back < count))[:, None]
+    copy = ((row.to(tl.int64) * RING + (position + (TOKENS * RING - back)) % RING) * heads + head)[:, None]
     key = tl.load(k_copies + copy * DIM + channel[None, :], mask=copied & inside[None, :], other=0.0)
     value = tl.load(v_copies + copy * V_DIM + column[None, :], mask=copied & inside_v[None, :], other=0.0)
-    key = tl.where((back == 0)[:, None], own_k[None, :], key)
-    value = tl.where((back == 0)[:, None], own_v[None, :], value)
+    if QUERIES == 1:
+        key = tl.where((back == 0)[:, None], own_k[None, :], key)
+        value = tl.where((back == 0)[:, None], own_v[None, :], value)
+    else:
+        fresh = (back <= query_at)[:, None]
+        at = (token - back)[:, None]
+        fresh_k = tl.load(k + at * stride_kt + head * stride_kh + channel[None, :], mask=fresh & inside[None, :])
+        fresh_v = tl.load(v + at * stride_vt + head * stride_vh + column[None, :], mask=fresh & inside_v[None, :])
+        key = tl.where(fresh & inside[None, :], fresh_k, key)
+        value = tl.where(fresh & inside_v[None, :], fresh_v, value)
 
     logit = tl.dot(query, tl.trans(key), input_precision="tf32x3") * scale
     if CAP > 0:
@@ -111,11 +124,11 @@ def ahead_kernel(
 def ahead(
     tables: Tables, q: torch.Tensor, recent: RecentRead, sm_scale: float, cap: float
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """Queries ``q [B, Hq, D]`` of a step, a request each, rotated to stored channels, float32; and out ``[B, Hq, Dv]``
-    and lse ``[B, Hq]``, float32, of their exact tokens, zeros and -inf of none. The step's own tokens are kept. cap: of
-    logits, 0 for none."""
+    """Queries ``q [B * q_len, Hq, D]`` of a step, q_len of each request, rotated to stored channels, float32; and out
+    ``[B * q_len, Hq, Dv]`` and lse ``[B * q_len, Hq]``, float32, of their exact tokens, zeros and -inf of none. The
+    step's own tokens are kept. cap: of logits, 0 for none."""
     side, copies, (tokens, num_heads, dim), v_dim = tables.k, recent.copies, q.shape, recent.v.shape[2]
-    heads, group, window = tables.heads, num_heads // tables.heads, copies.recent.window
+    heads, group, ring = tables.heads, num_heads // tables.heads, copies.recent.ring
     chained = dependent(q.device)
     rotated = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     out = torch.empty(tokens, num_heads, v_dim, dtype=torch.float32, device=q.device)
@@ -144,10 +157,11 @@ def ahead(
         stride_kh=recent.k.stride(1),
         stride_vt=recent.v.stride(0),
         stride_vh=recent.v.stride(1),
+        QUERIES=recent.q_len,
         GROUP=group,
         ROWS=max(16, triton.next_power_of_2(group)),
-        TOKENS=max(16, triton.next_power_of_2(window)),
-        WINDOW=window,
+        TOKENS=max(16, triton.next_power_of_2(ring)),
+        RING=ring,
         CAP=cap,
         DIM=dim,
         PADDED=side.padded,

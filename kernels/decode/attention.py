@@ -149,8 +149,8 @@ def decode_attention(
     (:mod:`..format.layout`). kv_indptr ``[B + 1]`` and kv_indices (slots), int32 or int64.
     terms: a window, a cap, sinks; the LSE knows no sinks.
     rotated: q in stored channels as float32, where encode has made it already.
-    recent: what each request's last tokens are read from instead, which kv_indices lacks; their own are kept there. One
-    query a request, without a window. None: rows alone.
+    recent: what each request's last tokens are read from instead, the queries' own among them, which kv_indices lacks;
+    their own are kept there. Without a tree and a window. None: rows alone.
     target: splits wanted for all requests together, by default what fills the device (see :mod:`.splits`).
     scratch and ``out [B * q_len, Hq, Dv]`` may be given, for CUDA graphs.
 
@@ -167,11 +167,12 @@ def decode_attention(
     if tree is not None and (tree.shape != q.shape[:1] or tree.dtype != torch.int32):
         raise ValueError(f"tree {tree.dtype} {tuple(tree.shape)}: int32 [{q.shape[0]}] is needed, of each query")
     if recent is not None:
-        if q_len > 1 or terms.window:
-            raise ValueError(f"recent: not with q_len {q_len} and window {terms.window}: 1 and 0 are needed")
+        if tree is not None or terms.window:
+            raise ValueError(f"recent: not with {'a tree' if terms.window == 0 else f'a window of {terms.window}'}")
         if rotated is not None:
             raise ValueError("rotated: not with recent, whose launch rotates the queries")
-        recent.check(requests, tables.heads, tables.k.dim, tables.v.dim)
+        recent.check(requests, q_len, tables.heads, tables.k.dim, tables.v.dim)
+        tree = recent.all_bits if q_len > 1 else None  # every packed row lies before all queries
     if target is None:
         target = target_splits(tables, num_heads, q_len)
     splits = num_splits(requests, target)

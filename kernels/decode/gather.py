@@ -40,6 +40,7 @@ def gather_slots_kernel(
     room,
     REQUESTS: tl.constexpr,
     WINDOW: tl.constexpr,
+    RING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     part, request = tl.program_id(0), tl.program_id(1)
@@ -56,8 +57,8 @@ def gather_slots_kernel(
             tl.store(step + r, tl.where(there, copies, -1), mask=r < num_requests)
             tl.store(step + steps + r, (length_of - 1).to(tl.int32), mask=r < num_requests)
             tl.store(step + 2 * steps + r, exact, mask=r < num_requests)
-            place = copies * WINDOW + (length_of - 1).to(tl.int32) % WINDOW
-            place = tl.where(there, place, tl.where(r < room, rows * WINDOW + r, -1))
+            place = copies * RING + (length_of - 1).to(tl.int32) % RING
+            place = tl.where(there, place, tl.where(r < room, rows * RING + r, -1))
             tl.store(step + 3 * steps + r, tl.where(length_of > 0, place, -1), mask=r < num_requests)
         length_of -= exact
     begin = tl.sum(tl.where(r < request, length_of, 0), 0)
@@ -90,8 +91,8 @@ def gather_slots(
 
     req_to_token int32 ``[rows, most tokens]``, contiguous within a row. requests ``[B]``: the rows; lengths ``[B]``:
     how many of a row's slots; more: of those that follow. recent: whose exact tokens are left out, and whose ``step``
-    is filled. kv_indices: room for all of them, which is not checked, as
-    lengths are on the device.
+    is filled; the last of the slots is then that of the step's first query. kv_indices: room for all of them, which is
+    not checked, as lengths are on the device.
     The grid does not depend on a length. Raises ValueError on other shapes.
     """
     batch = requests.shape[0]
@@ -122,6 +123,7 @@ def gather_slots(
         recent.room if recent else 0,
         REQUESTS=request_block(batch),
         WINDOW=recent.window if recent else 0,
+        RING=recent.ring if recent else 0,
         BLOCK=BLOCK,
         num_warps=4,
     )

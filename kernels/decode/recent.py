@@ -1,8 +1,9 @@
 """Exact keys and values of the last tokens of running requests, read by decode beside packed rows.
 
-Copies are a request's own: position p of it lies at p modulo the window. They begin with the first token of its last
-prefill, whose launch notes the position; a decode step adds its token. So a request never takes another one's copies
-for its own, and nothing else has to know of them. From there a step's tokens are encoded, too, of all layers at a time
+Copies are a request's own: position p of it lies at p modulo the places of its row. They begin with the first token of
+its last prefill, whose launch notes the position; a decode step adds its token, and one that verifies a chain of drafts
+all of them: those that are rejected are written over by the next. So a request never takes another one's copies for its
+own, and nothing else has to know of them. From there a step's tokens are encoded, too, of all layers at a time
 (:mod:`..encode.step`), for which that of a request without copies is kept behind all rows. Definition:
 :func:`..reference.recent_step` and :func:`..reference.recent_attention`; where they are read: :mod:`.ahead`.
 """
@@ -23,20 +24,25 @@ from ..device.launch import Launch
 
 @dataclass
 class Recent:
-    """Of all layers: L layers, R rows of copies, up to B requests of a step, W tokens each.
+    """Of all layers: L layers, R rows of copies with P places each, up to B requests of a step.
 
     top: the request index whose copies lie in row 0; a request r has row top - r, if that is one of R.
+    window: tokens that a step's first query reads exactly, its own among them; each further one reads one more.
+    P = window + queries - 1: so the tokens of a step lie beside those that its first query reads.
     room: requests of a step up to which each one's token is kept.
     first int32 ``[R]``: the position from which a row's copies are there. step int32 ``[4, B]``: of a decode step's
     requests the row or -1, the position of the token, how many tokens are exact, that one among them, and the place
     where it is kept, as if rows were one, or -1.
-    k ``[L, R + S, W, H, D]``, v ``[L, R + S, W, H, Dv]``: S rows for the tokens of requests without one.
+    k ``[L, R + S, P, H, D]``, v ``[L, R + S, P, H, Dv]``: S rows for the tokens of requests without one.
+    all_bits int32 ``[B * queries]``: of queries that see every packed row of their request (:mod:`.tree`).
     """
 
     first: torch.Tensor
     step: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+    all_bits: torch.Tensor
+    window: int
     room: int
     top: int = 0
 
@@ -52,19 +58,28 @@ class Recent:
         v_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        queries: int = 1,
     ) -> Recent:
-        held = layers, rows + triton.cdiv(rows, window), window, heads
+        """queries: of each request in a step, at most."""
+        ring = window + queries - 1
+        held = layers, rows + triton.cdiv(rows, ring), ring, heads
         return cls(
             torch.zeros(rows, dtype=torch.int32, device=device),
             torch.full((4, requests), -1, dtype=torch.int32, device=device),
             torch.zeros(*held, dim, dtype=dtype, device=device),
             torch.zeros(*held, v_dim, dtype=dtype, device=device),
+            torch.full((requests * queries,), -1, dtype=torch.int32, device=device),
+            window,
             rows,
         )
 
     @property
-    def window(self) -> int:
+    def ring(self) -> int:
         return self.k.shape[2]
+
+    @property
+    def queries(self) -> int:
+        return self.ring - self.window + 1
 
     @property
     def rows(self) -> int:
@@ -72,7 +87,7 @@ class Recent:
 
     @property
     def nbytes(self) -> int:
-        return self.first.nbytes + self.step.nbytes + self.k.nbytes + self.v.nbytes
+        return sum(x.nbytes for x in (self.first, self.step, self.k, self.v, self.all_bits))
 
     def bind(self, top: int) -> None:
         """Requests have the indices 1 to ``top`` from now on; 0 is nobody's, and has no copies."""
@@ -82,9 +97,9 @@ class Recent:
         self.top = top
 
     def begin(self, requests: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """A decode step of requests ``[B]`` with lengths ``[B]``, their tokens' own counted: fills ``step`` by PyTorch
-        and gives the counts ``[B]`` (:func:`.gather.gather_slots` does it on a GPU)."""
-        step = reference.recent_step(self.first, self.top, self.window, self.room, requests, lengths)
+        """A step of requests ``[B]`` with lengths ``[B]``, their first queries' tokens counted: fills ``step`` by
+        PyTorch and gives the counts ``[B]`` (:func:`.gather.gather_slots` does it on a GPU)."""
+        step = reference.recent_step(self.first, self.top, self.window, self.ring, self.room, requests, lengths)
         self.step[:, : len(requests)] = torch.stack(step)
         return step[2]
 
@@ -94,7 +109,7 @@ class Recent:
 
 @dataclass(frozen=True)
 class RecentLayer:
-    """One layer's copies: k ``[R + S, W, H, D]``, v ``[R + S, W, H, Dv]``."""
+    """One layer's copies: k ``[R + S, P, H, D]``, v ``[R + S, P, H, Dv]``."""
 
     recent: Recent
     k: torch.Tensor
@@ -108,7 +123,7 @@ class RecentLayer:
         prefix_lens: torch.Tensor,
         qo_indptr: torch.Tensor,
     ) -> None:
-        """Of a prefill: copy the last tokens of each request, up to W, and note where its copies begin.
+        """Of a prefill: copy the last tokens of each request, up to P, and note where its copies begin.
 
         k ``[T, H, D]``, v ``[T, H, Dv]``: new tokens, a request's one after another as qo_indptr ``[B + 1]`` says, and
         perhaps more. prefix_lens ``[B]``: tokens before them. requests ``[B]``: indices, of which those
@@ -121,7 +136,7 @@ class RecentLayer:
             reference.remember(recent.first, recent.top, self.k, self.v, k, v, requests, prefix_lens, qo_indptr)
             return
         self._remember(
-            (batch, recent.window, 1),
+            (batch, recent.ring, 1),
             k=k,
             v=v,
             requests=requests,
@@ -135,7 +150,7 @@ class RecentLayer:
 
     @cached_property
     def _remember(self) -> Launch:
-        _, window, heads, dim = self.k.shape
+        _, ring, heads, dim = self.k.shape
         v_dim, chained = self.v.shape[3], dependent(self.k.device)
         return Launch(
             remember_kernel,
@@ -144,7 +159,7 @@ class RecentLayer:
             v_copies=self.v,
             top=self.recent.top,
             rows=self.recent.rows,
-            WINDOW=window,
+            RING=ring,
             HEADS=heads,
             DIM=dim,
             V_DIM=v_dim,
@@ -156,9 +171,9 @@ class RecentLayer:
             num_warps=4,
         )
 
-    def read(self, k: torch.Tensor, v: torch.Tensor) -> RecentRead:
-        """A decode step's own keys ``[B, H, D]`` and values ``[B, H, Dv]`` with the copies."""
-        return RecentRead(self, k, v)
+    def read(self, k: torch.Tensor, v: torch.Tensor, q_len: int = 1) -> RecentRead:
+        """A step's own keys ``[B * q_len, H, D]`` and values ``[B * q_len, H, Dv]`` with the copies."""
+        return RecentRead(self, k, v, q_len)
 
 
 @dataclass(frozen=True)
@@ -168,22 +183,33 @@ class RecentRead:
     copies: RecentLayer
     k: torch.Tensor
     v: torch.Tensor
+    q_len: int = 1
 
     @property
     def step(self) -> torch.Tensor:
         """int32 ``[4, B]``, see :class:`Recent`."""
-        return self.copies.recent.step[:, : len(self.k)]
+        return self.copies.recent.step[:, : len(self.k) // self.q_len]
 
-    def check(self, requests: int, heads: int, dim: int, v_dim: int) -> None:
-        """ValueError unless these are of so many requests and of heads of these sizes."""
+    @property
+    def all_bits(self) -> torch.Tensor:
+        """int32 ``[B * q_len]``, see :class:`Recent`."""
+        return self.copies.recent.all_bits[: len(self.k)]
+
+    def check(self, requests: int, q_len: int, heads: int, dim: int, v_dim: int) -> None:
+        """ValueError unless these are q_len tokens each of so many requests, and of heads of these sizes."""
+        recent, tokens = self.copies.recent, requests * q_len
         held = *self.copies.k.shape[2:], self.copies.v.shape[3]
-        if self.k.shape != (requests, heads, dim) or self.v.shape != (requests, heads, v_dim):
+        if self.q_len != q_len or q_len > recent.queries:
             raise ValueError(
-                f"recent: k {tuple(self.k.shape)} and v {tuple(self.v.shape)}: [{requests}, {heads}, {dim}] and "
-                f"[{requests}, {heads}, {v_dim}] are needed, a token of each request"
+                f"recent: {self.q_len} tokens of a request, of up to {recent.queries}, for {q_len} queries"
             )
-        if held != (heads, dim, v_dim) or self.copies.recent.step.shape[1] < requests:
-            room = self.copies.recent.step.shape[1]
+        if self.k.shape != (tokens, heads, dim) or self.v.shape != (tokens, heads, v_dim):
+            raise ValueError(
+                f"recent: k {tuple(self.k.shape)} and v {tuple(self.v.shape)}: [{tokens}, {heads}, {dim}] and "
+                f"[{tokens}, {heads}, {v_dim}] are needed, a token of each query"
+            )
+        if held != (heads, dim, v_dim) or recent.step.shape[1] < requests:
+            room = recent.step.shape[1]
             raise ValueError(f"recent: copies of {held} heads and channels for {room} requests do not fit these rows")
         if self.k.stride(2) != 1 or self.v.stride(2) != 1:
             raise ValueError("recent: k and v: channels must be contiguous")
@@ -205,7 +231,7 @@ def remember_kernel(
     stride_kh,
     stride_vt,
     stride_vh,
-    WINDOW: tl.constexpr,
+    RING: tl.constexpr,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -225,10 +251,10 @@ def remember_kernel(
             tl.store(first + row, before)
         token = end - 1 - back
         if token >= begin:
-            place = (before + (token - begin).to(tl.int32)) % WINDOW
+            place = (before + (token - begin).to(tl.int32)) % RING
             head = tl.arange(0, BLOCK)[:, None]
             channel, v_channel = tl.arange(0, PADDED)[None, :], tl.arange(0, V_PADDED)[None, :]
-            at = (row.to(tl.int64) * WINDOW + place) * HEADS + head
+            at = (row.to(tl.int64) * RING + place) * HEADS + head
             mask, v_mask = (head < HEADS) & (channel < DIM), (head < HEADS) & (v_channel < V_DIM)
             key = tl.load(k + token * stride_kt + head * stride_kh + channel, mask=mask)
             tl.store(k_copies + at * DIM + channel, key, mask=mask)

@@ -63,8 +63,12 @@ class TorchPackedBackend(AttentionBackend):
             q_len = fresh = spec.draft_token_num
             lengths = (before + q_len).tolist()
             full = spec.custom_mask.numel() >= q_len * sum(lengths)  # or of the trees alone
-            bits, _ = read_tree(spec.custom_mask, before, q_len, full)
-            self.verification = {"q_len": q_len, "tree": bits}
+            self.verification = {"q_len": q_len}
+            if self.recent is None:
+                self.verification["tree"], _ = read_tree(spec.custom_mask, before, q_len, full)
+            else:  # of a chain, whose tokens are exact
+                counts = self.recent.begin(forward_batch.req_pool_indices, before + 1)
+                lengths = (before + 1 - counts).tolist()
         else:
             lengths = list(forward_batch.extend_prefix_lens_cpu)
         table = self.req_to_token_pool.req_to_token
@@ -96,7 +100,8 @@ class TorchPackedBackend(AttentionBackend):
         q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         options = dict(self.verification)
         if self.recent is not None:
-            options["recent"] = self.copies[layer.layer_id].read(*_by_head(k, v, packed))
+            q_len = options.get("q_len", 1)
+            options["recent"] = self.copies[layer.layer_id].read(*_by_head(k, v, packed), q_len)
         out = packed.decode(q3, self.kv_indptr, self.read, layer.scaling, terms=terms, **options)
         return out.flatten(1)
 

@@ -63,10 +63,12 @@ class TritonPackedBackend(TritonAttnBackend):
         self._plans: tuple[Any, dict[int, list[tuple[slice, ExtendPlan]]]] | None = None  # by window
 
     def _step_encoder(self) -> StepEncoder | None:
-        """Where exact tokens are read, a step's are encoded for all layers at its end."""
+        """Where exact tokens are read, a decode step's are encoded for all layers at its end."""
         encoders = [layer.encoder for layer in self.pool.layers.values()]
         in_columns = [encoder for encoder in encoders if isinstance(encoder, Encoder)]
-        return StepEncoder(in_columns, self.recent) if self.recent and in_columns == encoders else None
+        if self.recent is None or self.recent.queries > 1 or in_columns != encoders:
+            return None
+        return StepEncoder(in_columns, self.recent)
 
     def _buffers(self, runner: Any) -> Buffers:
         """Those that were taken before the cache was sized."""
@@ -93,7 +95,7 @@ class TritonPackedBackend(TritonAttnBackend):
         if self.buffers.verification:
             verification, scratch = self._verifying()
             q_len, tree = verification.q_len, verification.tree
-            todo += warm_up.verify_jobs(layers[0], scratch, self.num_head, runner.dtype, most, q_len, tree)
+            todo += warm_up.verify_jobs(layers[0], scratch, self.num_head, runner.dtype, most, q_len, tree, copies)
             if tree is not None:  # it is read, and the rows of an accepted branch are moved
                 todo += [partial(verification.warm_up, n, *self.pages) for n in warm_up.batch_sizes(most)]
                 todo.append(partial(self.pool.move_kv_cache, *torch.zeros(2, 1, dtype=torch.int64, device=self.device)))
@@ -172,7 +174,8 @@ class TritonPackedBackend(TritonAttnBackend):
         if table.v2p is not None or table.entry_page_size != 1:
             raise RuntimeError(f"{NAME}: this pool's table of requests holds no slots ({table.entry_page_size=})")
         requests, lengths = table.row_ids[:batch], forward_batch.seq_lens[:batch]
-        more = queries if forward_batch.forward_mode.is_target_verify() else 0
+        # Of a verification SGLang counts the tokens before it. Those that are exact are not gathered.
+        more = (1 if self.recent else queries) if forward_batch.forward_mode.is_target_verify() else 0
         gather_slots(table.ids, requests, lengths, meta.kv_indptr, meta.kv_indices, more, self.recent)
         if self.pool.check:
             self.pool.check.sample(meta.kv_indptr, meta.kv_indices, fresh=queries)
@@ -215,7 +218,8 @@ class TritonPackedBackend(TritonAttnBackend):
         q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         rotated, later = None, self.encode_step if self.encode_step and self.encode_step.takes(len(q3)) else None
         if self.recent is not None:
-            options["recent"] = self.copies[layer.layer_id].read(*_by_head(k, v, layer))
+            q_len = options.get("q_len", 1)
+            options["recent"] = self.copies[layer.layer_id].read(*_by_head(k, v, layer), q_len)
         if save_kv_cache and later is None:
             query = q3 if self.recent is None else None  # which is rotated where exact tokens are read
             rotated = packed.encode(*_by_head(k, v, layer), forward_batch.out_cache_loc, positions, query)

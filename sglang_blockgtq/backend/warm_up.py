@@ -66,9 +66,11 @@ def verify_jobs(
     most: int,
     q_len: int,
     tree: Tree | None,
+    copies: RecentLayer | None = None,
 ) -> list[Job]:
     """The same for steps that verify q_len tokens of each request, of trees where there is one."""
-    return [partial(_decode, layer, scratch, num_heads, dtype, batch, q_len, tree) for batch in batch_sizes(most)]
+    shapes = layer, scratch, num_heads, dtype
+    return [partial(_decode, *shapes, batch, q_len, tree, copies) for batch in batch_sizes(most)]
 
 
 def encoded_at_once(layer: TritonLayer) -> set[int]:
@@ -97,10 +99,10 @@ def _ahead(layer: TritonLayer, num_heads: int, dtype: torch.dtype, tokens: int, 
     ahead(layer.tables, q, _read(layer, dtype, tokens, copies), 1.0, 0.0)
 
 
-def _read(layer: TritonLayer, dtype: torch.dtype, tokens: int, copies: RecentLayer) -> RecentRead:
+def _read(layer: TritonLayer, dtype: torch.dtype, tokens: int, copies: RecentLayer, q_len: int = 1) -> RecentRead:
     """Of a step whose requests are still nobody's, as gathered."""
     k = torch.zeros(tokens, layer.heads, layer.head_dim, dtype=dtype, device=layer.rows.device)
-    return copies.read(k, k.new_zeros(tokens, layer.heads, layer.v_head_dim))
+    return copies.read(k, k.new_zeros(tokens, layer.heads, layer.v_head_dim), q_len)
 
 
 def _nobody(batch: int, device: torch.device) -> torch.Tensor:
@@ -139,7 +141,7 @@ def _decode(
     slots = torch.zeros(tokens, dtype=SLOT, device=device)
     rotated = torch.zeros(q.shape, dtype=torch.float32, device=device) if layer.fast and copies is None else None
     bits = None if tree is None else tree.bits[:tokens]
-    recent = _read(layer, dtype, tokens, copies) if copies else None
+    recent = _read(layer, dtype, tokens, copies, q_len) if copies else None
     layer.decode(q, kv_indptr, slots, 1.0, q_len=q_len, tree=bits, rotated=rotated, scratch=scratch, recent=recent)
 
 

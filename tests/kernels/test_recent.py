@@ -40,10 +40,10 @@ COUNTS, REQUESTS = (3, 0, 5, 1), (9, 2, 6, 7)  # the second one's row would be t
 TERMS = Terms(cap=2.0), Terms(sinks=torch.linspace(-2, 3, 6, device=DEVICE))
 
 
-def copies(case: Case, window: int = WINDOW) -> RecentLayer:
+def copies(case: Case, window: int = WINDOW, queries: int = 1) -> RecentLayer:
     """NaN where nobody wrote."""
     dtype, v_dim = getattr(torch, case.dtype), case.v_dim or case.head_dim
-    recent = Recent.of(1, ROWS, 16, window, case.heads, case.head_dim, v_dim, dtype, DEVICE)
+    recent = Recent.of(1, ROWS, 16, window, case.heads, case.head_dim, v_dim, dtype, DEVICE, queries)
     recent.bind(TOP)
     recent.k.fill_(torch.nan)
     recent.v.fill_(torch.nan)
@@ -58,34 +58,38 @@ def new_tokens(case: Case, count: int, seed: int = 11) -> tuple[torch.Tensor, to
     return d.k[pick] * 0.8, d.v[pick].flip(0) * 1.1
 
 
-def step_of(case: Case, window: int = WINDOW) -> tuple[RecentLayer, torch.Tensor, torch.Tensor]:
+def step_of(case: Case, window: int = WINDOW, q_len: int = 1) -> tuple[RecentLayer, torch.Tensor, torch.Tensor]:
     """Copies of the case's requests, filled as far as counts say, and the step's own keys and values."""
-    layer, batch = copies(case, window), len(case.lengths)
+    layer, batch = copies(case, window, q_len), len(case.lengths)
+    ring = layer.recent.ring
     counts = [window if COUNTS[i % 4] == WINDOW else min(COUNTS[i % 4], window) for i in range(batch)]
     rows = [TOP - REQUESTS[i % 4] if i < 4 else -1 for i in range(batch)]
     rows = [row if 0 <= row < ROWS else -1 for row in rows]
-    counts = [n if row >= 0 else i % 2 for i, (n, row) in enumerate(zip(counts, rows, strict=True))]
+    counts = [n if row >= 0 else max(i % 2, q_len > 1) for i, (n, row) in enumerate(zip(counts, rows, strict=True))]
     positions = [length + n - 1 for length, n in zip(case.lengths, counts, strict=True)]
     places = []
     for i, (row, position) in enumerate(zip(rows, positions, strict=True)):
-        behind = ROWS * window + i if i < layer.recent.room else -1
-        places.append(-1 if position < 0 else behind if row < 0 else row * window + position % window)
+        behind = ROWS * ring + i if i < layer.recent.room else -1
+        places.append(-1 if position < 0 else behind if row < 0 else row * ring + position % ring)
     layer.recent.step[:, :batch] = torch.tensor([rows, positions, counts, places])
     for row, position, count in zip(rows, positions, counts, strict=True):
         for back in range(1, count):
             k, v = new_tokens(case, 1, seed=position - back)
-            layer.k[row, (position - back) % window], layer.v[row, (position - back) % window] = k[0], v[0]
-    return layer, *new_tokens(case, batch)
+            layer.k[row, (position - back) % ring], layer.v[row, (position - back) % ring] = k[0], v[0]
+    return layer, *new_tokens(case, batch * q_len)
 
 
-def expected(case: Case, layer: RecentLayer, k, v, terms: Terms = PLAIN):
-    """And the copies after the step."""
-    d, q = data(case), decode_queries(case)
+def expected(case: Case, layer: RecentLayer, k, v, terms: Terms = PLAIN, q_len: int = 1):
+    """And the copies after the step. All queries of a request see the same packed rows."""
+    d, q = data(case), decode_queries(case, q_len)
     plain = Terms(cap=terms.cap)
-    packed = reference.decode_attention(d.codec, q, d.packed, d.kv_indptr, d.sm_scale, terms=plain)
+    packed = (torch.empty(*q.shape[:2], v.shape[2], device=DEVICE), torch.empty(q.shape[:2], device=DEVICE))
+    for i in range(q_len):
+        found = reference.decode_attention(d.codec, q[i::q_len], d.packed, d.kv_indptr, d.sm_scale, terms=plain)
+        packed[0][i::q_len], packed[1][i::q_len] = found
     after = layer.k.clone(), layer.v.clone()
-    step = layer.recent.step[:, : len(q)]
-    exact = reference.recent_attention(q, k, v, *after, step, d.sm_scale, plain)
+    step = layer.recent.step[:, : len(case.lengths)]
+    exact = reference.recent_attention(q, k, v, *after, step, d.sm_scale, plain, q_len)
     out, lse = reference.merge_states(*packed, *exact)
     return (terms.with_sinks(out, lse), lse), after
 
@@ -129,26 +133,48 @@ def test_both_kernels_of_attention(case, choice, monkeypatch):
     check(case, PLAIN, None, slack=2 if choice == "cuda" else 1)  # bytes in the place of levels
 
 
-def check(case: Case, terms: Terms, target: int | None, window: int = WINDOW, slack: int = 1) -> None:
-    d, (layer, k, v) = data(case), step_of(case, window)
-    want, after = expected(case, layer, k, v, terms)
-    q = decode_queries(case)
-    read = layer.read(k, v)
+@pytest.mark.parametrize("q_len", [2, 5])
+@pytest.mark.parametrize("way", WAYS)
+@over([TEMPLATE, PAGES, WIDE, PRODUCT, LARGE[0], LARGE[1]])
+def test_chains_of_drafts(case, way, q_len, monkeypatch):
+    """Each query sees its chain up to itself, and all packed rows; what is kept takes no place of what is read."""
+    if way == "row" and case in (WIDE, PRODUCT):
+        pytest.skip("as TEMPLATE's")
+    monkeypatch.setattr(merge, "_GROUPS_AT_ONCE", WAYS[way][0])
+    monkeypatch.setattr(merge, "_ROWS_ALONE", WAYS[way][1])
+    check(case, PLAIN, WAYS[way][2] if way == "row" or case not in LARGE else None, q_len=q_len)
+
+
+def check(case: Case, terms: Terms, target: int | None, window: int = WINDOW, slack: int = 1, q_len: int = 1) -> None:
+    d, (layer, k, v) = data(case), step_of(case, window, q_len)
+    want, after = expected(case, layer, k, v, terms, q_len)
+    q = decode_queries(case, q_len)
+    read = layer.read(k, v, q_len)
     got = decode_attention(
-        d.tables, q, d.rows, d.kv_indptr, d.kv_indices, d.sm_scale, terms=terms, target=target, recent=read
+        d.tables, q, d.rows, d.kv_indptr, d.kv_indices, d.sm_scale, q_len=q_len, terms=terms, target=target, recent=read
     )
     assert_same(got, want, slack * TOLERANCE[DEVICE][case.dtype])
     for mine, theirs in zip((layer.k, layer.v), after, strict=True):
         assert torch.equal(mine.nan_to_num(77.0), theirs.nan_to_num(77.0))
 
 
-@pytest.mark.parametrize(("q_len", "terms"), [(2, PLAIN), (1, Terms(window=8))])
-def test_several_queries_and_windows_are_refused(q_len, terms):
-    d, (layer, k, v) = data(TEMPLATE), step_of(TEMPLATE)
+@pytest.mark.parametrize(
+    ("q_len", "options", "said"),
+    [
+        (1, {"terms": Terms(window=8)}, "not with a window of 8"),
+        (2, {"tree": True}, "not with a tree"),
+        (4, {}, "4 tokens of a request, of up to 3, for 4 queries"),
+    ],
+    ids=["window", "tree", "longer than the places allow"],
+)
+def test_what_has_no_exact_tokens_is_refused(q_len, options, said):
+    d, (layer, k, v) = data(TEMPLATE), step_of(TEMPLATE, q_len=min(q_len, 3))
     q = decode_queries(TEMPLATE, q_len)
+    if "tree" in options:
+        options = {"tree": torch.zeros(len(q), dtype=torch.int32, device=DEVICE)}
     where = d.rows, d.kv_indptr, d.kv_indices, d.sm_scale
-    with pytest.raises(ValueError, match=f"q_len {q_len} and window {terms.window}: 1 and 0 are needed"):
-        decode_attention(d.tables, q, *where, q_len=q_len, terms=terms, recent=layer.read(k, v))
+    with pytest.raises(ValueError, match=f"recent: {said}"):
+        decode_attention(d.tables, q, *where, q_len=q_len, recent=layer.read(k, v, q_len), **options)
 
 
 def test_queries_that_are_rotated_already_are_refused():

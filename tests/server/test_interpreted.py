@@ -45,8 +45,9 @@ def two_layers(request, smollm2, tmp_path_factory) -> str:
     return cut_to_two_layers(smollm2, tmp_path_factory.mktemp("model") / "two-layers")
 
 
-def table_for(model_folder: str, folder: Path, recent: int = RECENT) -> str:
-    """Of eight bits: a batch of another size rounds otherwise, and a code on a threshold turns, which then is little.
+def table_for(model_folder: str, folder: Path, recent: int = RECENT, bits: int = 8) -> str:
+    """Of eight bits by default: a batch of another size rounds otherwise, and a code on a threshold turns, which then
+    is little.
 
     Its cost is said to be known, with as many exact tokens as its server has, so that none measures it in the
     interpreter.
@@ -63,7 +64,7 @@ def table_for(model_folder: str, folder: Path, recent: int = RECENT) -> str:
     sequences = token_sequences(AutoTokenizer.from_pretrained(model_folder), read_text(None), 2048, 2048)
     rope = rope_blocks(model.config)
     names = {"config_hash": config_hash(model.config), "page": PAGE}
-    made = build_table(collect(model, sequences, rope, progress=False), rope, k_bits=8, v_bits=8, **names)
+    made = build_table(collect(model, sequences, rope, progress=False), rope, k_bits=bits, v_bits=bits, **names)
     assert made.header.page == PAGE and made.tensors["mean"].any(-1).any(-1).all()
     path = folder / "table.safetensors"
     made.with_quality(Quality(0.0, 0.0, 0, 0.0, 1, recent)).save(path)
@@ -155,9 +156,38 @@ def test_drafts_of_a_model_change_nothing(launch, smollm2, token_ids, tmp_path, 
         draft.mkdir()
         {"EAGLE": save_eagle_head, "EAGLE3": save_eagle3_head}[algorithm](target, draft)
         args.append(f"--speculative-draft-model-path={draft}")
-    args.append(f"--kv-quant-table={table_for(target, tmp_path, 0)}")
+    args.append(f"--kv-quant-table={table_for(target, tmp_path, RECENT if shape is CHAIN else 0)}")
     server = launch(*args, model=target, env={"TRITON_INTERPRET": "1", "PYTHONPATH": f"{PLUGIN}:{DRAFTS}"})
     check_drafts(server, token_ids)
+    server.stop()
+
+
+def test_chains_read_their_last_tokens_exactly(launch, smollm2, token_ids, tmp_path):
+    """Two bits, and more exact tokens than a request has: log-probabilities are those of transformers, whatever was
+    accepted or rejected before. Of a longer one they are not."""
+    from transformers import AutoModelForCausalLM
+
+    target, draft = cut_to_two_layers(smollm2, tmp_path / "target"), tmp_path / "draft"
+    draft.mkdir()
+    save_eagle_head(target, draft)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    args = *ARGS, *CHAIN, "--speculative-algorithm=EAGLE", f"--speculative-draft-model-path={draft}"
+    env = {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{PLUGIN}:{DRAFTS}"}
+    own = "--kv-quant-exact-recent=60", f"--kv-quant-table={table_for(target, tmp_path, 60, 2)}"
+    server = launch(*args, *own, "--disable-cuda-graph", model=target, env=env)
+
+    def gap(prompt: list[int]) -> tuple[float, int]:
+        meta = server.generate(prompt, 30, logprob_start=len(prompt) - 1, ignore_eos=True)["meta_info"]
+        logprobs, answer = zip(*((lp, token) for lp, token, *_ in meta["output_token_logprobs"]), strict=True)
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        exact = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        return float((exact - torch.tensor(logprobs)).abs().max()), meta["spec_verify_ct"]
+
+    with ThreadPoolExecutor(2) as pool:  # together less than a chunk
+        gaps, steps = zip(*pool.map(gap, (token_ids[:8] * 2, token_ids[40:49])), strict=True)
+    assert max(gaps) < 2e-3 and gap(token_ids[100:190])[0] > 0.01
+    assert 30 / 4 < min(steps) < 30, "some drafts are accepted, some are not"
     server.stop()
 
 
