@@ -295,6 +295,53 @@ def test_an_answer_token_by_token(case):
                 assert error < 2 * TOLERANCE[DEVICE][case.dtype]
 
 
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_chains_of_which_some_are_rejected(index):
+    """Longer than the window in all, by the launches of a step: each query reads the window before the chain and the
+    chain up to itself as they are, whatever stood in their places, and the rest as it is packed."""
+    case, window, q_len, accepted, prompts = TEMPLATE, 3, 4, (1, 4, 2, 1, 3, 4, 1), (5, 9)
+    d, dtype = data(case), getattr(torch, case.dtype)
+    layer, own = TritonLayer(d.codec, DEVICE, templates_of(d.codec.layout.k)), copies(case, window, q_len)
+    layer.bind(layer.new_rows(96, DEVICE))
+    table = torch.arange(96, dtype=torch.int32, device=DEVICE).view(2, 48).flip(1)
+    table = torch.cat([table.new_full((8, 48), 1 << 29), table])  # requests 8 and 9
+    requests = torch.tensor([9, 8], dtype=index, device=DEVICE)
+    before, indptr = torch.zeros(2, dtype=torch.int32, device=DEVICE), [0, prompts[0], sum(prompts)]
+    k, v = new_tokens(case, sum(prompts))
+    whole = [[k[a:b], v[a:b]] for a, b in zip(indptr, indptr[1:], strict=False)]
+    slots = torch.cat([table[9 - i, :n] for i, n in enumerate(prompts)]).long()
+    layer.encode(k, v, slots, torch.cat([torch.arange(n) for n in prompts]).to(DEVICE))
+    own.remember(k, v, requests, before, torch.tensor(indptr, device=DEVICE))
+    lengths, group = list(prompts), case.heads * case.group
+    for step, taken in enumerate(accepted):
+        new = new_tokens(case, 2 * q_len, seed=step)
+        q = torch.randn(2 * q_len, group, case.head_dim, device=DEVICE, dtype=dtype)
+        positions = torch.tensor([n + i for n in lengths for i in range(q_len)], device=DEVICE)
+        loc = table[requests.repeat_interleave(q_len).long(), positions].long()
+        kv_indptr = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+        kv_indices = torch.zeros(96, dtype=torch.int32, device=DEVICE)
+        counted = torch.tensor(lengths, dtype=index, device=DEVICE)
+        gather_slots(table, requests, counted, kv_indptr, kv_indices, more=1, recent=own.recent)
+        layer.encode(*new, loc, positions)
+        got = layer.decode(q, kv_indptr, kv_indices, d.sm_scale, q_len=q_len, recent=own.read(*new, q_len))
+        for b, n in enumerate(lengths):
+            exact = min(n, window - 1)
+            packed = gather_rows(d.codec.layout, layer.rows, table[9 - b, : n - exact].long())
+            for i in range(q_len):
+                at, chain = b * q_len + i, slice(b * q_len, b * q_len + i + 1)
+                ends = torch.tensor([0, len(packed)])
+                want = reference.decode_attention(d.codec, q[at : at + 1], packed, ends, d.sm_scale)
+                last = [torch.cat([x[n - exact :], y[chain]]) for x, y in zip(whole[b], new, strict=True)]
+                last = [x.float().repeat_interleave(case.group, 1) for x in last]
+                logits = torch.einsum("hd,nhd->hn", q[at].float(), last[0]) * d.sm_scale
+                beside = torch.einsum("hn,nhd->hd", logits.softmax(-1), last[1])
+                want = reference.merge_states(*want, beside[None], logits.logsumexp(-1)[None])
+                assert (got[at].float() - want[0][0]).norm() / want[0][0].norm() < 2 * TOLERANCE[DEVICE][case.dtype]
+            kept = slice(b * q_len, b * q_len + taken)
+            whole[b] = [torch.cat([x, y[kept]]) for x, y in zip(whole[b], new, strict=True)]
+            lengths[b] += taken
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="of a CPU's rows")
 @pytest.mark.parametrize("terms", [PLAIN, *TERMS], ids=["plain", "cap", "sinks"])
 @over([TEMPLATE, PRODUCT])
