@@ -49,6 +49,7 @@ MUST_HAPPEN = (
     *("turns", "retractions", "aborts", "timeouts", "requests of several answers", "grammars that ended"),
     *("flushes", "answers replayed", "rows compared"),
 )
+MOST_SHOWN = 40  # tokens far from their cold reading
 #: By bits of keys and values: the mean over an answer, and of one token, nats.
 BOUNDS = {"8": Bound(0.05, 0.3), "4": Bound(0.4, 2.5)}
 
@@ -213,6 +214,7 @@ class Run:
             "gap, nats": spread(self.replay.gaps),
             "tokens farther off than, nats": {str(nats): self.replay.far[nats] for nats in FAR},
             "likely ones of them": {str(nats): self.replay.likely[nats] for nats in FAR},
+            "farthest": self.replay.shown[:MOST_SHOWN],
             "worst token, nats": round(self.replay.worst, 4),
             "its log-probabilities": self.replay.pair,
             "gap without pressure, nats": spread(self.calm.gaps) if self.calm else None,

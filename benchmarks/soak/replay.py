@@ -17,7 +17,7 @@ from .session import Reading
 SHORT = 8  # tokens of an answer whose mean says little
 FAR = 0.5, 1.0, 2.0, 4.0, 8.0, 16.0  # nats
 LIKELY = -1.0  # log-probability
-BEFORE = 16  # tokens that are shown before an outlier
+SHOWN, BEFORE = 4.0, 16  # nats from which on a token is shown, with so many before it
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Bound:
 @dataclass
 class Replay:
     """gaps: mean of each answer, nats. far: tokens farther off than each of FAR; likely: those of them that one of
-    the two readings finds likely. outliers: in words. read: prompts and tokens so far, in seconds. renamed: tokens of
-    prompts that had the vocabulary's ``last`` id, which SGLang calls by another name."""
+    the two readings finds likely. outliers, shown: in words. read: prompts and tokens so far, in seconds. renamed:
+    tokens of prompts that had the vocabulary's ``last`` id, which SGLang calls by another name."""
 
     url: str
     bound: Bound
@@ -51,6 +51,7 @@ class Replay:
     far: Counter[float] = field(default_factory=Counter)
     likely: Counter[float] = field(default_factory=Counter)
     outliers: list[str] = field(default_factory=list)
+    shown: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     prompts: int = 0
     prompt_tokens: int = 0
@@ -113,7 +114,9 @@ class Replay:
             if len(gaps) >= SHORT and self.gaps[-1] > self.bound.mean:
                 self.outliers.append(f"{where}: {self.gaps[-1]:.3f} nats a token")
             for i, (a, b) in enumerate(pairs):
+                said = f"{where}: token {i} generated at {a:.3f}, read at {b:.3f}"
                 if not self.bound.allows(a, b):
+                    self.outliers.append(said)
+                if abs(a - b) > SHOWN:
                     at = answer.start + i
-                    ids = ", ".join(str(token) for token in reading.ids[max(0, at - BEFORE) : at + 1])
-                    self.outliers.append(f"{where}: token {i} generated at {a:.3f}, read at {b:.3f}; up to it {ids}")
+                    self.shown.append(f"{said}; up to it {reading.ids[max(0, at - BEFORE) : at + 1]}")

@@ -209,13 +209,15 @@ def test_answers_are_compared_token_by_token():
     replay.compare(Reading(ids, [right, Answer(16, ids[16:18], None)], 1), read)
     assert not replay.outliers and replay.gaps == [pytest.approx(0.1)] and replay.tokens == 10
     replay.compare(Reading(ids, [wrong], 2), read)
-    shown = ", ".join(str(i) for i in range(13, 30))
-    said = f"session 2, 10 tokens from 20 on (plain): token 9 generated at -1.600, read at -1.000; up to it {shown}"
-    assert replay.outliers == [said] and replay.far == {0.5: 1} and not replay.likely
+    said = "session 2, 10 tokens from 20 on (plain): token 9 generated at -1.600, read at -1.000"
+    assert replay.outliers == [said] and replay.far == {0.5: 1} and not replay.likely and not replay.shown
     replay.compare(Reading(ids, [Answer(5, ids[5:15], [-1.25] * 10, "plain")], 3), read)
     assert replay.outliers[1:] == ["session 3, 10 tokens from 5 on (plain): 0.250 nats a token"]
     replay.compare(Reading(ids, [Answer(5, ids[5:15], [-0.1] + [-1.0] * 9)], 3), read)
     assert replay.far == {0.5: 2} and replay.likely == {0.5: 1}
+    replay.compare(Reading(ids, [Answer(20, ids[20:30], [-1.0] * 9 + [-5.5], "several")], 4), read)
+    said = "session 4, 10 tokens from 20 on (several): token 9 generated at -5.500, read at -1.000; up to it"
+    assert replay.shown == [f"{said} {[*range(13, 30)]}"]
     assert Bound(1, 0.3).allows(-8.0, -8.8) and not Bound(1, 0.3).allows(-0.2, -0.6)  # the likelier, the nearer
 
 
