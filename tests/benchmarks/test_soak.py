@@ -202,6 +202,16 @@ def test_a_session_keeps_its_answers_in_their_places():
     }
 
 
+def test_the_stock_cache_is_a_control():
+    """On a GPU, where it is served without the plugin's cache; what it has no rows of is not asked for."""
+    packed, stock = (
+        program.server_arguments(program.parse(["--model=m", "--out=o", "--device=cuda", f"--bits={n}"]))
+        for n in (8, 16)
+    )
+    assert [x for x in packed if x not in stock] == [x for x in packed if "kv-quant" in x] != []
+    assert [x for x in packed if x in stock] == stock
+
+
 def test_answers_are_compared_token_by_token():
     ids, read = [*range(30)], [-1.0] * 29
     right, wrong = Answer(5, ids[5:15], [-1.1] * 10), Answer(20, ids[20:30], [-1.0] * 9 + [-1.6], "plain")
