@@ -245,7 +245,7 @@ class TorchLayer(PackedLayer):
     def _decode_beside(self, recent, q, rows, kv_indptr, sm_scale, terms, q_len):
         """The queries of each request over its packed rows and its exact tokens."""
         copies, plain = recent.copies, replace(terms, sinks=None)
-        own = recent.k, recent.v, copies.k, copies.v, recent.step
+        own = recent.k, recent.v, copies.k, copies.v, copies.recent.step[:, : len(kv_indptr) - 1]
         exact = reference.recent_attention(q, *own, sm_scale, plain, q_len)
         if self.reader is None:
             options = {"q_len": q_len, "terms": plain, "tree": recent.all_bits}

@@ -324,18 +324,22 @@ def quality() -> str:
             kl.append(f"{fmean(float(r['kl']) for r in of):.4f}{served(*which)}" if of else "")
         cells = [sizes[0], sizes[-1], *kl, *(passed(record, config, tasks) for _, record, tasks in needles)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    runs = {run["name"]: run["commit"] for run in about("real_models.csv")["runs"]}
+    runs = {run["name"]: short(run["commit"]) for run in about("real_models.csv")["runs"]}
     measured = commits({of[0]: runs[model] for model, of in MODELS.items()})
-    asked = commits({column: about(record)["runs"][-1]["commit"] for column, record, _ in needles})
-    exactly = commits({MODELS[run["name"]][0]: run["commit"] for run in about(SERVED_KL)["runs"]})
+    asked = commits({column: every_commit(record) for column, record, _ in needles})
+    exactly = commits({MODELS[run["name"]][0]: short(run["commit"]) for run in about(SERVED_KL)["runs"]})
     said = f"Commits: KL {measured}, in brackets {exactly}; needles {asked}."
     return "\n".join([*lines, "", *textwrap.wrap(said, WIDTH)])
+
+
+def every_commit(record: str) -> str:
+    return " and ".join(dict.fromkeys(short(run["commit"]) for run in about(record)["runs"]))
 
 
 def commits(of: dict[str, str]) -> str:
     """Each commit with the columns that it made."""
     return ", ".join(
-        f"{short(commit)} ({', '.join(column for column in of if of[column] == commit)})"
+        f"{commit} ({', '.join(column for column in of if of[column] == commit)})"
         for commit in dict.fromkeys(of.values())
     )
 

@@ -290,8 +290,11 @@ def check_decode_kernel(asked: KVQuantOptions, get: Callable[[str], Any]) -> Non
 def check_recent(asked: KVQuantOptions, get: Callable[[str], Any]) -> None:
     """Raises KVQuantError where exact tokens are asked for beside trees of drafts."""
     algorithm, topk = get("speculative_algorithm"), get("speculative_eagle_topk")
-    if asked.exact_recent and algorithm is not None and (algorithm.upper() == "NGRAM" or (topk or 1) > 1):
-        branches = "" if algorithm.upper() == "NGRAM" else f" --speculative-eagle-topk {topk}"
+    if not asked.exact_recent or algorithm is None:
+        return
+    ngram = algorithm.upper() == "NGRAM"
+    if ngram or (topk or 1) > 1:
+        branches = "" if ngram else f" --speculative-eagle-topk {topk}"
         raise KVQuantError(
             f"{flag('exact_recent')} {asked.exact_recent}: not with --speculative-algorithm {algorithm}{branches}: "
             "trees of drafts are verified over packed rows alone; leave one of both out, or draft chains"

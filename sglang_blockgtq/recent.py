@@ -19,6 +19,7 @@ from .calibrate import RECENT
 from .kernels.decode.recent import Recent
 from .options import NAME, KVQuantError, KVQuantOptions, flag
 from .ranks import from_rank_zero, is_rank_zero
+from .runtime import elements
 from .speculation import trees
 from .terms import terms_of
 
@@ -49,8 +50,8 @@ def resolve(options: KVQuantOptions, runner: Any, attention: Sequence[Any], requ
     else:
         if options.exact_recent is not None:
             return options
-        numbers = sum(x.tp_k_head_num * (x.qk_head_dim + x.v_head_dim) for x in attention)
-        return replace(options, exact_recent=from_rank_zero(lambda: default_window(runner, numbers, requests)))
+        window = from_rank_zero(lambda: default_window(runner, elements(attention), requests))
+        return replace(options, exact_recent=window)
     if options.exact_recent:
         raise KVQuantError(f"{flag('exact_recent')} {options.exact_recent}: {why}; leave the option out")
     if options.exact_recent is None and is_rank_zero():

@@ -162,7 +162,7 @@ def set_current(runtime: Runtime | None) -> None:
     _current = runtime
 
 
-def _elements(layers: Iterable[Any]) -> int:
+def elements(layers: Iterable[Any]) -> int:
     """Of a token's keys and values in some RadixAttention modules."""
     return sum(x.tp_k_head_num * (x.qk_head_dim + x.v_head_dim) for x in layers)
 
@@ -236,8 +236,8 @@ def start(runner: Any, options: KVQuantOptions) -> Runtime:
         rows=tuple(ids.values()),
         origin=choice.origin,
         seconds=seconds,
-        bf16_bytes_per_token=2 * _elements(here),
-        window_bytes_per_token=runner.kv_cache_dtype.itemsize * _elements(x for x in every if x not in attention),
+        bf16_bytes_per_token=2 * elements(here),
+        window_bytes_per_token=runner.kv_cache_dtype.itemsize * elements(x for x in every if x not in attention),
         layers=layers,
         buffers=buffers,
         recent=recent,

@@ -98,12 +98,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def server_arguments(args: argparse.Namespace) -> list[str]:
     plan = args.plan
-    packed = [f"--kv-quant-{side}-bits={args.bits}" for side in "kv"] + [f"--kv-quant-check-rows={args.check_rows}"]
+    packed = ["--kv-quant=blockgtq", *(f"--kv-quant-{side}-bits={args.bits}" for side in "kv")]
+    packed.append(f"--kv-quant-check-rows={args.check_rows}")
     return [
         f"--device={args.device}",
         f"--dtype={args.dtype or ('bfloat16' if args.device == 'cuda' else 'float32')}",
         f"--random-seed={args.seed}",
-        *(["--kv-quant=blockgtq", *packed] if args.bits != STOCK else []),
+        *(packed if args.bits != STOCK else []),
         f"--max-total-tokens={plan.pool}",
         f"--chunked-prefill-size={min(2048, plan.context // 2)}",
         *(["--mem-fraction-static=0.8"] if args.device == "cpu" else []),  # of what is free while others come and go

@@ -106,17 +106,19 @@ class Replay:
             self.gaps.append(fmean(gaps))
             if max(gaps) > self.worst:
                 self.worst, self.pair = max((gap, pair) for gap, pair in zip(gaps, pairs, strict=True))
-            for gap, pair in zip(gaps, pairs, strict=True):
-                beyond = [nats for nats in FAR if gap > nats]
-                self.far.update(beyond)
-                self.likely.update(beyond if max(pair) > LIKELY else ())
             where = f"session {reading.session}, {len(gaps)} tokens from {answer.start} on ({answer.how})"
             if len(gaps) >= SHORT and self.gaps[-1] > self.bound.mean:
                 self.outliers.append(f"{where}: {self.gaps[-1]:.3f} nats a token")
-            for i, (a, b) in enumerate(pairs):
+            for i, (gap, (a, b)) in enumerate(zip(gaps, pairs, strict=True)):
+                beyond = [nats for nats in FAR if gap > nats]
+                self.far.update(beyond)
+                self.likely.update(beyond if max(a, b) > LIKELY else ())
+                allowed = self.bound.allows(a, b)
+                if allowed and gap <= SHOWN:
+                    continue
                 said = f"{where}: token {i} generated at {a:.3f}, read at {b:.3f}"
-                if not self.bound.allows(a, b):
+                if not allowed:
                     self.outliers.append(said)
-                if abs(a - b) > SHOWN:
+                if gap > SHOWN:
                     at = answer.start + i
                     self.shown.append(f"{said}; up to it {reading.ids[max(0, at - BEFORE) : at + 1]}")

@@ -21,18 +21,18 @@ from .recent import RecentRead
 # Numbers that differ between calls or layers are not specialised on: one binary serves them all.
 @triton.jit(do_not_specialize=["steps", "tokens", "heads", "num_rows"])
 def ahead_kernel(
-    q,  # [B, H * GROUP, DIM]
-    k,  # [B, H, DIM]
-    v,  # [B, H, V_DIM]
+    q,  # [T, H * GROUP, DIM], QUERIES tokens of each request
+    k,  # [T, H, DIM]
+    v,  # [T, H, V_DIM]
     k_copies,
     v_copies,
     step,  # int32 [4, steps] (recent.Recent)
     steps,
     scale,
-    out,  # float32 [B, H * GROUP, V_DIM]
-    lse,  # float32 [B, H * GROUP]
+    out,  # float32 [T, H * GROUP, V_DIM]
+    lse,  # float32 [T, H * GROUP]
     matrix,  # as device.rotate takes it
-    rotated,  # float32 [B, H * GROUP, DIM]
+    rotated,  # float32 [T, H * GROUP, DIM]
     tokens,
     heads,
     num_rows,  # tokens * GROUP
@@ -122,7 +122,7 @@ def ahead_kernel(
 
 
 def ahead(
-    tables: Tables, q: torch.Tensor, recent: RecentRead, sm_scale: float, cap: float
+    tables: Tables, q: torch.Tensor, q_len: int, recent: RecentRead, sm_scale: float, cap: float
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Queries ``q [B * q_len, Hq, D]`` of a step, q_len of each request, rotated to stored channels, float32; and out
     ``[B * q_len, Hq, Dv]`` and lse ``[B * q_len, Hq]``, float32, of their exact tokens, zeros and -inf of none. The
@@ -157,7 +157,7 @@ def ahead(
         stride_kh=recent.k.stride(1),
         stride_vt=recent.v.stride(0),
         stride_vh=recent.v.stride(1),
-        QUERIES=recent.q_len,
+        QUERIES=q_len,
         GROUP=group,
         ROWS=max(16, triton.next_power_of_2(group)),
         TOKENS=max(16, triton.next_power_of_2(ring)),

@@ -191,7 +191,7 @@ def decode_attention(
         return out, lse
     exact = None
     if recent is not None:
-        rotated, exact = ahead(tables, q, recent, sm_scale, terms.cap)
+        rotated, exact = ahead(tables, q, q_len, recent, sm_scale, terms.cap)
     elif rotated is None:
         rotated = rotate_queries(tables.k, q, num_heads // tables.heads)
     attend: Callable[..., None] = _attend if isinstance(tables, ColumnTables) else any_layout.attend

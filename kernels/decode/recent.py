@@ -171,9 +171,9 @@ class RecentLayer:
             num_warps=4,
         )
 
-    def read(self, k: torch.Tensor, v: torch.Tensor, q_len: int = 1) -> RecentRead:
+    def read(self, k: torch.Tensor, v: torch.Tensor) -> RecentRead:
         """A step's own keys ``[B * q_len, H, D]`` and values ``[B * q_len, H, Dv]`` with the copies."""
-        return RecentRead(self, k, v, q_len)
+        return RecentRead(self, k, v)
 
 
 @dataclass(frozen=True)
@@ -183,12 +183,6 @@ class RecentRead:
     copies: RecentLayer
     k: torch.Tensor
     v: torch.Tensor
-    q_len: int = 1
-
-    @property
-    def step(self) -> torch.Tensor:
-        """int32 ``[4, B]``, see :class:`Recent`."""
-        return self.copies.recent.step[:, : len(self.k) // self.q_len]
 
     @property
     def all_bits(self) -> torch.Tensor:
@@ -199,10 +193,8 @@ class RecentRead:
         """ValueError unless these are q_len tokens each of so many requests, and of heads of these sizes."""
         recent, tokens = self.copies.recent, requests * q_len
         held = *self.copies.k.shape[2:], self.copies.v.shape[3]
-        if self.q_len != q_len or q_len > recent.queries:
-            raise ValueError(
-                f"recent: {self.q_len} tokens of a request, of up to {recent.queries}, for {q_len} queries"
-            )
+        if q_len > recent.queries:
+            raise ValueError(f"recent: {q_len} tokens of a request, of up to {recent.queries}, for {q_len} queries")
         if self.k.shape != (tokens, heads, dim) or self.v.shape != (tokens, heads, v_dim):
             raise ValueError(
                 f"recent: k {tuple(self.k.shape)} and v {tuple(self.v.shape)}: [{tokens}, {heads}, {dim}] and "

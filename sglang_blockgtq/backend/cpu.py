@@ -100,8 +100,7 @@ class TorchPackedBackend(AttentionBackend):
         q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         options = dict(self.verification)
         if self.recent is not None:
-            q_len = options.get("q_len", 1)
-            options["recent"] = self.copies[layer.layer_id].read(*_by_head(k, v, packed), q_len)
+            options["recent"] = self.copies[layer.layer_id].read(*_by_head(k, v, packed))
         out = packed.decode(q3, self.kv_indptr, self.read, layer.scaling, terms=terms, **options)
         return out.flatten(1)
 

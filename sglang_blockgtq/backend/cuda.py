@@ -218,8 +218,7 @@ class TritonPackedBackend(TritonAttnBackend):
         q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         rotated, later = None, self.encode_step if self.encode_step and self.encode_step.takes(len(q3)) else None
         if self.recent is not None:
-            q_len = options.get("q_len", 1)
-            options["recent"] = self.copies[layer.layer_id].read(*_by_head(k, v, layer), q_len)
+            options["recent"] = self.copies[layer.layer_id].read(*_by_head(k, v, layer))
         if save_kv_cache and later is None:
             query = q3 if self.recent is None else None  # which is rotated where exact tokens are read
             rotated = packed.encode(*_by_head(k, v, layer), forward_batch.out_cache_loc, positions, query)

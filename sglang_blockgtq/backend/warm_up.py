@@ -96,13 +96,13 @@ def _encode(layer: TritonLayer, num_heads: int, dtype: torch.dtype, tokens: int)
 
 def _ahead(layer: TritonLayer, num_heads: int, dtype: torch.dtype, tokens: int, copies: RecentLayer) -> None:
     q = torch.zeros(tokens, num_heads, layer.head_dim, dtype=dtype, device=layer.rows.device)
-    ahead(layer.tables, q, _read(layer, dtype, tokens, copies), 1.0, 0.0)
+    ahead(layer.tables, q, 1, _read(layer, dtype, tokens, copies), 1.0, 0.0)
 
 
-def _read(layer: TritonLayer, dtype: torch.dtype, tokens: int, copies: RecentLayer, q_len: int = 1) -> RecentRead:
+def _read(layer: TritonLayer, dtype: torch.dtype, tokens: int, copies: RecentLayer) -> RecentRead:
     """Of a step whose requests are still nobody's, as gathered."""
     k = torch.zeros(tokens, layer.heads, layer.head_dim, dtype=dtype, device=layer.rows.device)
-    return copies.read(k, k.new_zeros(tokens, layer.heads, layer.v_head_dim), q_len)
+    return copies.read(k, k.new_zeros(tokens, layer.heads, layer.v_head_dim))
 
 
 def _nobody(batch: int, device: torch.device) -> torch.Tensor:
@@ -141,7 +141,7 @@ def _decode(
     slots = torch.zeros(tokens, dtype=SLOT, device=device)
     rotated = torch.zeros(q.shape, dtype=torch.float32, device=device) if layer.fast and copies is None else None
     bits = None if tree is None else tree.bits[:tokens]
-    recent = _read(layer, dtype, tokens, copies, q_len) if copies else None
+    recent = _read(layer, dtype, tokens, copies) if copies else None
     layer.decode(q, kv_indptr, slots, 1.0, q_len=q_len, tree=bits, rotated=rotated, scratch=scratch, recent=recent)
 
 

@@ -184,9 +184,9 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
         triton.knobs.runtime.interpret = True  # as where there is a GPU: by the kernel
         exact.layer(0).remember(k, v, slots, slots, indptr)
         triton.knobs.runtime.interpret = False
-        beside = {"exact": ahead.ahead(tables, q, exact.layer(0).read(k, v), 0.1, 0.0)[1]}
+        beside = {"exact": ahead.ahead(tables, q, 1, exact.layer(0).read(k, v), 0.1, 0.0)[1]}
         chains = recent.Recent.of(1, 4, 2, 32, heads, dim, dim, dtype, "cpu", 4)
-        ahead.ahead(tables, q, chains.layer(0).read(k, v, 4), 0.1, 0.0)
+        ahead.ahead(tables, q, 4, chains.layer(0).read(k, v), 0.1, 0.0)
         merge.merge_splits(tables.v, parts.out, parts.lse, indptr, 1, 32, q, lse, **beside)
         for merge._ROWS_ALONE, merge._GROUPS_AT_ONCE, merge._SPLITS_AT_ONCE, target in (
             (1 << 30, 0, 0, 600), (1 << 30, 0, 600, 600), (0, 1 << 30, 0, 32)

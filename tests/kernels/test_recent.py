@@ -149,7 +149,7 @@ def check(case: Case, terms: Terms, target: int | None, window: int = WINDOW, sl
     d, (layer, k, v) = data(case), step_of(case, window, q_len)
     want, after = expected(case, layer, k, v, terms, q_len)
     q = decode_queries(case, q_len)
-    read = layer.read(k, v, q_len)
+    read = layer.read(k, v)
     got = decode_attention(
         d.tables, q, d.rows, d.kv_indptr, d.kv_indices, d.sm_scale, q_len=q_len, terms=terms, target=target, recent=read
     )
@@ -174,7 +174,7 @@ def test_what_has_no_exact_tokens_is_refused(q_len, options, said):
         options = {"tree": torch.zeros(len(q), dtype=torch.int32, device=DEVICE)}
     where = d.rows, d.kv_indptr, d.kv_indices, d.sm_scale
     with pytest.raises(ValueError, match=f"recent: {said}"):
-        decode_attention(d.tables, q, *where, q_len=q_len, recent=layer.read(k, v, q_len), **options)
+        decode_attention(d.tables, q, *where, q_len=q_len, recent=layer.read(k, v), **options)
 
 
 def test_queries_that_are_rotated_already_are_refused():
@@ -295,6 +295,16 @@ def test_an_answer_token_by_token(case):
                 assert error < 2 * TOLERANCE[DEVICE][case.dtype]
 
 
+def beside_packed(case: Case, q: torch.Tensor, packed: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """A query ``[Hq, D]`` over packed rows, and exact keys and values beside them by softmax: ``[Hq, Dv]``."""
+    d = data(case)
+    want = reference.decode_attention(d.codec, q[None], packed, torch.tensor([0, len(packed)]), d.sm_scale)
+    k, v = (x.float().repeat_interleave(case.group, 1) for x in (k, v))
+    logits = torch.einsum("hd,nhd->hn", q.float(), k) * d.sm_scale
+    beside = torch.einsum("hn,nhd->hd", logits.softmax(-1), v)
+    return reference.merge_states(*want, beside[None], logits.logsumexp(-1)[None])[0][0]
+
+
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 def test_chains_of_which_some_are_rejected(index):
     """Longer than the window in all, by the launches of a step: each query reads the window before the chain and the
@@ -323,20 +333,15 @@ def test_chains_of_which_some_are_rejected(index):
         counted = torch.tensor(lengths, dtype=index, device=DEVICE)
         gather_slots(table, requests, counted, kv_indptr, kv_indices, more=1, recent=own.recent)
         layer.encode(*new, loc, positions)
-        got = layer.decode(q, kv_indptr, kv_indices, d.sm_scale, q_len=q_len, recent=own.read(*new, q_len))
+        got = layer.decode(q, kv_indptr, kv_indices, d.sm_scale, q_len=q_len, recent=own.read(*new))
         for b, n in enumerate(lengths):
             exact = min(n, window - 1)
             packed = gather_rows(d.codec.layout, layer.rows, table[9 - b, : n - exact].long())
             for i in range(q_len):
                 at, chain = b * q_len + i, slice(b * q_len, b * q_len + i + 1)
-                ends = torch.tensor([0, len(packed)])
-                want = reference.decode_attention(d.codec, q[at : at + 1], packed, ends, d.sm_scale)
                 last = [torch.cat([x[n - exact :], y[chain]]) for x, y in zip(whole[b], new, strict=True)]
-                last = [x.float().repeat_interleave(case.group, 1) for x in last]
-                logits = torch.einsum("hd,nhd->hn", q[at].float(), last[0]) * d.sm_scale
-                beside = torch.einsum("hn,nhd->hd", logits.softmax(-1), last[1])
-                want = reference.merge_states(*want, beside[None], logits.logsumexp(-1)[None])
-                assert (got[at].float() - want[0][0]).norm() / want[0][0].norm() < 2 * TOLERANCE[DEVICE][case.dtype]
+                want = beside_packed(case, q[at], packed, *last)
+                assert (got[at].float() - want).norm() / want.norm() < 2 * TOLERANCE[DEVICE][case.dtype]
             kept = slice(b * q_len, b * q_len + taken)
             whole[b] = [torch.cat([x, y[kept]]) for x, y in zip(whole[b], new, strict=True)]
             lengths[b] += taken
@@ -424,11 +429,6 @@ def test_a_graph_of_a_step_follows_its_requests(case, choice, later, monkeypatch
             whole[b] = [torch.cat([x, new[b : b + 1]]) for x, new in zip(whole[b], (new_k, new_v), strict=True)]
             exact = min(n, window) if b < 2 else 1
             packed = gather_rows(d.codec.layout, layer.rows, table[9 - b, : n - exact].long())
-            ends = torch.tensor([0, len(packed)])
-            want = reference.decode_attention(d.codec, q[b : b + 1], packed, ends, d.sm_scale)
-            last = [x[-exact:].float().repeat_interleave(case.group, 1) for x in whole[b]]
-            logits = torch.einsum("hd,nhd->hn", q[b].float(), last[0]) * d.sm_scale
-            beside = torch.einsum("hn,nhd->hd", logits.softmax(-1), last[1])
-            want = reference.merge_states(*want, beside[None], logits.logsumexp(-1)[None])
-            assert (out[b].float() - want[0][0]).norm() / want[0][0].norm() < 2 * TOLERANCE[DEVICE][case.dtype]
+            want = beside_packed(case, q[b], packed, *(x[-exact:] for x in whole[b]))
+            assert (out[b].float() - want).norm() / want.norm() < 2 * TOLERANCE[DEVICE][case.dtype]
     assert kv_indptr.tolist() == [0, 5, 21, 33]

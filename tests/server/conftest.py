@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import requests
+import torch
 
 
 @dataclass
@@ -78,6 +79,16 @@ class Server:
         chosen, best = meta["input_token_logprobs"][1:], meta["input_top_logprobs"][1:]
         assert [token for _, token, *_ in chosen] == answer
         return [top[0][0] - lp for (lp, *_), top in zip(chosen, best, strict=True)]
+
+    def off(self, model: Any, prompt: list[int], new: int) -> tuple[float, dict]:
+        """The largest |difference| of an answer's log-probabilities from those of a transformers model, and the
+        answer's meta_info."""
+        meta = self.generate(prompt, new, logprob_start=len(prompt) - 1, ignore_eos=True)["meta_info"]
+        logprobs, answer = zip(*((lp, token) for lp, token, *_ in meta["output_token_logprobs"]), strict=True)
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        exact = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        return float((exact - torch.tensor(logprobs)).abs().max()), meta
 
     def flush(self) -> None:
         """Once nothing runs: the last request may still be ending."""

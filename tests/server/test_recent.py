@@ -36,12 +36,8 @@ def gap(server, smollm2):
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
 
     def of(prompt: list[int]) -> tuple[float, int]:
-        meta = server.generate(prompt, NEW, logprob_start=len(prompt) - 1, ignore_eos=True)["meta_info"]
-        logprobs, answer = zip(*((lp, token) for lp, token, *_ in meta["output_token_logprobs"]), strict=True)
-        with torch.inference_mode():
-            logits = model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
-        exact = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
-        return float((exact - torch.tensor(logprobs)).abs().max()), meta["cached_tokens"]
+        worst, meta = server.off(model, prompt, NEW)
+        return worst, meta["cached_tokens"]
 
     return of
 
