@@ -84,6 +84,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--server-args", type=shlex.split, default=[], metavar="ARGS", help='more of them: --server-args="--a --b"')
     add("--log", type=Path, help="keep the server's log there")
+    add(
+        "--far", type=Path, metavar="JSONL", help="keep the texts of the farthest tokens there, to be looked at by hand"
+    )
     add("--commit", help="commit to record, where there is no git")
     add("--out", type=Path, required=True, metavar="JSON")
     args = parser.parse_args(argv)
@@ -283,6 +286,8 @@ def main(argv: list[str] | None = None) -> int:
     record = made | {"bound, nats": bounds, "found": found, "failures": [shown(x) for x in wrong[:50]]}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n")
+    if args.far:
+        args.far.write_text("".join(json.dumps(text) + "\n" for text in run.replay.texts[:MOST_SHOWN]))
     for name, value in found.items():
         print(f"{name:>36}  {value}")
     for text in wrong[:20]:

@@ -38,8 +38,9 @@ class Bound:
 @dataclass
 class Replay:
     """gaps: mean of each answer, nats. far: tokens farther off than each of FAR; likely: those of them that one of
-    the two readings finds likely. outliers, shown: in words. read: prompts and tokens so far, in seconds. renamed:
-    tokens of prompts that had the vocabulary's ``last`` id, which SGLang calls by another name."""
+    the two readings finds likely. outliers, shown: in words; texts: of those shown, up to the token. read: prompts and
+    tokens so far, in seconds. renamed: tokens of prompts that had the vocabulary's ``last`` id, which SGLang calls by
+    another name."""
 
     url: str
     bound: Bound
@@ -52,6 +53,7 @@ class Replay:
     likely: Counter[float] = field(default_factory=Counter)
     outliers: list[str] = field(default_factory=list)
     shown: list[str] = field(default_factory=list)
+    texts: list[dict] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     prompts: int = 0
     prompt_tokens: int = 0
@@ -122,3 +124,4 @@ class Replay:
                 if gap > SHOWN:
                     at = answer.start + i
                     self.shown.append(f"{said}; up to it {reading.ids[max(0, at - BEFORE) : at + 1]}")
+                    self.texts.append({"said": said, "generated": a, "read": b, "ids": reading.ids[: at + 1]})
