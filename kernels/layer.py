@@ -244,6 +244,9 @@ class TorchLayer(PackedLayer):
 
     def _decode_beside(self, recent, q, rows, kv_indptr, sm_scale, terms, q_len):
         """The queries of each request over its packed rows and its exact tokens."""
+        if (angles := recent.angles) is not None:
+            q, k = reference.apply_rope(q, angles), reference.apply_rope(recent.k, angles)
+            recent = replace(recent, k=k, angles=None)
         copies, plain = recent.copies, replace(terms, sinks=None)
         own = recent.k, recent.v, copies.k, copies.v, copies.recent.step[:, : len(kv_indptr) - 1]
         exact = reference.recent_attention(q, *own, sm_scale, plain, q_len)

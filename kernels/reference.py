@@ -258,6 +258,15 @@ def remember(
         k_copies[row, places], v_copies[row, places] = k[last], v[last]
 
 
+def apply_rope(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """``x [T, H, D]`` with its first R channels turned by ``angles [T, R]``, cosines and then sines: channel i with
+    i + R / 2; in x's dtype."""
+    rotary = angles.shape[1]
+    cos, sin = angles.float()[:, None].chunk(2, -1)
+    a, b = x[..., :rotary].float().chunk(2, -1)
+    return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), x[..., rotary:]], -1)
+
+
 def recent_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -280,7 +289,7 @@ def recent_attention(
     out = torch.zeros(*q.shape[:2], v.shape[2], device=q.device)
     lse = torch.full(q.shape[:2], -torch.inf, device=q.device)
     for b, (row, position, count, place) in enumerate(step.T.tolist()):
-        before = torch.arange(position + 1 - count, position, device=q.device) % ring
+        before = torch.arange(position + 1 - max(count, 1), position, device=q.device) % ring
         own = range(b * q_len, (b + 1) * q_len)
         for i in own if count else ():
             keys = torch.cat([k_copies[row, before], k[own[0] : i + 1]])

@@ -79,3 +79,9 @@ def smollm2() -> str:
     if not os.path.isfile(os.path.join(path, "config.json")):
         pytest.skip(f"no model at {path}: make test unpacks it there, or set SMOLLM2 to its folder")
     return path
+
+
+@pytest.fixture
+def rope_on_a_cpu(monkeypatch):
+    """SGLang makes its RoPE modules on a CPU only where it serves there."""
+    monkeypatch.setattr("sglang.srt.layers.rotary_embedding.base._is_cpu", True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative.eagle_utils import TreeMaskMode
@@ -16,6 +17,7 @@ from sglang.srt.speculative.eagle_utils import TreeMaskMode
 from sglang_blockgtq.backend import cuda, warm_up
 from sglang_blockgtq.backend.cuda import TritonPackedBackend
 from sglang_blockgtq.backend.extend import ExtendPlan
+from sglang_blockgtq.backend.rope import LeftRope
 from sglang_blockgtq.kernels.cuda.attention import KernelError
 from sglang_blockgtq.kernels.decode.recent import Recent
 from sglang_blockgtq.kernels.decode.tree import Tree
@@ -72,7 +74,7 @@ def backend():
     backend.buffers = SimpleNamespace(workspace=Recorder(), graph_slots=slots, verification=None)
     layers = {i: Layer(i) for i in LAYERS}
     backend.recent, backend.copies = None, {}
-    backend.encode_step, backend.last_layer = None, LAYERS[-1]
+    backend.encode_step, backend.last_layer, backend.rope = None, LAYERS[-1], None
     backend.pool = SimpleNamespace(layer=layers.__getitem__, check=None)  # which waits for loads; nothing else does
     backend.forward_metadata = metadata([3, 0], [2, 4])
     return backend
@@ -282,6 +284,33 @@ def test_last_tokens_are_read_exactly(stepping):
     read = stepping.pool.layer(9).drafts["recent"]
     assert read.copies is stepping.copies[9] and recent.step[:, :2].tolist() == [[1, -1], [4, 2], [2, 1], [2, 7]]
     assert torch.equal(read.k.flatten(1), k) and torch.equal(read.v.flatten(1), 2 * k)
+
+
+@pytest.mark.parametrize(("room", "left"), [(2, True), (1, False)])
+@pytest.mark.parametrize("graph", [False, True])
+def test_rope_is_left_to_steps_that_are_encoded_at_their_end(stepping, rope_on_a_cpu, room, left, graph):
+    """Whose keys nobody else reads; until whatever comes next."""
+    rope = RotaryEmbedding(DIM, DIM, 8, 10000, True, torch.float32)
+    stepping.rope, stepping.encode_step = LeftRope(rope), SimpleNamespace(takes=lambda n: n <= room)
+    stepping.recent = Recent.of(1, 3, 4, 2, HEADS, DIM, DIM, torch.float32, "cpu")
+    stepping.recent.bind(4)
+    stepping.copies, stepping.buffers.scratch = {9: stepping.recent.layer(0)}, None
+    batch = step([4, 1], [2, 3])
+    batch.positions, batch.out_cache_loc = torch.tensor([1, 2]), torch.tensor([25, 8])
+    if graph:
+        stepping.init_forward_metadata_out_graph(batch, in_capture=True)
+        stepping.init_forward_metadata_in_graph(batch)
+    else:
+        stepping.init_forward_metadata(batch)
+    q, k = torch.randn(2, HEADS * GROUP * DIM), torch.randn(2, HEADS * DIM)
+    turned = rope(batch.positions, q.clone(), k.clone())
+    got = stepping.rope(batch.positions, q, k)
+    assert all(torch.equal(x, y) for x, y in zip(got, (q, k) if left else turned, strict=True))
+    TritonPackedBackend.forward_decode(stepping, *got, k, attention(9), batch)
+    angles = stepping.pool.layer(9).drafts["recent"].angles
+    assert torch.equal(angles, rope.cos_sin_cache[1:3]) if left else angles is None
+    stepping.init_forward_metadata_out_graph(step([4], [2], mode=ForwardMode.EXTEND))
+    assert torch.equal(stepping.rope(batch.positions, q.clone(), k.clone())[0], turned[0])
 
 
 @pytest.mark.parametrize(("room", "save"), [(2, True), (1, True), (2, False)])

@@ -6,8 +6,8 @@ Here a graph holds the products of some layers, with weights of their own and th
 layer of the server does: encode with the query's rotation, attention, merge. Columns: shape, batch, context, method,
 part (weights: the products alone; encode, attention: with everything up to it; exact: attention that also reads and
 keeps each request's last tokens exactly, its launch for them rotating the query; rotate: the query's rotation alone;
-step: rotation and exact attention, and encode of all layers in one launch at the end, as a server does), us of a layer,
-more: us over weights.
+step: rotation and exact attention, and encode of all layers in one launch at the end; rope: the same with RoPE in the
+rotation's launch, as a server does where it knows the model), us of a layer, more: us over weights.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from . import cases, record, timing
 from .__main__ import lengths, retune, tuning
 from .data import Index, make_codec
 
-PARTS = ("weights", "encode", "attention", "exact", "rotate", "step")
+PARTS = ("weights", "encode", "attention", "exact", "rotate", "step", "rope")
 COLUMNS = ("shape", "batch", "context", "method", "part", "us", "more")
 SECONDS = 0.5  # of replays
 METHODS = {m.key: m for m in cases.PACKED if m.granularity == "segment"}  # whose rows lie in columns
@@ -92,6 +92,7 @@ class Layers:
         self.rotated = torch.empty(batch, shape.q_heads, shape.dim, device=device)
         self.out = torch.empty(batch, shape.q_heads, shape.dim, device=device, dtype=dtype)
         self.positions = torch.full_like(self.loc, context - 1)
+        self.angles = torch.rand(batch, shape.dim, device=device)
 
     def layer(self, i: int, part: str) -> None:
         project, *rest = [lambda j=j: self.inputs[j] @ self.weights[i][j] for j in range(4)]
@@ -100,20 +101,22 @@ class Layers:
             .view(self.batch, -1, self.shape.dim)
             .split([self.shape.q_heads, self.shape.kv_heads, self.shape.kv_heads], 1)
         )
-        q = q * 0.5  # in the place of RoPE: a kernel between the product and encode
+        if part != "rope":
+            q = q * 0.5  # in RoPE's place: a kernel between the product and encode
         if part in ("encode", "attention"):
             self.encoders[i](k, v, self.loc, self.positions, q, self.rotated)
         if part == "exact":
             self.encoders[i](k, v, self.loc, self.positions)
-        if part in ("attention", "exact", "step"):
+        if part in ("attention", "exact", "step", "rope"):
+            read = self.copies[i].read(k, v, self.angles if part == "rope" else None)
             decode_attention(
                 self.tables[i], q, self.rows[i], self.kv_indptr, self.kv_indices, self.sm_scale,
                 rotated=self.rotated if part == "attention" else None, scratch=self.scratch, out=self.out,
-                recent=None if part == "attention" else self.copies[i].read(k, v),
+                recent=None if part == "attention" else read,
             )  # fmt: skip
         if part == "rotate":
             rotate_queries(self.tables[i].k, q, self.shape.q_heads // self.shape.kv_heads)
-        if part == "step" and i == self.count - 1:
+        if part in ("step", "rope") and i == self.count - 1:
             self.encode_step(self.loc, self.positions)
         for product in rest:
             product()

@@ -1,5 +1,6 @@
 """What a decode step does before attention over packed rows, in one launch: its queries are rotated to stored channels,
-and attend to the exact tokens.
+and attend to the exact tokens. Where the model has left RoPE to it, queries and the step's keys are turned as they are
+read (:mod:`..device.rope`).
 
 Both need little of the GPU and are a matter of latency, so they take one's time side by side. The exact part is a split
 like others, but in the values' own channels: it joins where splits are merged, behind the rotation (:mod:`.merge`).
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..device.dependent import dependent, wait_and_release
+from ..device.rope import partner_of, turn
 from ..device.rotate import project_and_store, tiling
 from ..device.tables import Tables
 from .recent import RecentRead
@@ -33,6 +35,7 @@ def ahead_kernel(
     lse,  # float32 [T, H * GROUP]
     matrix,  # as device.rotate takes it
     rotated,  # float32 [T, H * GROUP, DIM]
+    angles,  # float32 [T, ROTARY], or None
     tokens,
     heads,
     num_rows,  # tokens * GROUP
@@ -54,6 +57,7 @@ def ahead_kernel(
     V_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,  # of a rotating program's rows, and its columns
     COLUMNS: tl.constexpr,
+    ROTARY: tl.constexpr,  # channels of q and k that are still to be turned; 0: RoPE is applied already
     DEPENDENT: tl.constexpr,
 ):
     """The first programs take the queries of a token and KV head each, and keep the token in the place of what has left
@@ -65,6 +69,7 @@ def ahead_kernel(
         project_and_store(
             q, matrix, rotated, num_rows, stride_qt, stride_qh, heads * GROUP * DIM, DIM, program % heads,
             part // (PADDED // COLUMNS), part % (PADDED // COLUMNS) * COLUMNS, GROUP, DIM, PADDED, BLOCK, COLUMNS,
+            angles, ROTARY,
         )  # fmt: skip
         return
     token, head = program // heads, program % heads
@@ -84,6 +89,13 @@ def ahead_kernel(
     query = tl.load(q + at, mask=(g < GROUP)[:, None] & inside[None, :], other=0.0)
     own_k = tl.load(k + token * stride_kt + head * stride_kh + channel, mask=inside, other=0.0)
     own_v = tl.load(v + token * stride_vt + head * stride_vh + column, mask=inside_v, other=0.0)
+    if ROTARY:
+        partner = partner_of(channel, ROTARY)
+        at = token * stride_qt + (j * stride_qh)[:, None] + partner[None, :]
+        other = tl.load(q + at, mask=(g < GROUP)[:, None] & inside[None, :], other=0.0)
+        query = turn(query, other, angles + token * ROTARY, channel[None, :], ROTARY)
+        other = tl.load(k + token * stride_kt + head * stride_kh + partner, mask=inside, other=0.0)
+        own_k = turn(own_k, other, angles + token * ROTARY, channel, ROTARY)
 
     # The step's own keys and values need no copy.
     copied = ((back > query_at) & (back < count))[:, None]
@@ -126,7 +138,7 @@ def ahead(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """Queries ``q [B * q_len, Hq, D]`` of a step, q_len of each request, rotated to stored channels, float32; and out
     ``[B * q_len, Hq, Dv]`` and lse ``[B * q_len, Hq]``, float32, of their exact tokens, zeros and -inf of none. The
-    step's own tokens are kept. cap: of logits, 0 for none."""
+    step's own tokens are kept. cap: of logits, 0 for none. RoPE comes first where ``recent.angles`` are given."""
     side, copies, (tokens, num_heads, dim), v_dim = tables.k, recent.copies, q.shape, recent.v.shape[2]
     heads, group, ring = tables.heads, num_heads // tables.heads, copies.recent.ring
     chained = dependent(q.device)
@@ -148,6 +160,7 @@ def ahead(
         lse=lse,
         matrix=side.back_pieces if q.dtype == torch.bfloat16 else side.back,
         rotated=rotated,
+        angles=recent.angles,
         tokens=tokens,
         heads=heads,
         num_rows=tokens * group,
@@ -169,6 +182,7 @@ def ahead(
         V_PADDED=tables.v.padded,
         BLOCK=block,
         COLUMNS=columns,
+        ROTARY=0 if recent.angles is None else recent.angles.shape[1],
         DEPENDENT=chained,
         launch_pdl=chained,
         num_warps=4,

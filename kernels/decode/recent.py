@@ -171,18 +171,24 @@ class RecentLayer:
             num_warps=4,
         )
 
-    def read(self, k: torch.Tensor, v: torch.Tensor) -> RecentRead:
-        """A step's own keys ``[B * q_len, H, D]`` and values ``[B * q_len, H, Dv]`` with the copies."""
-        return RecentRead(self, k, v)
+    def read(self, k: torch.Tensor, v: torch.Tensor, angles: torch.Tensor | None = None) -> RecentRead:
+        """A step's own keys ``[B * q_len, H, D]`` and values ``[B * q_len, H, Dv]`` with the copies. angles: see
+        :class:`RecentRead`."""
+        return RecentRead(self, k, v, angles)
 
 
 @dataclass(frozen=True)
 class RecentRead:
-    """What a decode step reads exactly of one layer, and keeps of its own tokens."""
+    """What a decode step reads exactly of one layer, and keeps of its own tokens.
+
+    angles float32 ``[B, R]``: cosines, then sines, of the step's tokens where their keys and queries are still without
+    RoPE, of the first R channels; one query of each request. None: they have it.
+    """
 
     copies: RecentLayer
     k: torch.Tensor
     v: torch.Tensor
+    angles: torch.Tensor | None = None
 
     @property
     def all_bits(self) -> torch.Tensor:
@@ -205,6 +211,15 @@ class RecentRead:
             raise ValueError(f"recent: copies of {held} heads and channels for {room} requests do not fit these rows")
         if self.k.stride(2) != 1 or self.v.stride(2) != 1:
             raise ValueError("recent: k and v: channels must be contiguous")
+        if (angles := self.angles) is not None:
+            if q_len > 1:
+                raise ValueError(f"recent: angles are of steps with one query of a request, not {q_len}")
+            fits = angles.dim() == 2 and len(angles) == tokens and angles.shape[1] % 2 == 0 < angles.shape[1] <= dim
+            if not fits or angles.dtype != torch.float32 or not angles.is_contiguous():
+                raise ValueError(
+                    f"recent: angles {angles.dtype} {tuple(angles.shape)}: float32 [{tokens}, an even number of up to "
+                    f"{dim} channels] is needed, contiguous"
+                )
 
 
 @triton.jit(do_not_specialize=["top", "rows"], do_not_specialize_on_alignment=["requests", "prefix_lens", "qo_indptr"])

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .dependent import dependent, wait_and_release
+from .rope import partner_of, turn
 from .tables import Side
 
 BLOCK = 16  # rows per program, the least a tensor-core dot takes
@@ -32,8 +33,22 @@ def _project_chunk(part, matrix, at, PADDED: tl.constexpr, acc):
 
 
 @triton.jit
-def project(x, at, live, matrix, head, first, TILES: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr):
+def project(
+    x,
+    at,
+    live,
+    matrix,
+    head,
+    first,
+    TILES: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    angles=None,
+    ROTARY: tl.constexpr = 0,
+):
     """The rows of DIM channels at ``x + at`` times the head's matrix (in, out): a tuple of float32 tiles.
+
+    angles: of each row, by which its first ROTARY channels are turned before (:mod:`.rope`).
 
     TILES: ``plan.EncodePlan.flat_tiles``, of which only first channel, from ``first``, and size of each tile matter.
     The matrix is ``[H, 2, PADDED, PADDED]`` bfloat16 pieces, (out, in), for bfloat16 rows, else float32
@@ -48,7 +63,11 @@ def project(x, at, live, matrix, head, first, TILES: tl.constexpr, DIM: tl.const
         ys += (tl.full([live.shape[0], TILES[5 * t + 1]], 0.0, tl.float32),)
     for start in range(0, DIM, BLOCK_K):
         channel = start + tl.arange(0, BLOCK_K)
-        part = tl.load(x + at[:, None] + channel[None, :], mask=live[:, None] & (channel < DIM)[None, :], other=0.0)
+        inside = live[:, None] & (channel < DIM)[None, :]
+        part = tl.load(x + at[:, None] + channel[None, :], mask=inside, other=0.0)
+        if ROTARY:
+            partner = tl.load(x + at[:, None] + partner_of(channel, ROTARY)[None, :], mask=inside, other=0.0)
+            part = turn(part, partner, angles[:, None], channel[None, :], ROTARY)
         sums = ()
         for t in tl.static_range(len(TILES) // 5):
             out = first + TILES[5 * t] + tl.arange(0, TILES[5 * t + 1])
@@ -79,13 +98,21 @@ def project_and_store(
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    angles=None,
+    ROTARY: tl.constexpr = 0,
 ):
-    """A block of ``y[t, j] = x[t, j] @ matrix[j // GROUP]``, float32: COLUMNS channels from ``first``."""
+    """A block of ``y[t, j] = x[t, j] @ matrix[j // GROUP]``, float32: COLUMNS channels from ``first``. angles
+    ``[T, ROTARY]``: by which a token's x is turned before."""
     r = block * ROWS + tl.arange(0, ROWS)
     token, j = (r // GROUP).to(tl.int64), head * GROUP + r % GROUP
     live = r < num_rows
     tiles: tl.constexpr = (0, COLUMNS, 0, 0, 0)
-    tile = project(x, token * stride_xt + j * stride_xh, live, matrix, head, first, tiles, DIM, PADDED)[0]
+    at = token * stride_xt + j * stride_xh
+    if ROTARY:
+        own = angles + tl.where(live, token, 0) * ROTARY
+        tile = project(x, at, live, matrix, head, first, tiles, DIM, PADDED, own, ROTARY)[0]
+    else:
+        tile = project(x, at, live, matrix, head, first, tiles, DIM, PADDED)[0]
     channel = first + tl.arange(0, COLUMNS)
     to = token * stride_yt + j * stride_yh
     tl.store(y + to[:, None] + channel[None, :], tile, mask=live[:, None] & (channel < DIM)[None, :])

@@ -27,6 +27,7 @@ from ..terms import terms_of
 from . import copies_of, require_packed_pool, warm_up
 from .buffers import SLOT, Buffers, new_graph_slots
 from .extend import ExtendPlan
+from .rope import LeftRope
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -56,6 +57,7 @@ class TritonPackedBackend(TritonAttnBackend):
         self.quantized_chunk = current().options.chunk_attention == "quantized"
         self.recent, self.copies = copies_of(runner, pool.layers)
         self.encode_step, self.last_layer = self._step_encoder(), next(reversed(pool.layers))
+        self.rope = LeftRope.of(runner.model, pool.layers) if self.encode_step else None
         self.buffers = self._buffers(runner)
         self._warm_up(runner)
         self._verify_mask = self._new_verify_mask(runner)
@@ -90,8 +92,8 @@ class TritonPackedBackend(TritonAttnBackend):
         """Have every kernel compiled before a graph is captured or a request waits for it. KVQuantError."""
         started, layers = time.monotonic(), list(self.pool.layers.values())
         most = runner.req_to_token_pool.size
-        copies = self.copies.get(self.first_layer)
-        todo = warm_up.jobs(layers[0], self.buffers.scratch, self.num_head, runner.dtype, most, copies)
+        copies, rotary = self.copies.get(self.first_layer), self.rope.rotary if self.rope else 0
+        todo = warm_up.jobs(layers[0], self.buffers.scratch, self.num_head, runner.dtype, most, copies, rotary)
         if self.buffers.verification:
             verification, scratch = self._verifying()
             q_len, tree = verification.q_len, verification.tree
@@ -110,8 +112,10 @@ class TritonPackedBackend(TritonAttnBackend):
             asked = f"{flag('decode_kernel')} {current().options.decode_kernel}"
             raise KVQuantError(f"{asked}: the CUDA kernel cannot be used: {error}; triton leaves it out") from error
         logger.info(
-            "%s: decode attention in %s, prefill attention in %s over %d tokens at a time; kernels ready after %.1f s",
+            "%s: decode attention%s in %s, prefill attention in %s over %d tokens at a time; "
+            "kernels ready after %.1f s",
             NAME,
+            " with RoPE" if self.rope else "",
             current().decode_attention,
             self.buffers.prefill.name,
             self.buffers.workspace.tokens,
@@ -138,6 +142,8 @@ class TritonPackedBackend(TritonAttnBackend):
         return int(forward_batch.forward_mode.is_decode_or_idle())
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
+        if self.rope:
+            self.rope.end()
         if self.pool.check:
             self.pool.check.poll()
         if not self._queries(forward_batch):
@@ -153,6 +159,8 @@ class TritonPackedBackend(TritonAttnBackend):
         self.init_forward_metadata_in_graph(forward_batch)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        if self.rope:
+            self.rope.end()
         if self.pool.check and not in_capture:
             self.pool.check.poll()
         if not self._queries(forward_batch):
@@ -177,6 +185,8 @@ class TritonPackedBackend(TritonAttnBackend):
         # Of a verification SGLang counts the tokens before it. Those that are exact are not gathered.
         more = (1 if self.recent else queries) if forward_batch.forward_mode.is_target_verify() else 0
         gather_slots(table.ids, requests, lengths, meta.kv_indptr, meta.kv_indices, more, self.recent)
+        if self.rope and self.encode_step and self.encode_step.takes(batch):
+            self.rope.begin(forward_batch.positions)
         if self.pool.check:
             self.pool.check.sample(meta.kv_indptr, meta.kv_indices, fresh=queries)
 
@@ -218,7 +228,8 @@ class TritonPackedBackend(TritonAttnBackend):
         q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         rotated, later = None, self.encode_step if self.encode_step and self.encode_step.takes(len(q3)) else None
         if self.recent is not None:
-            options["recent"] = self.copies[layer.layer_id].read(*_by_head(k, v, layer))
+            angles = self.rope.take(q, k) if self.rope else None
+            options["recent"] = self.copies[layer.layer_id].read(*_by_head(k, v, layer), angles)
         if save_kv_cache and later is None:
             query = q3 if self.recent is None else None  # which is rotated where exact tokens are read
             rotated = packed.encode(*_by_head(k, v, layer), forward_batch.out_cache_loc, positions, query)

@@ -41,19 +41,21 @@ def jobs(
     dtype: torch.dtype,
     most: int,
     copies: RecentLayer | None = None,
+    rotary: int = 0,
 ) -> list[Job]:
     """Calls that compile what a step needs for batches of up to ``most`` requests.
 
     layer: any, since a binary serves all; slot 0 is written, which no request has. num_heads: of the query.
-    dtype: the model's. copies: exact ones of its last tokens, of which none is written.
+    dtype: the model's. copies: exact ones of its last tokens, of which none is written. rotary: channels whose RoPE the
+    model leaves to steps of up to ``copies.recent.room`` requests.
     """
     with_query = (0, num_heads) if layer.fast and copies is None else (0,)
-    many = tokens_of_each_binary(num_heads // layer.heads)[1]
+    many, shapes = tokens_of_each_binary(num_heads // layer.heads)[1], (layer, scratch, num_heads, dtype)
     return [
         *(partial(_gather, batch, layer.rows.device, copies) for batch in batch_sizes(most)),
-        *(partial(_decode, layer, scratch, num_heads, dtype, batch, copies=copies) for batch in batch_sizes(most)),
+        *(partial(_decode, *shapes, batch, copies=copies, rotary=rotary) for batch in batch_sizes(most)),
         *([partial(_remember, layer, dtype, copies)] if copies else []),
-        *([partial(_ahead, layer, num_heads, dtype, many, copies)] if copies and many <= most else []),
+        *([partial(_ahead, layer, num_heads, dtype, many, copies, rotary)] if copies and many <= most else []),
         *(partial(_encode, layer, heads, dtype, tokens) for tokens in encoded_at_once(layer) for heads in with_query),
     ]
 
@@ -94,15 +96,19 @@ def _encode(layer: TritonLayer, num_heads: int, dtype: torch.dtype, tokens: int)
     layer.encode(k, v, zeros, zeros, q)
 
 
-def _ahead(layer: TritonLayer, num_heads: int, dtype: torch.dtype, tokens: int, copies: RecentLayer) -> None:
+def _ahead(
+    layer: TritonLayer, num_heads: int, dtype: torch.dtype, tokens: int, copies: RecentLayer, rotary: int
+) -> None:
     q = torch.zeros(tokens, num_heads, layer.head_dim, dtype=dtype, device=layer.rows.device)
-    ahead(layer.tables, q, 1, _read(layer, dtype, tokens, copies), 1.0, 0.0)
+    ahead(layer.tables, q, 1, _read(layer, dtype, tokens, copies, rotary), 1.0, 0.0)
 
 
-def _read(layer: TritonLayer, dtype: torch.dtype, tokens: int, copies: RecentLayer) -> RecentRead:
+def _read(layer: TritonLayer, dtype: torch.dtype, tokens: int, copies: RecentLayer, rotary: int) -> RecentRead:
     """Of a step whose requests are still nobody's, as gathered."""
     k = torch.zeros(tokens, layer.heads, layer.head_dim, dtype=dtype, device=layer.rows.device)
-    return copies.read(k, k.new_zeros(tokens, layer.heads, layer.v_head_dim))
+    left = bool(rotary) and tokens <= copies.recent.room
+    angles = torch.zeros(tokens, rotary, device=k.device) if left else None
+    return copies.read(k, k.new_zeros(tokens, layer.heads, layer.v_head_dim), angles)
 
 
 def _nobody(batch: int, device: torch.device) -> torch.Tensor:
@@ -134,6 +140,7 @@ def _decode(
     q_len: int = 1,
     tree: Tree | None = None,
     copies: RecentLayer | None = None,
+    rotary: int = 0,
 ) -> None:
     device, tokens = layer.rows.device, batch * q_len
     q = torch.zeros(tokens, num_heads, layer.head_dim, dtype=dtype, device=device)
@@ -141,7 +148,7 @@ def _decode(
     slots = torch.zeros(tokens, dtype=SLOT, device=device)
     rotated = torch.zeros(q.shape, dtype=torch.float32, device=device) if layer.fast and copies is None else None
     bits = None if tree is None else tree.bits[:tokens]
-    recent = _read(layer, dtype, tokens, copies) if copies else None
+    recent = _read(layer, dtype, tokens, copies, rotary) if copies else None
     layer.decode(q, kv_indptr, slots, 1.0, q_len=q_len, tree=bits, rotated=rotated, scratch=scratch, recent=recent)
 
 

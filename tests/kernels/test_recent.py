@@ -79,9 +79,9 @@ def step_of(case: Case, window: int = WINDOW, q_len: int = 1) -> tuple[RecentLay
     return layer, *new_tokens(case, batch * q_len)
 
 
-def expected(case: Case, layer: RecentLayer, k, v, terms: Terms = PLAIN, q_len: int = 1):
+def expected(case: Case, layer: RecentLayer, q, k, v, terms: Terms = PLAIN, q_len: int = 1):
     """And the copies after the step. All queries of a request see the same packed rows."""
-    d, q = data(case), decode_queries(case, q_len)
+    d = data(case)
     plain = Terms(cap=terms.cap)
     packed = (torch.empty(*q.shape[:2], v.shape[2], device=DEVICE), torch.empty(q.shape[:2], device=DEVICE))
     for i in range(q_len):
@@ -145,11 +145,34 @@ def test_chains_of_drafts(case, way, q_len, monkeypatch):
     check(case, PLAIN, WAYS[way][2] if way == "row" or case not in LARGE else None, q_len=q_len)
 
 
-def check(case: Case, terms: Terms, target: int | None, window: int = WINDOW, slack: int = 1, q_len: int = 1) -> None:
-    d, (layer, k, v) = data(case), step_of(case, window, q_len)
-    want, after = expected(case, layer, k, v, terms, q_len)
-    q = decode_queries(case, q_len)
-    read = layer.read(k, v)
+@pytest.mark.parametrize("share", [1, 2], ids=["all channels", "half of them"])
+@over([TEMPLATE, PAGES, WIDE, OTHER_VALUES, PRODUCT, LARGE[0], LARGE[4]])
+def test_rope_that_is_left_to_the_step(case, share):
+    """Queries and keys as they are before RoPE give what they would give after it, and such keys are kept."""
+    check(case, PLAIN, None, rotary=case.head_dim // share // 2 * 2)
+
+
+def angles_of(case: Case, rotary: int) -> torch.Tensor:
+    """Of a token of each request, in SGLang's order."""
+    turns = torch.rand(len(case.lengths), rotary // 2, generator=torch.Generator().manual_seed(3)) * 6
+    return torch.cat([turns.cos(), turns.sin()], -1).to(DEVICE)
+
+
+def check(
+    case: Case,
+    terms: Terms,
+    target: int | None,
+    window: int = WINDOW,
+    slack: int = 1,
+    q_len: int = 1,
+    rotary: int = 0,
+) -> None:
+    """rotary: channels of which RoPE is left to the step."""
+    d, (layer, k, v), q = data(case), step_of(case, window, q_len), decode_queries(case, q_len)
+    angles = angles_of(case, rotary) if rotary else None
+    turned = [x if angles is None else reference.apply_rope(x, angles) for x in (q, k)]
+    want, after = expected(case, layer, *turned, v, terms, q_len)
+    read = layer.read(k, v, angles)
     got = decode_attention(
         d.tables, q, d.rows, d.kv_indptr, d.kv_indices, d.sm_scale, q_len=q_len, terms=terms, target=target, recent=read
     )
@@ -192,6 +215,14 @@ def test_other_shapes_are_refused():
     for own in ((k[:-1], v), (k, v[:, :1]), (k.mT.contiguous().mT, v)):
         with pytest.raises(ValueError, match="recent: "):
             decode_attention(d.tables, *where, recent=layer.read(*own))
+    angles = angles_of(TEMPLATE, 16)
+    for wrong in (angles[:-1], angles[:, :-1], angles.double(), torch.cat([angles] * 9, 1)):
+        with pytest.raises(ValueError, match="recent: angles torch.float"):
+            decode_attention(d.tables, *where, recent=layer.read(k, v, wrong))
+    layer, k, v = step_of(TEMPLATE, q_len=2)
+    with pytest.raises(ValueError, match="one query of a request, not 2"):
+        q = decode_queries(TEMPLATE, 2)
+        decode_attention(d.tables, q, *where[1:], q_len=2, recent=layer.read(k, v, angles.repeat(2, 1)))
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
@@ -348,16 +379,20 @@ def test_chains_of_which_some_are_rejected(index):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of a CPU's rows")
+@pytest.mark.parametrize("rotary", [0, 16], ids=["rope applied", "rope left"])
 @pytest.mark.parametrize("terms", [PLAIN, *TERMS], ids=["plain", "cap", "sinks"])
 @over([TEMPLATE, PRODUCT])
-def test_hosts_without_a_gpu(case, terms):
+def test_hosts_without_a_gpu(case, terms, rotary):
     """Of a request without packed rows, of one without copies, and of both."""
-    d, (layer, k, v) = data(case), step_of(case)
-    (want, _), after = expected(case, layer, k, v, terms)
+    d, (layer, k, v), q = data(case), step_of(case), decode_queries(case)
+    angles = angles_of(case, rotary) if rotary else None
+    turned = [x if angles is None else reference.apply_rope(x, angles) for x in (q, k)]
+    (want, _), after = expected(case, layer, *turned, v, terms)
     host = TorchLayer(d.codec)
     host.bind(host.new_rows(int(d.kv_indices.max()) + 1, DEVICE))
     host.scatter(d.kv_indices, d.packed)
-    got = host.decode(decode_queries(case), d.kv_indptr, d.kv_indices, d.sm_scale, terms=terms, recent=layer.read(k, v))
+    read = layer.read(k, v, angles)
+    got = host.decode(q, d.kv_indptr, d.kv_indices, d.sm_scale, terms=terms, recent=read)
     assert (got - want).norm() / want.norm() < 1e-5
     for mine, theirs in zip((layer.k, layer.v), after, strict=True):
         assert torch.equal(mine.nan_to_num(77.0), theirs.nan_to_num(77.0))

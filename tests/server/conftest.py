@@ -18,6 +18,17 @@ import pytest
 import requests
 import torch
 
+RUNNING: list[Server] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """What servers of the test's module said last, beside a failure."""
+    report = yield
+    if report.failed:
+        report.sections += [(f"server {i}", server.tail()) for i, server in enumerate(RUNNING)]
+    return report
+
 
 @dataclass
 class Server:
@@ -200,7 +211,7 @@ BITS = ("--kv-quant-preset", "--kv-quant-k-bits", "--kv-quant-v-bits", "--kv-qua
 @pytest.fixture(scope="module")
 def launch(smollm2, table_cache, tmp_path_factory):
     """Start servers; all are stopped at the end of the module."""
-    running: list[Server] = []
+    RUNNING.clear()
 
     def start(
         *args: str, record: str = "", model: str = smollm2, env: dict[str, str] | None = None, wait: bool = True
@@ -230,12 +241,12 @@ def launch(smollm2, table_cache, tmp_path_factory):
                 start_new_session=True,
             )
         server = Server(process, f"http://127.0.0.1:{port}", log, folder / "record.jsonl")
-        running.append(server)
+        RUNNING.append(server)
         if wait:
             server.wait()
         return server
 
     yield start
-    for server in running:
+    for server in RUNNING:
         if server.process.poll() is None:
             server.stop()

@@ -113,6 +113,8 @@ def test_kernels_answer_like_pytorch(launch, two_layers, table, token_ids, tmp_p
     got = answers(interpreted, token_ids)
     interpreted.stop()
     check(got, want)
+    turned_by = "the model" if "gemma" in two_layers else "attention"
+    assert f"interpreted: RoPE by {turned_by}" in interpreted.log.read_text(errors="replace")
     if "gemma" in two_layers:
         return
     # Drafts that are found in the text change nothing: rows of rejected ones are written over, accepted ones moved.

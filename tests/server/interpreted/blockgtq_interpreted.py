@@ -63,7 +63,7 @@ def register():
             )
 
         def _warm_up(self, runner):
-            pass
+            print("interpreted: RoPE by", "attention" if self.rope else "the model", flush=True)
 
         def init_forward_metadata(self, forward_batch):
             mode = forward_batch.forward_mode
@@ -82,6 +82,7 @@ def register():
                 forward_mode=mode,
                 spec_info=forward_batch.spec_info,
                 seq_lens=graph.lengths[:size],
+                positions=forward_batch.positions,
                 req_pool_indices=graph.rows[:size],
                 kv_loc_plan=forward_batch.kv_loc_plan,
             )

@@ -1,0 +1,92 @@
+"""RoPE of decode steps left to the launch that reads their queries and keys anyway: one launch less in each layer.
+
+SGLang's models call their RoPE module between the projections and attention. Of models known to do nothing else there,
+that module is replaced by one that hands a decode step's queries and keys on as they are, where attention has said
+before that it turns them (:mod:`..kernels.device.rope`). What a prefill or any other caller asks of it is done as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+
+from ..options import NAME
+
+#: Attention modules of SGLang 0.5.23 that hand on to attention what their RoPE gives them, and nothing else.
+KNOWN = ("llama.LlamaAttention", "qwen2.Qwen2Attention", "qwen3.Qwen3Attention")
+
+
+class LeftRope(torch.nn.Module):
+    """In the place of a model's ``rope``. angles: of a decode step's tokens, from :meth:`begin` on."""
+
+    def __init__(self, rope: RotaryEmbedding):
+        super().__init__()
+        self.rope = rope
+        self._angles: torch.Tensor | None = None
+        self._at = 0  # where the step's positions lie
+        self._left: tuple[int, int] | None = None  # where the queries and keys lie that attention takes next
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, layer_ids: Iterable[int]) -> LeftRope | None:
+        """What these layers of the model call from now on; None, and nothing is changed, where one of them is not
+        known, or they do not share a RoPE of halves with angles in float32."""
+        known: list[Any] = [module for module in model.modules() if _name(module) in KNOWN]
+        found = {module.attn.layer_id: module for module in known}
+        ropes = {id(module.rotary_emb): module.rotary_emb for module in known}
+        if found.keys() != set(layer_ids) or len(ropes) != 1 or not _turns_halves(rope := ropes.popitem()[1]):
+            return None
+        left = cls(rope)
+        for module in found.values():
+            module.rotary_emb = left
+        return left
+
+    @property
+    def rotary(self) -> int:
+        """Channels that turn."""
+        return self.rope.rotary_dim
+
+    def begin(self, positions: torch.Tensor) -> None:
+        """A decode step of tokens at ``positions [T]`` whose queries and keys attention turns."""
+        self.end()
+        self._angles, self._at = self.rope.cos_sin_cache.index_select(0, positions), positions.data_ptr()
+
+    def end(self) -> None:
+        """What comes is turned here."""
+        self._angles, self._left = None, None
+
+    def forward(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._left is not None:
+            raise RuntimeError(f"{NAME}: attention did not take the queries that RoPE was left to it for")
+        if self._angles is None or positions.data_ptr() != self._at or args or kwargs:
+            return self.rope(positions, q, k, *args, **kwargs)
+        self._left = q.data_ptr(), k.data_ptr()
+        return q, k
+
+    def take(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+        """The angles ``[T, rotary]``, float32, by which attention has to turn q and k; None if they are turned."""
+        left, self._left = self._left, None
+        if left is not None and left != (q.data_ptr(), k.data_ptr()):
+            raise RuntimeError(
+                f"{NAME}: the model changed queries or keys behind its RoPE, which was left to attention"
+            )
+        return None if left is None else self._angles
+
+
+def _name(module: torch.nn.Module) -> str:
+    return f"{type(module).__module__.removeprefix('sglang.srt.models.')}.{type(module).__qualname__}"
+
+
+def _turns_halves(rope: Any) -> bool:
+    """Whether it does what kernels.device.rope does, to the bit; on a GPU SGLang's other kernel rounds its angles."""
+    return (
+        isinstance(rope, RotaryEmbedding)
+        and type(rope).forward_cuda is RotaryEmbedding.forward_cuda
+        and rope.is_neox_style
+        and not rope.use_fallback_kernel
+        and not rope._force_native
+        and rope.cos_sin_cache.dtype == torch.float32
+        and rope.cos_sin_cache.shape[1] == rope.rotary_dim <= rope.head_size
+    )
