@@ -652,13 +652,15 @@ def test_a_layer_is_timed_among_weights(known, tmp_path, monkeypatch):
     monkeypatch.setattr(layers.StepEncoder, "__call__", named("step", encode_step))
 
     def attend(tables, q, rows, *args, **kwargs):
-        seen.append(("attention" if kwargs["recent"] is None else "exact", rows.data_ptr()))
+        recent = kwargs["recent"]
+        kind = "attention" if recent is None else "exact" if recent.angles is None else "turned"
+        seen.append((kind, rows.data_ptr()))
         got = decode(tables, q, rows, *args, **kwargs)
         assert bool(got[0].isfinite().all())
         return got
 
     monkeypatch.setattr(layers, "decode_attention", attend)
-    times = iter([10.0, 14.5, 21.25, 22.0, 12.0, 19.5])
+    times = iter([10.0, 14.5, 21.25, 22.0, 12.0, 19.5, 17.5])
 
     def timer(launch, num_bytes, windows, seconds):
         seen.clear()
@@ -676,7 +678,7 @@ def test_a_layer_is_timed_among_weights(known, tmp_path, monkeypatch):
     assert layers.main(["--out", str(out), *asked], timer, "cpu") == 0
     assert layers.step.FEW_TOKENS == 1
     want = [[], ["encode"] * 2, ["encode", "attention"] * 2, ["encode", "exact"] * 2, ["rotate"] * 2]
-    assert took == [*want, ["exact", "exact", "step"]]
+    assert took == [*want, ["exact", "exact", "step"], ["turned", "turned", "step"]]
     with out.open() as f:
         rows = [(r["part"], r["us"], r["more"]) for r in csv.DictReader(f)]
     assert rows == [
@@ -686,6 +688,7 @@ def test_a_layer_is_timed_among_weights(known, tmp_path, monkeypatch):
         ("exact", "22.0", "12.0"),
         ("rotate", "12.0", "2.0"),
         ("step", "19.5", "9.5"),
+        ("rope", "17.5", "7.5"),
     ]
     made = json.loads(out.with_suffix(".json").read_text())
     assert made["commit"] == "abc" and made["few"] == 1
