@@ -27,7 +27,7 @@ from ..terms import terms_of
 from . import copies_of, require_packed_pool, warm_up
 from .buffers import SLOT, Buffers, new_graph_slots
 from .extend import ExtendPlan
-from .rope import LeftRope
+from .rope import SAME, LeftRope, distance
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -57,6 +57,7 @@ class TritonPackedBackend(TritonAttnBackend):
         self.quantized_chunk = current().options.chunk_attention == "quantized"
         self.recent, self.copies = copies_of(runner, pool.layers)
         self.encode_step, self.last_layer = self._step_encoder(), next(reversed(pool.layers))
+        # Where a step's keys are encoded at its end, nobody else reads them.
         self.rope = LeftRope.of(runner.model, pool.layers) if self.encode_step else None
         self.buffers = self._buffers(runner)
         self._warm_up(runner)
@@ -111,6 +112,7 @@ class TritonPackedBackend(TritonAttnBackend):
         except KernelError as error:
             asked = f"{flag('decode_kernel')} {current().options.decode_kernel}"
             raise KVQuantError(f"{asked}: the CUDA kernel cannot be used: {error}; triton leaves it out") from error
+        self.rope = self._checked_rope(runner)
         logger.info(
             "%s: decode attention%s in %s, prefill attention in %s over %d tokens at a time; "
             "kernels ready after %.1f s",
@@ -121,6 +123,22 @@ class TritonPackedBackend(TritonAttnBackend):
             self.buffers.workspace.tokens,
             time.monotonic() - started,
         )
+
+    def _checked_rope(self, runner: Any) -> LeftRope | None:
+        """What it was, if this device turns queries and keys as the model does; what is left to nobody stays its."""
+        if self.rope is None:
+            return None
+        first, copies = self.pool.layers[self.first_layer], self.copies[self.first_layer]
+        off = distance(self.rope, first, copies, self.num_head, runner.dtype)
+        if off < SAME:
+            return self.rope
+        logger.warning(
+            "%s: RoPE stays a launch of its own: in attention's it is off by %.2g on this device, a fault of ours; "
+            "please report it",
+            NAME,
+            off,
+        )
+        return None
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Of the base's buffers none is read: decode has its own scratch, and other graphs are refused."""

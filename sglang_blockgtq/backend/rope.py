@@ -13,10 +13,16 @@ from typing import Any
 import torch
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 
+from ..kernels.decode.ahead import ahead
+from ..kernels.decode.recent import RecentLayer, RecentRead
+from ..kernels.layer import TritonLayer
 from ..options import NAME
 
 #: Attention modules of SGLang 0.5.23 that hand on to attention what their RoPE gives them, and nothing else.
 KNOWN = ("llama.LlamaAttention", "qwen2.Qwen2Attention", "qwen3.Qwen3Attention")
+#: How far what attention makes of what it has turned may be from what it makes of what the model has: |a - b| / |b|.
+#: Rounding alone is 1e-3 in bfloat16 where every number falls to another side.
+SAME = 4e-3
 
 
 class LeftRope(torch.nn.Module):
@@ -75,12 +81,41 @@ class LeftRope(torch.nn.Module):
         return None if left is None else self._angles
 
 
+def distance(left: LeftRope, layer: TritonLayer, copies: RecentLayer, num_heads: int, dtype: torch.dtype) -> float:
+    """How far a step that turns its queries and keys is from one whose model has done it, on this device: the largest
+    |a - b| / |b| of rotated queries, of logits, and of the keys that are kept.
+
+    Of up to 16 tokens of nobody, all over the positions that RoPE knows. copies: nobody's places are written.
+    """
+    recent, device = copies.recent, layer.rows.device
+    tokens = min(16, recent.room, recent.step.shape[1])
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(tokens, heads, dim, generator=generator, device=device).to(dtype)
+        for heads, dim in ((num_heads, layer.head_dim), (layer.heads, layer.head_dim), (layer.heads, layer.v_head_dim))
+    )
+    positions = torch.linspace(0, len(left.rope.cos_sin_cache) - 1, tokens, device=device).long()
+    turned_q, turned_k = left.rope(positions, q.flatten(1).clone(), k.flatten(1).clone())
+    places = recent.rows * recent.ring + torch.arange(tokens, device=device)
+    step = torch.stack([torch.full_like(places, -1), positions, torch.ones_like(places), places])
+    recent.step[:, :tokens] = step.to(recent.step.dtype)
+
+    def parts(q: torch.Tensor, k: torch.Tensor, angles: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        rotated, (_, lse) = ahead(layer.tables, q, 1, RecentRead(copies, k, v, angles), 1.0, 0.0)
+        return rotated, lse, copies.k.flatten(0, 1)[places].float()
+
+    want = parts(turned_q.view_as(q), turned_k.view_as(k))
+    got = parts(q, k, left.rope.cos_sin_cache.index_select(0, positions))
+    recent.step[:, :tokens] = -1
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(got, want, strict=True))
+
+
 def _name(module: torch.nn.Module) -> str:
     return f"{type(module).__module__.removeprefix('sglang.srt.models.')}.{type(module).__qualname__}"
 
 
 def _turns_halves(rope: Any) -> bool:
-    """Whether it does what kernels.device.rope does, to the bit; on a GPU SGLang's other kernel rounds its angles."""
+    """Whether it does what kernels.device.rope does; on a GPU SGLang's other kernel rounds its angles."""
     return (
         isinstance(rope, RotaryEmbedding)
         and type(rope).forward_cuda is RotaryEmbedding.forward_cuda

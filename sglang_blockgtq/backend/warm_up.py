@@ -56,6 +56,7 @@ def jobs(
         *(partial(_decode, *shapes, batch, copies=copies, rotary=rotary) for batch in batch_sizes(most)),
         *([partial(_remember, layer, dtype, copies)] if copies else []),
         *([partial(_ahead, layer, num_heads, dtype, many, copies, rotary)] if copies and many <= most else []),
+        *([partial(_ahead, layer, num_heads, dtype, 1, copies, 0)] if copies and rotary else []),  # to compare with
         *(partial(_encode, layer, heads, dtype, tokens) for tokens in encoded_at_once(layer) for heads in with_query),
     ]
 

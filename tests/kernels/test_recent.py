@@ -177,8 +177,10 @@ def check(
         d.tables, q, d.rows, d.kv_indptr, d.kv_indices, d.sm_scale, q_len=q_len, terms=terms, target=target, recent=read
     )
     assert_same(got, want, slack * TOLERANCE[DEVICE][case.dtype])
-    for mine, theirs in zip((layer.k, layer.v), after, strict=True):
-        assert torch.equal(mine.nan_to_num(77.0), theirs.nan_to_num(77.0))
+    # Of two products a GPU rounds one alone.
+    off = 4 * torch.finfo(k.dtype).eps if rotary else 0
+    torch.testing.assert_close(layer.k, after[0], rtol=off, atol=off, equal_nan=True)
+    assert torch.equal(layer.v.nan_to_num(77.0), after[1].nan_to_num(77.0))
 
 
 @pytest.mark.parametrize(

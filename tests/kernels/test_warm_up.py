@@ -47,7 +47,7 @@ def _kinds(monkeypatch):
 
         def __getitem__(self, grid):
             def launch(*args, **constants):
-                which = [constants.get(name) for name in ("REQUESTS", "GROUP", "COLUMNS", "spread")]
+                which = [constants.get(name) for name in ("REQUESTS", "GROUP", "COLUMNS", "ROTARY", "spread")]
                 seen.add((self.kernel.__name__, *which, constants.get("layers") is not None))
                 return self.kernel[grid](*args, **constants)
 
@@ -91,8 +91,9 @@ def test_requests_need_what_is_prepared(monkeypatch, case):
     assert seen == prepared
 
 
+@pytest.mark.parametrize("rotary", [0, 16])
 @pytest.mark.parametrize("room", [8, 12])
-def test_steps_with_exact_tokens_need_what_is_prepared(monkeypatch, room):
+def test_steps_with_exact_tokens_need_what_is_prepared(monkeypatch, room, rotary):
     """Whose tokens are encoded at the end; of more requests than are kept, in each layer."""
     d, most = data(TEMPLATE), 12
     layer = TritonLayer(d.codec, DEVICE, templates_of(d.codec.layout.k))
@@ -104,7 +105,7 @@ def test_steps_with_exact_tokens_need_what_is_prepared(monkeypatch, room):
     copies, num_heads = recent.layer(0), d.q.shape[1]
     scratch, seen = DecodeScratch.of(layer.tables, most, num_heads), _kinds(monkeypatch)
     encode = StepEncoder([layer.encoder], recent)
-    for job in warm_up.jobs(layer, scratch, num_heads, d.k.dtype, most, copies):
+    for job in warm_up.jobs(layer, scratch, num_heads, d.k.dtype, most, copies, rotary):
         job()
     for tokens in encode.batch_sizes():
         encode.warm_up(tokens)
@@ -115,7 +116,8 @@ def test_steps_with_exact_tokens_need_what_is_prepared(monkeypatch, room):
         if not encode.takes(batch):
             layer.encode(k, v, slots, slots)
         kv_indptr = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE)
-        layer.decode(q, kv_indptr, slots, 0.1, scratch=scratch, recent=copies.read(k, v))
+        angles = torch.zeros(batch, rotary, device=DEVICE) if rotary and encode.takes(batch) else None
+        layer.decode(q, kv_indptr, slots, 0.1, scratch=scratch, recent=copies.read(k, v, angles))
         if encode.takes(batch):
             encode(slots, slots)
     assert seen == prepared

@@ -63,6 +63,7 @@ def register():
             )
 
         def _warm_up(self, runner):
+            self.rope = self._checked_rope(runner)
             print("interpreted: RoPE by", "attention" if self.rope else "the model", flush=True)
 
         def init_forward_metadata(self, forward_batch):
