@@ -18,6 +18,7 @@ import torch
 import triton
 
 from ..device.dependent import dependent
+from ..device.gpu import multiprocessors
 from ..device.launch import Launch
 from ..device.rotate import BLOCK as QUERY_BLOCK
 from ..device.tables import ColumnTables, Side, Tables
@@ -181,10 +182,10 @@ class Encoder:
 def grid_of(tables: ColumnTables, tokens: int, group: int, per_token: int) -> tuple[int, int]:
     """Programs of a launch for a layer, group and per_token as of :meth:`Encoder.bound`."""
     if per_token:
-        programs = triton.cdiv(max(tokens * per_token, tokens * group), ROWS)
+        programs = -(-max(tokens * per_token, tokens * group) // ROWS)
         return programs, tables.heads * (3 if group else 2)
     parts = tables.k.padded // _channels(tables)
-    return (2 * tokens + triton.cdiv(tokens * group, QUERY_BLOCK) * parts) * tables.heads, 1
+    return (2 * tokens + -(-tokens * group // QUERY_BLOCK) * parts) * tables.heads, 1
 
 
 def spread(per_token: int) -> dict[str, Any]:
@@ -241,8 +242,8 @@ def few_tokens(tables: ColumnTables) -> int:
 
 def rows_per_token(tables: ColumnTables, tokens: int, device: torch.device, layers: int = 1) -> int:
     """1, or a row for each factor of the scale search as long as all programs still run at once, or of several layers
-    twice as many."""
-    tries = triton.next_power_of_2(tables.search.shape[0])
-    programs = triton.cdiv(tokens * tries, ROWS) * 2 * tables.heads * layers
-    count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    twice as many. Asked at each call, so without triton's own arithmetic, which takes microseconds."""
+    tries = 1 << (len(tables.search) - 1).bit_length()
+    programs = -(-tokens * tries // ROWS) * 2 * tables.heads * layers
+    count = multiprocessors(device) if device.type == "cuda" else 132
     return tries if tries <= ROWS and programs <= (4 if layers > 1 else 2) * count else 1
