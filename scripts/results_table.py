@@ -293,7 +293,7 @@ def passed(name: str, config: str, tasks: tuple[str, ...]) -> str:
 
 
 #: What a server reads, which keeps each request's last tokens exactly, on other texts than real_models.csv.
-SERVED_KL, SERVED_EXACT = "exact_recent.csv", "last 32"
+SERVED_KL, SERVED_EXACT, SERVED_WINDOW = "exact_recent.csv", "last 32", "0+32"
 
 
 def served(model: str, method: str, k_bits: float, v_bits: float) -> str:
@@ -327,13 +327,17 @@ def quality() -> str:
     runs = {run["name"]: short(run["commit"]) for run in about("real_models.csv")["runs"]}
     measured = commits({of[0]: runs[model] for model, of in MODELS.items()})
     asked = commits({column: every_commit(record) for column, record, _ in needles})
-    exactly = commits({MODELS[run["name"]][0]: short(run["commit"]) for run in about(SERVED_KL)["runs"]})
+    exactly = commits({of[0]: every_commit(SERVED_KL, model, SERVED_WINDOW) for model, of in MODELS.items()})
     said = f"Commits: KL {measured}, in brackets {exactly}; needles {asked}."
     return "\n".join([*lines, "", *textwrap.wrap(said, WIDTH)])
 
 
-def every_commit(record: str) -> str:
-    return " and ".join(dict.fromkeys(short(run["commit"]) for run in about(record)["runs"]))
+def every_commit(record: str, model: str = "", word: str = "") -> str:
+    """Of its runs, those of a model and with a word in their command where these are given."""
+    runs = [
+        x for x in about(record)["runs"] if model in ("", x.get("name")) and (not word or word in x["command"].split())
+    ]
+    return " and ".join(dict.fromkeys(short(run["commit"]) for run in runs))
 
 
 def commits(of: dict[str, str]) -> str:
