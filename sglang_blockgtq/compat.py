@@ -116,7 +116,10 @@ SIGNATURES = {
     },
     "layers.attention.qsa.config.parse_qsa_profile": ["config"],
     "configs.model_config.is_hybrid_swa_model": ["model_architectures", "hf_text_config"],
-    "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.resume_memory_occupation": ["recv_req"],
+    **{
+        f"managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.{name}": ["recv_req"]
+        for name in ("release_memory_occupation", "resume_memory_occupation")
+    },
     "managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper.__init__": ["flush_cache"],
     "managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper.handle": ["recv_req"],
     "managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state": ["recv_req"],

@@ -382,12 +382,29 @@ def _validate_beams(orig: Any, self: Any, *args: Any, **kwargs: Any) -> str | No
 
 
 def _flush_cache(self: Any, *args: Any, **kwargs: Any) -> None:
-    """self: a Scheduler. Before its prefix cache is emptied, which it is only where nothing runs."""
+    """self: a Scheduler. Before its prefix cache is emptied, which it is only where nothing runs. Rows that sleep has
+    given back are not there to be read."""
+    from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
+
+    if GPU_MEMORY_TYPE_KV_CACHE not in self.weight_updater.offload_tags:
+        _compare_cached(self)
+
+
+def _before_release(self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> None:
+    """self: a SchedulerWeightUpdaterManager. SGLang gives the rows back and empties the prefix cache then."""
+    from sglang.srt.constants import GPU_MEMORY_ALL_TYPES, GPU_MEMORY_TYPE_KV_CACHE
+
+    if self.scheduler is not None and GPU_MEMORY_TYPE_KV_CACHE in (recv_req.tags or GPU_MEMORY_ALL_TYPES):
+        _compare_cached(self.scheduler)
+
+
+def _compare_cached(scheduler: Any) -> None:
+    """Rows that the prefix cache holds with their checksums, where these are kept and nothing runs."""
     from .pool import packed_pool
 
-    pool = packed_pool(self.tp_worker.model_runner.token_to_kv_pool)
-    if pool is not None and pool.check is not None and self.is_fully_idle(ignore_waiting=self._engine_paused):
-        pool.check.compare_cached(self.tree_cache)
+    pool = packed_pool(scheduler.tp_worker.model_runner.token_to_kv_pool)
+    if pool is not None and pool.check is not None and scheduler.is_fully_idle(ignore_waiting=scheduler._engine_paused):
+        pool.check.compare_cached(scheduler.tree_cache)
 
 
 # --- observability -------------------------------------------------------------------------------
@@ -459,6 +476,7 @@ _HOOKS: Hooks = {
     _UPDATER + "update_weights_from_tensor": ("AFTER", _after_update),
     _UPDATER + "update_weights_from_ipc": ("AFTER", _after_update),
     _UPDATER + "load_weights_from_distributed": ("AFTER", _after_update),
+    _MANAGER + "release_memory_occupation": ("BEFORE", _before_release),
     _MANAGER + "resume_memory_occupation": ("AFTER", _after_resume),
     _FLUSH + "__init__": ("AFTER", _watch_flush),
     _FLUSH + "handle": ("AFTER", _answer_flush),

@@ -146,12 +146,22 @@ def test_checksums_go_with_their_rows(monkeypatch):
 
     def scheduler(idle: bool) -> SimpleNamespace:
         more = {"tree_cache": tree, "tp_worker": SimpleNamespace(model_runner=runner), "_engine_paused": False}
+        more["weight_updater"] = SimpleNamespace(offload_tags=set())
         return SimpleNamespace(**more, is_fully_idle=lambda ignore_waiting: asked.append(ignore_waiting) or idle)
 
     plugin._flush_cache(scheduler(idle=False))  # SGLang will not empty the cache, and requests may be writing to it
     with pytest.raises(DamagedRow):
         plugin._flush_cache(scheduler(idle=True))
     assert asked == [False, False]
+    # Sleep gives rows back and then empties the cache: they are compared before.
+    manager = SimpleNamespace(scheduler=scheduler(idle=True))
+    for tags in (None, ["kv_cache"]):
+        with pytest.raises(DamagedRow):
+            plugin._before_release(manager, SimpleNamespace(tags=tags))
+    plugin._before_release(manager, SimpleNamespace(tags=["weights"]))
+    plugin._before_release(SimpleNamespace(scheduler=None), SimpleNamespace(tags=None))
+    manager.scheduler.weight_updater.offload_tags.add("kv_cache")
+    plugin._flush_cache(manager.scheduler)
     x = torch.zeros(1, HEADS * DIM)
     with pytest.raises(NotImplementedError, match="checksums"):
         pool.set_kv_buffer(SimpleNamespace(layer_id=1), torch.tensor([1]), x, x)
