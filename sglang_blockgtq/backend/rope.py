@@ -107,7 +107,7 @@ def distance(left: LeftRope, layer: TritonLayer, copies: RecentLayer, num_heads:
     want = parts(turned_q.view_as(q), turned_k.view_as(k))
     got = parts(q, k, left.rope.cos_sin_cache.index_select(0, positions))
     recent.step[:, :tokens] = -1
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(got, want, strict=True))
+    return float(torch.stack([(a - b).norm() / b.norm() for a, b in zip(got, want, strict=True)]).max())
 
 
 def _name(module: torch.nn.Module) -> str:
