@@ -108,12 +108,18 @@ def test_a_model_that_does_more_is_an_error(left, changed):
         left.take(*own)
 
 
+class OtherRope(RotaryEmbedding):
+    def forward(self, positions, q, k):
+        return q, k
+
+
 def test_others_keep_their_rope():
     rope = rope_of()
     for model, layers in (
         (model_of(rope, rope), [0, 2]),  # one that is not a model's known attention
         (model_of(rope, rope_of(base=500)), [0, 1]),
         (model_of(rope_of(neox=False)), [0]),
+        (model_of(OtherRope(DIM, DIM, 64, 10000, True, torch.float32)), [0]),
         (model_of(LeftRope(rope)), [0]),  # another backend's already
     ):
         before = [module.rotary_emb for module in model]

@@ -118,6 +118,7 @@ def _turns_halves(rope: Any) -> bool:
     """Whether it does what kernels.device.rope does; on a GPU SGLang's other kernel rounds its angles."""
     return (
         isinstance(rope, RotaryEmbedding)
+        and type(rope).forward is RotaryEmbedding.forward
         and type(rope).forward_cuda is RotaryEmbedding.forward_cuda
         and rope.is_neox_style
         and not rope.use_fallback_kernel
