@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ from .session import Reading
 
 SHORT = 8  # tokens of an answer whose mean says little
 FAR = 0.5, 1.0, 2.0, 4.0, 8.0, 16.0  # nats
+MANY = 2.0  # of FAR
 LIKELY = -1.0  # log-probability
 SHOWN, BEFORE = 4.0, 16  # nats from which on a token is shown, with so many before it
 
@@ -25,11 +27,16 @@ class Bound:
     """Nats that an answer may be away from its cold reading: in the mean over its tokens, and in one token.
 
     A token that is unlikely moves more than one that is likely: one of log-probability -x has ``1 + x / 4`` times
-    the bound of a token.
+    the bound of a token. That allows much of the unlikeliest, so of a million tokens only ``often`` may be farther off
+    than MANY nats, and two of any number.
     """
 
     mean: float
     token: float
+    often: float = math.inf
+
+    def allows_far(self, far: int, tokens: int) -> bool:
+        return far <= 2 or far - 2 <= self.often * tokens / 1e6
 
     def allows(self, generated: float, read: float) -> bool:
         return abs(generated - read) <= self.token * (1 - min(generated, read) / 4)

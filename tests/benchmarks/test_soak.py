@@ -148,6 +148,16 @@ def test_what_never_happened_is_a_failure():
     assert program.failures(run, found | {"retractions": 0}) == ["nothing is shown of retractions: there were none"]
 
 
+def test_tokens_that_are_far_too_often_are_a_failure():
+    """Whatever each of them is allowed."""
+    run = SimpleNamespace(server=Fake(), errors=[], replay=Replay("", program.BOUNDS["4"]), flushes=0)
+    found, run.replay.tokens = dict.fromkeys(program.MUST_HAPPEN, 3), 1_000_000
+    run.replay.far[2.0] = 32
+    assert program.failures(run, found) == []
+    run.replay.far[2.0] = 33
+    assert program.failures(run, found) == ["33 of 1000000 tokens are farther than 2 nats from their cold reading"]
+
+
 def test_sizes_follow_the_context():
     for context in (768, 4096, 32768):
         plan = Plan.of(context, 30, 12, 24)
