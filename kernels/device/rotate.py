@@ -107,12 +107,10 @@ def project_and_store(
     token, j = (r // GROUP).to(tl.int64), head * GROUP + r % GROUP
     live = r < num_rows
     tiles: tl.constexpr = (0, COLUMNS, 0, 0, 0)
-    at = token * stride_xt + j * stride_xh
+    at, own = token * stride_xt + j * stride_xh, None
     if ROTARY:
         own = angles + tl.where(live, token, 0) * ROTARY
-        tile = project(x, at, live, matrix, head, first, tiles, DIM, PADDED, own, ROTARY)[0]
-    else:
-        tile = project(x, at, live, matrix, head, first, tiles, DIM, PADDED)[0]
+    tile = project(x, at, live, matrix, head, first, tiles, DIM, PADDED, own, ROTARY)[0]
     channel = first + tl.arange(0, COLUMNS)
     to = token * stride_yt + j * stride_yh
     tl.store(y + to[:, None] + channel[None, :], tile, mask=live[:, None] & (channel < DIM)[None, :])
