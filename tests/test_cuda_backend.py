@@ -289,12 +289,20 @@ def test_last_tokens_are_read_exactly(stepping):
 @pytest.mark.parametrize(("room", "left"), [(2, True), (1, False)])
 @pytest.mark.parametrize("graph", [False, True])
 def test_rope_is_left_to_steps_that_are_encoded_at_their_end(stepping, rope_on_a_cpu, room, left, graph):
-    """Whose keys nobody else reads; until whatever comes next."""
+    """Whose keys nobody else reads; in every layer, and to nobody after the last one."""
+
+    class Encode:
+        def takes(self, tokens):
+            return tokens <= room
+
+        def __call__(self, loc, positions):
+            pass
+
     rope = RotaryEmbedding(DIM, DIM, 8, 10000, True, torch.float32)
-    stepping.rope, stepping.encode_step = LeftRope(rope), SimpleNamespace(takes=lambda n: n <= room)
-    stepping.recent = Recent.of(1, 3, 4, 2, HEADS, DIM, DIM, torch.float32, "cpu")
+    stepping.rope, stepping.encode_step = LeftRope(rope), Encode()
+    stepping.recent = Recent.of(3, 3, 4, 2, HEADS, DIM, DIM, torch.float32, "cpu")
     stepping.recent.bind(4)
-    stepping.copies, stepping.buffers.scratch = {9: stepping.recent.layer(0)}, None
+    stepping.copies, stepping.buffers.scratch = {i: stepping.recent.layer(n) for n, i in enumerate(LAYERS)}, None
     batch = step([4, 1], [2, 3])
     batch.positions, batch.out_cache_loc = torch.tensor([1, 2]), torch.tensor([25, 8])
     if graph:
@@ -304,13 +312,25 @@ def test_rope_is_left_to_steps_that_are_encoded_at_their_end(stepping, rope_on_a
         stepping.init_forward_metadata(batch)
     q, k = torch.randn(2, HEADS * GROUP * DIM), torch.randn(2, HEADS * DIM)
     turned = rope(batch.positions, q.clone(), k.clone())
-    got = stepping.rope(batch.positions, q, k)
-    assert all(torch.equal(x, y) for x, y in zip(got, (q, k) if left else turned, strict=True))
-    TritonPackedBackend.forward_decode(stepping, *got, k, attention(9), batch)
-    angles = stepping.pool.layer(9).drafts["recent"].angles
-    assert torch.equal(angles, rope.cos_sin_cache[1:3]) if left else angles is None
-    stepping.init_forward_metadata_out_graph(step([4], [2], mode=ForwardMode.EXTEND))
+    for i in LAYERS:
+        got = stepping.rope(batch.positions, q, k)
+        assert all(torch.equal(x, y) for x, y in zip(got, (q, k) if left else turned, strict=True))
+        TritonPackedBackend.forward_decode(stepping, *got, k, attention(i), batch)
+        angles = stepping.pool.layer(i).drafts["recent"].angles
+        assert torch.equal(angles, rope.cos_sin_cache[1:3]) if left else angles is None
     assert torch.equal(stepping.rope(batch.positions, q.clone(), k.clone())[0], turned[0])
+
+
+@pytest.mark.parametrize("then", [ForwardMode.EXTEND, ForwardMode.IDLE])
+def test_a_step_that_broke_off_leaves_no_rope(stepping, rope_on_a_cpu, then):
+    """Of whatever comes next the model turns queries and keys."""
+    rope = RotaryEmbedding(DIM, DIM, 8, 10000, True, torch.float32)
+    stepping.rope, positions = LeftRope(rope), torch.tensor([1, 2])
+    q, k = torch.randn(2, HEADS * GROUP * DIM), torch.randn(2, HEADS * DIM)
+    stepping.rope.begin(positions)
+    stepping.rope(positions, q, k)
+    stepping.init_forward_metadata_out_graph(step([], [], mode=then), in_capture=True)
+    assert torch.equal(stepping.rope(positions, q.clone(), k.clone())[0], rope(positions, q.clone(), k.clone())[0])
 
 
 @pytest.mark.parametrize(("room", "save"), [(2, True), (1, True), (2, False)])

@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 
 from sglang_blockgtq.backend.rope import KNOWN, LeftRope
+from sglang_blockgtq.calibrate.rope import RopeBlocks
+from sglang_blockgtq.capture import frequencies_of
+from sglang_blockgtq.capture import rope_of as rope_of_layers
 from sglang_blockgtq.kernels.reference import apply_rope
 
 pytestmark = pytest.mark.usefixtures("rope_on_a_cpu")
@@ -24,7 +27,7 @@ class Attention(torch.nn.Module):
 
     def __init__(self, layer_id, rope):
         super().__init__()
-        self.attn, self.rotary_emb = SimpleNamespace(layer_id=layer_id), rope
+        self.attn, self.rotary_emb = RadixAttention(HEADS, DIM, 1.0, KV_HEADS, layer_id), rope
 
 
 Attention.__module__, Attention.__qualname__ = "sglang.srt.models.llama", "LlamaAttention"
@@ -47,8 +50,22 @@ def left():
     rope = rope_of()
     model = model_of(rope, rope)
     left = LeftRope.of(model, [0, 1])
-    assert all(module.rotary_emb is left for module in model) and left.rotary == DIM
+    assert all(module.rotary_emb is left for module in model)
     return left
+
+
+def test_whoever_asks_finds_the_models_rope():
+    """As a new table does, for new weights."""
+    rope = rope_of(DIM // 2)
+    model = model_of(rope)
+    before = rope_of_layers(model, DIM), frequencies_of(model, DIM)
+    left = LeftRope.of(model, [0])
+    assert model[0].rotary_emb is left and left.cos_sin_cache is rope.cos_sin_cache
+    after = rope_of_layers(model, DIM), frequencies_of(model, DIM)
+    assert after[0] == before[0] == {0: RopeBlocks(DIM, DIM // 2)}
+    assert torch.equal(after[1][0], before[1][0])
+    with pytest.raises(AttributeError, match="'RotaryEmbedding' object has no attribute 'nothing'"):
+        _ = left.nothing
 
 
 @pytest.mark.parametrize("name", KNOWN)

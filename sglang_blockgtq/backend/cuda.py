@@ -93,7 +93,7 @@ class TritonPackedBackend(TritonAttnBackend):
         """Have every kernel compiled before a graph is captured or a request waits for it. KVQuantError."""
         started, layers = time.monotonic(), list(self.pool.layers.values())
         most = runner.req_to_token_pool.size
-        copies, rotary = self.copies.get(self.first_layer), self.rope.rotary if self.rope else 0
+        copies, rotary = self.copies.get(self.first_layer), self.rope.rotary_dim if self.rope else 0
         todo = warm_up.jobs(layers[0], self.buffers.scratch, self.num_head, runner.dtype, most, copies, rotary)
         if self.buffers.verification:
             verification, scratch = self._verifying()
@@ -255,6 +255,8 @@ class TritonPackedBackend(TritonAttnBackend):
         kv_indptr = meta.kv_indptr[: q3.shape[0] // meta.max_extend_len + 1]
         options |= {"rotated": rotated, "scratch": scratch, "out": out}
         packed.decode(q3, kv_indptr, meta.kv_indices, layer.scaling, **options)
+        if self.rope and layer.layer_id == self.last_layer:
+            self.rope.end()
         if save_kv_cache:
             if later is not None and layer.layer_id == self.last_layer:
                 later(forward_batch.out_cache_loc, positions)

@@ -26,7 +26,7 @@ SAME = 4e-3
 
 
 class LeftRope(torch.nn.Module):
-    """In the place of a model's ``rope``. angles: of a decode step's tokens, from :meth:`begin` on."""
+    """In the place of a model's ``rope``, whose attributes it has. What :meth:`begin` says holds until :meth:`end`."""
 
     def __init__(self, rope: RotaryEmbedding):
         super().__init__()
@@ -49,10 +49,11 @@ class LeftRope(torch.nn.Module):
             module.rotary_emb = left
         return left
 
-    @property
-    def rotary(self) -> int:
-        """Channels that turn."""
-        return self.rope.rotary_dim
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("rope"), name)
 
     def begin(self, positions: torch.Tensor) -> None:
         """A decode step of tokens at ``positions [T]`` whose queries and keys attention turns."""
