@@ -125,6 +125,16 @@ def test_a_model_that_does_more_is_an_error(left, changed):
         left.take(*own)
 
 
+def test_a_graph_that_is_cut_at_attention_holds_the_models_rope(monkeypatch):
+    """At its replays nobody calls the module that would leave it."""
+    asked = []
+    monkeypatch.setattr("sglang_blockgtq.backend.rope.check_cuda_graph_backend", lambda *of: asked.append(of) or True)
+    rope = rope_of()
+    model = model_of(rope)
+    assert LeftRope.of(model, [0]) is None and model[0].rotary_emb is rope
+    assert asked == [("decode", "breakable")]
+
+
 class OtherRope(RotaryEmbedding):
     def forward(self, positions, q, k):
         return q, k

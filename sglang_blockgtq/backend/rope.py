@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cuda_graph_backend
 
 from ..kernels.decode.ahead import ahead
 from ..kernels.decode.recent import RecentLayer, RecentRead
@@ -38,7 +39,10 @@ class LeftRope(torch.nn.Module):
     @classmethod
     def of(cls, model: torch.nn.Module, layer_ids: Iterable[int]) -> LeftRope | None:
         """What these layers of the model call from now on; None, and nothing is changed, where one of them is not
-        known, or they do not share a RoPE of halves with angles in float32."""
+        known, or they do not share a RoPE of halves with angles in float32. Nor where a step's graph is cut at
+        attention, which then runs without the model's code before it."""
+        if check_cuda_graph_backend(Phase.DECODE, Backend.BREAKABLE):
+            return None
         known: list[Any] = [module for module in model.modules() if _name(module) in KNOWN]
         found = {module.attn.layer_id: module for module in known}
         ropes = {id(module.rotary_emb): module.rotary_emb for module in known}
