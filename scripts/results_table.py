@@ -402,7 +402,9 @@ SHOWN = {"bf16-fa3": "bf16", "fp8-fa3": "fp8", "blockgtq-k3v3": "K3V3"}
 def of_steps(name: str, measure: str, tokens: int) -> Figures:
     """One request at a time, from a record of server_steps."""
     rows = [r for r in read(name) if r["measure"] == measure and r["input_tokens"] == str(tokens)]
-    return about(name)["gpu"]["name"], short(about(name)["commit"]), {SHOWN[r["method"]]: float(r["ms"]) for r in rows}
+    made = about(name)
+    commit = short(made["commit"]) + (", patched" if "patched" in made else "")
+    return made["gpu"]["name"], commit, {SHOWN[r["method"]]: float(r["ms"]) for r in rows}
 
 
 def of_server(model: str, scenario: str, case: str, measure: str) -> Figures:

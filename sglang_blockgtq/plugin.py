@@ -177,12 +177,17 @@ def _answer_flush(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         result.message = f"The cache was flushed, but not recalibrated: {self.not_recalibrated}\n"
 
 
-def _after_resume(result: Any, self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> None:
-    """self: a SchedulerWeightUpdaterManager. What padded requests of a graph read was lost with the cache."""
+def _of_cache(recv_req: Any) -> bool:
+    """Whether it gives back the KV cache's memory, or takes it again."""
     from sglang.srt.constants import GPU_MEMORY_ALL_TYPES, GPU_MEMORY_TYPE_KV_CACHE
 
-    runner, tags = self.tp_worker.model_runner, recv_req.tags or GPU_MEMORY_ALL_TYPES
-    if _packs(runner) and GPU_MEMORY_TYPE_KV_CACHE in tags and self.memory_saver_adapter.enabled:
+    return GPU_MEMORY_TYPE_KV_CACHE in (recv_req.tags or GPU_MEMORY_ALL_TYPES)
+
+
+def _after_resume(result: Any, self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> None:
+    """self: a SchedulerWeightUpdaterManager. What padded requests of a graph read was lost with the cache."""
+    runner = self.tp_worker.model_runner
+    if _packs(runner) and _of_cache(recv_req) and self.memory_saver_adapter.enabled:
         from .backend import require_packed_pool
 
         require_packed_pool(runner).clear()
@@ -392,9 +397,7 @@ def _flush_cache(self: Any, *args: Any, **kwargs: Any) -> None:
 
 def _before_release(self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> None:
     """self: a SchedulerWeightUpdaterManager. SGLang gives the rows back and empties the prefix cache then."""
-    from sglang.srt.constants import GPU_MEMORY_ALL_TYPES, GPU_MEMORY_TYPE_KV_CACHE
-
-    if self.scheduler is not None and GPU_MEMORY_TYPE_KV_CACHE in (recv_req.tags or GPU_MEMORY_ALL_TYPES):
+    if self.scheduler is not None and _of_cache(recv_req):
         _compare_cached(self.scheduler)
 
 

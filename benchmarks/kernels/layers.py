@@ -108,11 +108,13 @@ class Layers:
         if part == "exact":
             self.encoders[i](k, v, self.loc, self.positions)
         if part in ("attention", "exact", "step", "rope"):
-            read = self.copies[i].read(k, v, self.angles if part == "rope" else None)
+            read = None
+            if part != "attention":
+                read = self.copies[i].read(k, v, self.angles if part == "rope" else None)
             decode_attention(
                 self.tables[i], q, self.rows[i], self.kv_indptr, self.kv_indices, self.sm_scale,
                 rotated=self.rotated if part == "attention" else None, scratch=self.scratch, out=self.out,
-                recent=None if part == "attention" else read,
+                recent=read,
             )  # fmt: skip
         if part == "rotate":
             rotate_queries(self.tables[i].k, q, self.shape.q_heads // self.shape.kv_heads)

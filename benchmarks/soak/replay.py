@@ -45,9 +45,9 @@ class Bound:
 @dataclass
 class Replay:
     """gaps: mean of each answer, nats. far: tokens farther off than each of FAR; likely: those of them that one of
-    the two readings finds likely. outliers, shown: in words; texts: of those shown, up to the token. read: prompts and
-    tokens so far, in seconds. renamed: tokens of prompts that had the vocabulary's ``last`` id, which SGLang calls by
-    another name."""
+    the two readings finds likely. outliers: in words; texts: up to each token that is shown. read: prompts and tokens
+    so far, in seconds. renamed: tokens of prompts that had the vocabulary's ``last`` id, which SGLang calls by another
+    name."""
 
     url: str
     bound: Bound
@@ -59,7 +59,6 @@ class Replay:
     far: Counter[float] = field(default_factory=Counter)
     likely: Counter[float] = field(default_factory=Counter)
     outliers: list[str] = field(default_factory=list)
-    shown: list[str] = field(default_factory=list)
     texts: list[dict] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     prompts: int = 0
@@ -79,6 +78,11 @@ class Replay:
         for thread in threads:
             thread.join()
         self.seconds += time.monotonic() - begin
+
+    @property
+    def shown(self) -> list[str]:
+        """The texts' ends, in words."""
+        return [f"{text['said']}; up to it {text['ids'][-BEFORE - 1 :]}" for text in self.texts]
 
     @property
     def rate(self) -> float:
@@ -129,6 +133,5 @@ class Replay:
                 if not allowed:
                     self.outliers.append(said)
                 if gap > SHOWN:
-                    at = answer.start + i
-                    self.shown.append(f"{said}; up to it {reading.ids[max(0, at - BEFORE) : at + 1]}")
-                    self.texts.append({"said": said, "generated": a, "read": b, "ids": reading.ids[: at + 1]})
+                    ids = reading.ids[: answer.start + i + 1]
+                    self.texts.append({"said": said, "generated": a, "read": b, "ids": ids})

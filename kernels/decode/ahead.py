@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..device.dependent import dependent, wait_and_release
-from ..device.rope import partner_of, turn
+from ..device.rope import load_turned
 from ..device.rotate import project_and_store, tiling
 from ..device.tables import Tables
 from .recent import RecentRead
@@ -85,17 +85,13 @@ def ahead_kernel(
     g, back, channel, column = tl.arange(0, ROWS), tl.arange(0, TOKENS), tl.arange(0, PADDED), tl.arange(0, V_PADDED)
     j, inside, inside_v = head * GROUP + g, channel < DIM, column < V_DIM
     token = token.to(tl.int64)
-    at = token * stride_qt + (j * stride_qh)[:, None] + channel[None, :]
-    query = tl.load(q + at, mask=(g < GROUP)[:, None] & inside[None, :], other=0.0)
-    own_k = tl.load(k + token * stride_kt + head * stride_kh + channel, mask=inside, other=0.0)
-    own_v = tl.load(v + token * stride_vt + head * stride_vh + column, mask=inside_v, other=0.0)
+    own = None
     if ROTARY:
-        partner = partner_of(channel, ROTARY)
-        at = token * stride_qt + (j * stride_qh)[:, None] + partner[None, :]
-        other = tl.load(q + at, mask=(g < GROUP)[:, None] & inside[None, :], other=0.0)
-        query = turn(query, other, angles + token * ROTARY, channel[None, :], ROTARY)
-        other = tl.load(k + token * stride_kt + head * stride_kh + partner, mask=inside, other=0.0)
-        own_k = turn(own_k, other, angles + token * ROTARY, channel, ROTARY)
+        own = angles + token * ROTARY
+    at, mask = token * stride_qt + (j * stride_qh)[:, None], (g < GROUP)[:, None] & inside[None, :]
+    query = load_turned(q, at, channel[None, :], mask, own, ROTARY)
+    own_k = load_turned(k, token * stride_kt + head * stride_kh, channel, inside, own, ROTARY)
+    own_v = tl.load(v + token * stride_vt + head * stride_vh + column, mask=inside_v, other=0.0)
 
     # The step's own keys and values need no copy.
     copied = ((back > query_at) & (back < count))[:, None]

@@ -27,3 +27,13 @@ def turn(x, partner, angles, channel, ROTARY: tl.constexpr):
     sin = tl.load(angles + HALF + channel % HALF, mask=turns, other=0.0)
     sin = tl.where(channel < HALF, -sin, sin)
     return (x.to(tl.float32) * cos + partner.to(tl.float32) * sin).to(x.dtype)
+
+
+@triton.jit
+def load_turned(x, at, channel, mask, angles, ROTARY: tl.constexpr):
+    """``x[at + channel]``, 0 where the mask is not, turned as :func:`turn` does; as it is where ROTARY is 0."""
+    value = tl.load(x + at + channel, mask=mask, other=0.0)
+    if ROTARY:
+        partner = tl.load(x + at + partner_of(channel, ROTARY), mask=mask, other=0.0)
+        value = turn(value, partner, angles, channel, ROTARY)
+    return value

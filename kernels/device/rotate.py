@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .dependent import dependent, wait_and_release
-from .rope import partner_of, turn
+from .rope import load_turned
 from .tables import Side
 
 BLOCK = 16  # rows per program, the least a tensor-core dot takes
@@ -48,7 +48,7 @@ def project(
 ):
     """The rows of DIM channels at ``x + at`` times the head's matrix (in, out): a tuple of float32 tiles.
 
-    angles: of each row, by which its first ROTARY channels are turned before (:mod:`.rope`).
+    angles: of each row ``[rows, 1]``, by which its first ROTARY channels are turned before (:mod:`.rope`).
 
     TILES: ``plan.EncodePlan.flat_tiles``, of which only first channel, from ``first``, and size of each tile matter.
     The matrix is ``[H, 2, PADDED, PADDED]`` bfloat16 pieces, (out, in), for bfloat16 rows, else float32
@@ -64,10 +64,7 @@ def project(
     for start in range(0, DIM, BLOCK_K):
         channel = start + tl.arange(0, BLOCK_K)
         inside = live[:, None] & (channel < DIM)[None, :]
-        part = tl.load(x + at[:, None] + channel[None, :], mask=inside, other=0.0)
-        if ROTARY:
-            partner = tl.load(x + at[:, None] + partner_of(channel, ROTARY)[None, :], mask=inside, other=0.0)
-            part = turn(part, partner, angles[:, None], channel[None, :], ROTARY)
+        part = load_turned(x, at[:, None], channel[None, :], inside, angles, ROTARY)
         sums = ()
         for t in tl.static_range(len(TILES) // 5):
             out = first + TILES[5 * t] + tl.arange(0, TILES[5 * t + 1])
@@ -109,7 +106,7 @@ def project_and_store(
     tiles: tl.constexpr = (0, COLUMNS, 0, 0, 0)
     at, own = token * stride_xt + j * stride_xh, None
     if ROTARY:
-        own = angles + tl.where(live, token, 0) * ROTARY
+        own = angles + tl.where(live, token, 0)[:, None] * ROTARY
     tile = project(x, at, live, matrix, head, first, tiles, DIM, PADDED, own, ROTARY)[0]
     channel = first + tl.arange(0, COLUMNS)
     to = token * stride_yt + j * stride_yh

@@ -73,6 +73,10 @@ class TritonPackedBackend(TritonAttnBackend):
             return None
         return StepEncoder(in_columns, self.recent)
 
+    def _later(self, tokens: int) -> StepEncoder | None:
+        """What encodes a step of so many tokens at its end; None: its layers do."""
+        return self.encode_step if self.encode_step and self.encode_step.takes(tokens) else None
+
     def _buffers(self, runner: Any) -> Buffers:
         """Those that were taken before the cache was sized."""
         buffers = current().buffers
@@ -125,7 +129,8 @@ class TritonPackedBackend(TritonAttnBackend):
         )
 
     def _checked_rope(self, runner: Any) -> LeftRope | None:
-        """What it was, if this device turns queries and keys as the model does; what is left to nobody stays its."""
+        """``self.rope`` if this device turns queries and keys as the model does. Without it nothing is left, and the
+        model goes on as ever."""
         if self.rope is None:
             return None
         first, copies = self.pool.layers[self.first_layer], self.copies[self.first_layer]
@@ -203,7 +208,7 @@ class TritonPackedBackend(TritonAttnBackend):
         # Of a verification SGLang counts the tokens before it. Those that are exact are not gathered.
         more = (1 if self.recent else queries) if forward_batch.forward_mode.is_target_verify() else 0
         gather_slots(table.ids, requests, lengths, meta.kv_indptr, meta.kv_indices, more, self.recent)
-        if self.rope and self.encode_step and self.encode_step.takes(batch):
+        if self.rope and self._later(batch):
             self.rope.begin(forward_batch.positions)
         if self.pool.check:
             self.pool.check.sample(meta.kv_indptr, meta.kv_indices, fresh=queries)
@@ -244,7 +249,7 @@ class TritonPackedBackend(TritonAttnBackend):
     def _step(self, q, k, v, layer: RadixAttention, forward_batch, positions, save_kv_cache, scratch, **options):
         meta, packed = self.forward_metadata, self.pool.layer(layer.layer_id)
         q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        rotated, later = None, self.encode_step if self.encode_step and self.encode_step.takes(len(q3)) else None
+        rotated, later = None, self._later(len(q3))
         if self.recent is not None:
             angles = self.rope.take(q, k) if self.rope else None
             options["recent"] = self.copies[layer.layer_id].read(*_by_head(k, v, layer), angles)

@@ -15,7 +15,7 @@ from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cuda_graph_backend
 
 from ..kernels.decode.ahead import ahead
-from ..kernels.decode.recent import RecentLayer, RecentRead
+from ..kernels.decode.recent import RecentLayer
 from ..kernels.layer import TritonLayer
 from ..options import NAME
 
@@ -101,12 +101,11 @@ def distance(left: LeftRope, layer: TritonLayer, copies: RecentLayer, num_heads:
     )
     positions = torch.linspace(0, len(left.rope.cos_sin_cache) - 1, tokens, device=device).long()
     turned_q, turned_k = left.rope(positions, q.flatten(1).clone(), k.flatten(1).clone())
-    places = recent.rows * recent.ring + torch.arange(tokens, device=device)
-    step = torch.stack([torch.full_like(places, -1), positions, torch.ones_like(places), places])
-    recent.step[:, :tokens] = step.to(recent.step.dtype)
+    recent.begin(torch.zeros_like(positions), positions + 1)
+    places = recent.step[3, :tokens].long()
 
     def parts(q: torch.Tensor, k: torch.Tensor, angles: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-        rotated, (_, lse) = ahead(layer.tables, q, 1, RecentRead(copies, k, v, angles), 1.0, 0.0)
+        rotated, (_, lse) = ahead(layer.tables, q, 1, copies.read(k, v, angles), 1.0, 0.0)
         return rotated, lse, copies.k.flatten(0, 1)[places].float()
 
     want = parts(turned_q.view_as(q), turned_k.view_as(k))

@@ -158,6 +158,14 @@ def angles_of(case: Case, rotary: int) -> torch.Tensor:
     return torch.cat([turns.cos(), turns.sin()], -1).to(DEVICE)
 
 
+def left(case: Case, rotary: int, q: torch.Tensor, k: torch.Tensor):
+    """Angles by which a step turns so many channels of q and k, or None, and both as they are then."""
+    if not rotary:
+        return None, q, k
+    angles = angles_of(case, rotary)
+    return angles, reference.apply_rope(q, angles), reference.apply_rope(k, angles)
+
+
 def check(
     case: Case,
     terms: Terms,
@@ -169,8 +177,7 @@ def check(
 ) -> None:
     """rotary: channels of which RoPE is left to the step."""
     d, (layer, k, v), q = data(case), step_of(case, window, q_len), decode_queries(case, q_len)
-    angles = angles_of(case, rotary) if rotary else None
-    turned = [x if angles is None else reference.apply_rope(x, angles) for x in (q, k)]
+    angles, *turned = left(case, rotary, q, k)
     want, after = expected(case, layer, *turned, v, terms, q_len)
     read = layer.read(k, v, angles)
     got = decode_attention(
@@ -387,8 +394,7 @@ def test_chains_of_which_some_are_rejected(index):
 def test_hosts_without_a_gpu(case, terms, rotary):
     """Of a request without packed rows, of one without copies, and of both."""
     d, (layer, k, v), q = data(case), step_of(case), decode_queries(case)
-    angles = angles_of(case, rotary) if rotary else None
-    turned = [x if angles is None else reference.apply_rope(x, angles) for x in (q, k)]
+    angles, *turned = left(case, rotary, q, k)
     (want, _), after = expected(case, layer, *turned, v, terms)
     host = TorchLayer(d.codec)
     host.bind(host.new_rows(int(d.kv_indices.max()) + 1, DEVICE))

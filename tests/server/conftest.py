@@ -211,7 +211,6 @@ BITS = ("--kv-quant-preset", "--kv-quant-k-bits", "--kv-quant-v-bits", "--kv-qua
 @pytest.fixture(scope="module")
 def launch(smollm2, table_cache, tmp_path_factory):
     """Start servers; all are stopped at the end of the module."""
-    RUNNING.clear()
 
     def start(
         *args: str, record: str = "", model: str = smollm2, env: dict[str, str] | None = None, wait: bool = True
@@ -250,3 +249,4 @@ def launch(smollm2, table_cache, tmp_path_factory):
     for server in RUNNING:
         if server.process.poll() is None:
             server.stop()
+    RUNNING.clear()
