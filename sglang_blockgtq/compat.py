@@ -120,6 +120,7 @@ SIGNATURES = {
         f"managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.{name}": ["recv_req"]
         for name in ("release_memory_occupation", "resume_memory_occupation")
     },
+    "utils.torch_memory_saver_adapter._TorchMemorySaverAdapterReal.pause": ["self", "tag"],
     "managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper.__init__": ["flush_cache"],
     "managers.scheduler_components.flush_wrapper.SchedulerFlushWrapper.handle": ["recv_req"],
     "managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state": ["recv_req"],

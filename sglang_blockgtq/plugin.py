@@ -184,6 +184,14 @@ def _of_cache(recv_req: Any) -> bool:
     return GPU_MEMORY_TYPE_KV_CACHE in (recv_req.tags or GPU_MEMORY_ALL_TYPES)
 
 
+def _before_pause(*args: Any, **kwargs: Any) -> None:
+    """SGLang unmaps memory that kernels may still read, weights right behind the copies of its buffers, and waits for
+    them afterwards (sglang#31073)."""
+    import torch
+
+    torch.get_device_module().synchronize()
+
+
 def _after_resume(result: Any, self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> None:
     """self: a SchedulerWeightUpdaterManager. What padded requests of a graph read was lost with the cache."""
     runner = self.tp_worker.model_runner
@@ -481,6 +489,7 @@ _HOOKS: Hooks = {
     _UPDATER + "load_weights_from_distributed": ("AFTER", _after_update),
     _MANAGER + "release_memory_occupation": ("BEFORE", _before_release),
     _MANAGER + "resume_memory_occupation": ("AFTER", _after_resume),
+    "utils.torch_memory_saver_adapter._TorchMemorySaverAdapterReal.pause": ("BEFORE", _before_pause),
     _FLUSH + "__init__": ("AFTER", _watch_flush),
     _FLUSH + "handle": ("AFTER", _answer_flush),
     "managers.scheduler_components.internal_state.SchedulerInternalStateController.get_internal_state": (

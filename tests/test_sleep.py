@@ -10,6 +10,7 @@ import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.mem_cache import memory_pool
 from sglang.srt.plugins import load_plugins
+from sglang.srt.utils import torch_memory_saver_adapter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_blockgtq import plugin
@@ -113,3 +114,24 @@ def test_rows_are_kept_where_nothing_was_given_back(saver):
     manager = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner), memory_saver_adapter=saver)
     plugin._after_resume(None, manager, SimpleNamespace(tags=None))
     assert layers[0].rows.all()
+
+
+def test_memory_goes_once_nothing_reads_it(monkeypatch):
+    """With all tags SGLang 0.5.23 copies buffers of the model, unmaps them, and waits for the copies last."""
+    calls = []
+    module = SimpleNamespace(synchronize=lambda: calls.append("wait"))
+    monkeypatch.setattr(torch, "get_device_module", lambda: module)
+    monkeypatch.setattr(
+        torch_memory_saver_adapter, "_memory_saver", SimpleNamespace(pause=lambda tag: calls.append(tag))
+    )
+    real = torch_memory_saver_adapter._TorchMemorySaverAdapterReal
+    target, (kind, function) = next(x for x in plugin._HOOKS.items() if x[0].endswith("AdapterReal.pause"))
+    assert (kind, target.rpartition(".")[0]) == (
+        "BEFORE",
+        f"{real.__module__}.{real.__name__}".removeprefix("sglang.srt."),
+    )
+    saver = real()
+    for tag in ("weights", "cuda_graph"):
+        function(saver, tag)
+        saver.pause(tag)
+    assert calls == ["wait", "weights", "wait", "cuda_graph"]

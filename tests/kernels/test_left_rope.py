@@ -36,5 +36,6 @@ def test_a_device_that_turns_right_is_told_from_one_that_does_not(one_layer, mon
     off = partial(distance, left, layer, recent.layer(0), 6, torch.float32)
     assert off() < 1e-5 < SAME
     assert torch.equal(recent.k[:, :6], before[0][:, :6]) and torch.equal(recent.step, before[1])
-    monkeypatch.setattr(left.rope, "forward", RotaryEmbedding(64, rotary, 90, 9000, True, torch.float32).forward)
+    other = RotaryEmbedding(64, rotary, 90, 9000, True, torch.float32).to(DEVICE)
+    monkeypatch.setattr(left.rope, "forward", other.forward)
     assert off() > 5 * SAME
