@@ -74,7 +74,7 @@ def backend():
     backend.buffers = SimpleNamespace(workspace=Recorder(), graph_slots=slots, verification=None)
     layers = {i: Layer(i) for i in LAYERS}
     backend.recent, backend.copies = None, {}
-    backend.encode_step, backend.last_layer, backend.rope = None, LAYERS[-1], None
+    backend.encode_step, backend.last_layer, backend.rope, backend.side = None, LAYERS[-1], None, None
     backend.pool = SimpleNamespace(layer=layers.__getitem__, check=None)  # which waits for loads; nothing else does
     backend.forward_metadata = metadata([3, 0], [2, 4])
     return backend
@@ -333,9 +333,13 @@ def test_a_step_that_broke_off_leaves_no_rope(stepping, rope_on_a_cpu, then):
     assert torch.equal(stepping.rope(positions, q.clone(), k.clone())[0], rope(positions, q.clone(), k.clone())[0])
 
 
+@pytest.mark.parametrize("side", [False, True])
 @pytest.mark.parametrize(("room", "save"), [(2, True), (1, True), (2, False)])
-def test_a_step_is_encoded_at_its_end(stepping, room, save):
+def test_a_step_is_encoded_at_its_end(stepping, room, save, side):
     """Behind the last layer's attention, and then noted as written; where not all tokens are kept, in the layers."""
+    run = []
+    if side:
+        stepping.side = SimpleNamespace(run=lambda work, *args: (run.append(work), work(*args)))
 
     class Encode:
         def takes(self, tokens):
@@ -356,6 +360,7 @@ def test_a_step_is_encoded_at_its_end(stepping, room, save):
         TritonPackedBackend.forward_decode(stepping, q, k, k, attention(i), batch, save_kv_cache=save)
     later = save and room == 2
     assert [len(stepping.pool.layer(i).saved) for i in LAYERS] == [int(save and not later)] * len(LAYERS)
+    assert run == [stepping.encode_step] * (side and later)
     assert len(done) == int(later) and all(x is batch.out_cache_loc and y is batch.positions for x, y in done)
     assert wrote == ([(i, int(later and i == LAYERS[-1])) for i in LAYERS] if save else [])
 

@@ -28,6 +28,7 @@ from . import copies_of, require_packed_pool, warm_up
 from .buffers import SLOT, Buffers, new_graph_slots
 from .extend import ExtendPlan
 from .rope import SAME, LeftRope, distance
+from .side_stream import SideStream
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -59,6 +60,8 @@ class TritonPackedBackend(TritonAttnBackend):
         self.encode_step, self.last_layer = self._step_encoder(), next(reversed(pool.layers))
         # Where a step's keys are encoded at its end, nobody else reads them.
         self.rope = LeftRope.of(runner.model, pool.layers) if self.encode_step else None
+        # Checksums of a step's rows are taken in its last layer.
+        self.side = SideStream.of(runner) if self.encode_step and not pool.check else None
         self.buffers = self._buffers(runner)
         self._warm_up(runner)
         self._verify_mask = self._new_verify_mask(runner)
@@ -264,7 +267,8 @@ class TritonPackedBackend(TritonAttnBackend):
             self.rope.end()
         if save_kv_cache:
             if later is not None and layer.layer_id == self.last_layer:
-                later(forward_batch.out_cache_loc, positions)
+                at = forward_batch.out_cache_loc, positions
+                self.side.run(later, *at) if self.side else later(*at)
             self._wrote(layer, forward_batch)
         return out.flatten(1)
 
