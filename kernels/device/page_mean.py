@@ -57,13 +57,21 @@ class MeanTables:
 
 
 @triton.jit
-def load_mean(means, head, page, channel, BLOCKS: tl.constexpr):
-    """The mean of ``page`` in ``channel`` of a key, float32; both of shapes that broadcast. means: turns, vectors,
-    block_of."""
-    turns, vectors, block_of = means
+def load_vectors(means, head, channel, BLOCKS: tl.constexpr):
+    """What the means of all pages have in common in ``channel [N]`` of a head's keys: block, and both vectors. means:
+    turns, vectors, block_of."""
+    _, vectors, block_of = means
     vectors += head * 4 * BLOCKS
-    at = turns + (page * 2 * BLOCKS + tl.load(block_of + channel))
-    return tl.load(vectors + channel) * tl.load(at) + tl.load(vectors + 2 * BLOCKS + channel) * tl.load(at + BLOCKS)
+    return tl.load(block_of + channel), tl.load(vectors + channel), tl.load(vectors + 2 * BLOCKS + channel)
+
+
+@triton.jit
+def turned(means, vectors, page, BLOCKS: tl.constexpr):
+    """The mean of ``page`` in the channels of ``vectors``: ``[N]`` float32."""
+    turns, _, _ = means
+    block, x, y = vectors
+    at = turns + (page * 2 * BLOCKS + block)
+    return x * tl.load(at) + y * tl.load(at + BLOCKS)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 from ..decode.kernel import load_shifts, load_words, pick
 from ..device.address import block_base
 from ..device.dequant import segment_levels
-from ..device.page_mean import load_mean
+from ..device.page_mean import load_vectors, turned
 from ..format.columns import COLUMNS
 from ..format.layout import BLOCK_SLOTS
 from .copy_chunk import copy_chunk
@@ -75,6 +75,8 @@ def _unpack_side(
     head_gain = tl.load(gain + head)
     scale_at = (4 * head + NORM_OFFSET) // 4 * _SLOTS
     token = tl.arange(0, TOKENS)
+    if means is not None:
+        vectors = load_vectors(means, head, channel, PADDED // 2)
     # Within a tile 32 bits are enough, and are worked out once for all tiles.
     inside = token[:, None] * stride_t + channel[None, :]
     out += head * stride_h
@@ -97,11 +99,14 @@ def _unpack_side(
         if means is not None:
             flag = tl.where(scale < 0, 1.0, 0.0)[:, None]
             page = tl.load(positions + known).to(tl.int32) // PAGE
-            top = tl.max(page, 0)
-            if tl.min(page, 0) == top:
-                dense += flag * load_mean(means, head, top, channel, PADDED // 2)[None, :]
-            else:
-                dense += flag * load_mean(means, head, page[:, None], channel[None, :], PADDED // 2)
+            first, top = tl.min(page, 0), tl.max(page, 0)
+            if first == top:
+                dense += flag * turned(means, vectors, top, PADDED // 2)[None, :]
+            else:  # page by page: a mean for each token takes as many registers as the tile
+                while first <= top:
+                    own = tl.where((page == first)[:, None], flag, 0.0)
+                    dense += own * turned(means, vectors, first, PADDED // 2)[None, :]
+                    first = tl.min(tl.where(page > first, page, top + 1), 0)
         if out.dtype.element_ty == tl.float16:
             dense = tl.minimum(tl.maximum(dense, -65504.0), 65504.0)
         if dest is None:
