@@ -195,7 +195,8 @@ def unpack_columns_kernel(
         kind = 0 if k_kinds is None else tl.load(k_kinds + head)
         for i in tl.static_range(len(K_SEGMENTS)):
             if len(K_SEGMENTS) == 1 or kind == i:
-                means = None if PAGE == 0 else (turns, mean_vectors, block_of)
+                # Without tokens there are no positions.
+                means = None if PAGE == 0 or positions is None else (turns, mean_vectors, block_of)
                 _unpack_side(
                     rows16, rows32, column_shifts, indices, dest, positions, means, k_out, k_matrix, k_gain, head, part,
                     first, last, num_tokens, head * K_STRIDE, stride_kt, stride_kh, ROW_BYTES, NORM_OFFSET, 0, PAGE,

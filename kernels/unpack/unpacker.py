@@ -22,6 +22,7 @@ from .kernel import MAX_CHANNELS, unpack_columns_kernel
 from .task import TOKENS, UnpackMatrix, UnpackTask
 
 STAGES = 5  # slots four tiles ahead, words two: the compiler shares the distance between both
+REGISTERS = 128  # of a thread, so that four programs fit a multiprocessor
 
 
 class Unpacker:
@@ -125,4 +126,5 @@ def _launch_columns(tables: ColumnTables, k: UnpackMatrix, v: UnpackMatrix, rows
         ASM=rows.is_cuda,
         num_warps=4,
         num_stages=STAGES,
+        maxnreg=REGISTERS,
     )

@@ -183,12 +183,13 @@ def test_tiles_of_a_program(monkeypatch, programs):
 
 @pytest.mark.parametrize("case", [TEMPLATE, MEANS, PRODUCT, HANDMADE], ids=str)
 def test_half_operands_are_accurate_enough(case):
-    """The GPU's operand type, in the interpreter too. Codewords and matrix are rounded by 2^-12 of themselves."""
-    d = data(case)
+    """The GPU's operand type, in the interpreter too. Codewords and matrix are rounded by 2^-12 of themselves; a GPU
+    makes codewords by products in float16."""
+    d, most = data(case), 5e-4 if DEVICE == "cpu" else TOLERANCE[DEVICE]["float32"]
     k, v = room(case, len(d.k), torch.float32)
     with_half_operands(Unpacker(d.tables)).bind(d.rows)(task_of(case, k, v))
     for got, want in zip((k, v), expected(case), strict=True):
-        assert 0 < relative_error(got, want) < 5e-4
+        assert 0 < relative_error(got, want) < most
         # In each channel, though a token's scales lie far apart: less than the result's rounding to bfloat16.
         assert error_of_channels(got, want) < 2**-9
 
