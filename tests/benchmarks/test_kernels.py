@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks.kernels import __main__ as cli
-from benchmarks.kernels import cases, data, layers, ours, peers, profile, record, run, subjects, timing
+from benchmarks.kernels import cases, data, extend, layers, ours, peers, profile, record, run, subjects, timing
 from benchmarks.kernels.reference import dense_attention, relative_error
 from sglang_blockgtq.kernels import reference
 from sglang_blockgtq.kernels.format.layout import gather_rows, scatter_rows
@@ -763,3 +763,34 @@ def test_profile_without_ncu_or_cases(tmp_path, monkeypatch, capsys):
     assert profile.main([*out, "--only", "qwen2.5-3b/decode/template-k3v3"]) == 2
     assert "ncu" in capsys.readouterr().err
     assert profile.main([*out, "--only", "nothing"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("room", "parts"), [(1 << 20, ["bf16", "packed", "unpack", "attention"]), (1, ["bf16", "packed"])]
+)
+def test_an_extension_is_timed_beside_bf16s(tmp_path, monkeypatch, room, parts):
+    """Both see the same tokens; unpack and attention alone where the workspace holds them together."""
+    monkeypatch.setattr(cases, "SHAPES", (SHAPE, *cases.SHAPES))
+    monkeypatch.setattr("sglang_blockgtq.backend.extend.WORKSPACE_BYTES", room)
+    seen = []
+
+    def dense(q, k, v, cu_seqlens_k, out=None, **_):
+        seen.append(int(cu_seqlens_k[-1]))
+        return (torch.zeros_like(q) if out is None else out), torch.zeros(q.shape[1], q.shape[0])
+
+    def paged(page_table, cache_seqlens, cu_seqlens_k_new, **_):
+        assert page_table.shape == (1, 37) and page_table.unique().numel() == 37
+        seen.append((int(cache_seqlens), int(cu_seqlens_k_new[-1])))
+
+    def timer(launch, num_bytes, windows, seconds):
+        launch(0)
+        return timing.Timing(2.0, "graph", 1, 20)
+
+    out = tmp_path / "extend.csv"
+    asked = ["--out", str(out), "--shape", "tiny", "--prefix", "32", "--new", "5", "--commit", "abc"]
+    assert extend.main(asked, timer, lambda: (dense, paged), "cpu") == 0
+    with out.open() as f:
+        rows = [(r["prefix"], r["new"], r["what"], r["us"], bool(r["gbps"])) for r in csv.DictReader(f)]
+    assert rows == [("32", "5", part, "2.0", part == "unpack") for part in parts]
+    assert seen[0] == (37, 37) and (seen[1:] == [37, 37]) == (room > 1)
+    assert json.loads(out.with_suffix(".json").read_text())["commit"] == "abc"
