@@ -5,6 +5,7 @@
 ``python -m benchmarks.fidelity ablation --help``: what each choice is worth at equal bytes.
 ``python -m benchmarks.fidelity real-models --help``: real models side by side.
 ``python -m benchmarks.fidelity peers --help``: other caches beside this package's, KL of the answer against bytes.
+``python -m benchmarks.fidelity tails --help``: how far off tokens are that a server samples.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sglang_blockgtq.calibrate.cli import own_options
 from sglang_blockgtq.calibrate.device import device
 from sglang_blockgtq.calibrate.text import TextError
 
-from . import ablation, card, panel_cli, peers, real_models, run, targets
+from . import ablation, card, panel_cli, peers, real_models, run, tails, targets
 from .record import command_of, commit, machine, sources, text_source
 from .rows import write_csv
 
@@ -30,6 +31,7 @@ PROGRAMS = {
     "ablation": ablation.main,
     "real-models": real_models.main,
     "peers": peers.main,
+    "tails": tails.main,
 }
 
 
