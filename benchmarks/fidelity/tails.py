@@ -60,13 +60,14 @@ def sampled(model, texts: list[list[int]], prompt: int, seed: int = 0) -> list[l
 
 
 @torch.inference_mode()
-def tail(model, texts: list[list[int]], prompt: int, method: Method | None) -> run.Row:
-    """tokens, kl, beyond_X and largest of all places behind the prompts."""
+def tail(model, texts: list[list[int]], exactly: list[torch.Tensor], prompt: int, method: Method | None) -> run.Row:
+    """tokens, kl, beyond_X and largest of all places behind the prompts. exactly: the texts' hidden states, without a
+    cache's error."""
     head = model.get_output_embeddings()
     beyond = torch.zeros(len(BEYOND), dtype=torch.float64)
     kl = largest = tokens = 0.0
-    for ids in texts:
-        true, read = (perplexity.hidden_states(model, ids, x) for x in (None, method))
+    for ids, true in zip(texts, exactly, strict=True):
+        read = perplexity.hidden_states(model, ids, method)
         for start in range(prompt - 1, len(ids) - 1, PLACES):
             part = slice(start, min(start + PLACES, len(ids) - 1))
             exact, through = (head(hidden[part]).float().log_softmax(-1) for hidden in (true, read))
@@ -106,10 +107,11 @@ def main(argv: list[str] | None = None) -> int:
         parser().error(str(e))
     rows: list[run.Row] = []
     for kind, texts in (("sampled", sampled(subject.model, plain, args.prompt)), ("plain", plain)):
+        exactly = [perplexity.hidden_states(subject.model, ids, None) for ids in texts]
         for bits in BITS:
             for recent in WINDOWS:
                 entry = Entry("template", bits, bits, (Exact(recent=recent),) * 2)
-                found = tail(subject.model, texts, args.prompt, caches.method(entry))
+                found = tail(subject.model, texts, exactly, args.prompt, caches.method(entry))
                 row: run.Row = {"model": name, "text": kind, "method": entry.name, "k_bits": bits, "v_bits": bits}
                 rows.append(row | {"exact_recent": recent} | found)
                 write_csv(rows, args.out, FIELDS)

@@ -12,7 +12,6 @@ import argparse
 import csv
 import sys
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ import torch
 from sglang_blockgtq.backend.extend import ExtendPlan, Workspace
 from sglang_blockgtq.kernels.device.tables import templates_of
 from sglang_blockgtq.kernels.layer import TritonLayer
+from sglang_blockgtq.kernels.terms import PLAIN
 
 from . import cases, record, timing
 from .data import PAGE, Index, make_codec
@@ -42,8 +42,8 @@ class Extension:
         self.layer.bind(self.layer.new_rows(index.slots, device))
         # Any bytes are codes; scales are small numbers.
         self.layer.rows.random_(0, 64)
-        indptr, self.slots = index.flat(1, torch.int32)
-        dtype, self.prefix, self.total = torch.bfloat16, prefix, prefix + new
+        self.slots, self.lengths = index.flat(1)[1], index.seqlens()
+        dtype, self.total = torch.bfloat16, prefix + new
 
         def made(*size: int) -> torch.Tensor:
             return torch.randn(*size, shape.dim, device=device, dtype=dtype)
@@ -54,9 +54,8 @@ class Extension:
         self.workspace = Workspace(self.layer, attend[0], dtype, device, self.total)
         self.cu_q, self.cu_k = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (new, self.total))
         ((_, self.plan),) = self.workspace.plans([prefix], [new], self.cu_q, self.cu_k - self.cu_q, self.slots[:prefix])
-        self.lengths = indptr.diff().int()
 
-    @cached_property
+    @property
     def of(self) -> dict[str, Callable[[], object]]:
         """What is timed."""
         parts = {"bf16": self._bf16, "packed": self._packed}
@@ -77,11 +76,8 @@ class Extension:
 
     def _attention(self) -> None:
         plan: ExtendPlan = self.plan
-        self.workspace.attend(
-            q=self.q, k=plan.keys, v=plan.values, cu_seqlens_q=plan.cu_q, cu_seqlens_k=plan.cu_k,
-            max_seqlen_q=plan.max_q, max_seqlen_k=plan.max_k, softmax_scale=self.scale, causal=True, num_splits=0,
-            return_softmax_lse=True, out=self.out,
-        )  # fmt: skip
+        where = plan.cu_q, plan.cu_k, plan.max_q, plan.max_k
+        self.workspace.dense(self.q, plan.keys, plan.values, *where, self.scale, PLAIN, self.out)
 
 
 def measure(extension: Extension, timer: Timer = timing.measure) -> Iterator[tuple[str, float, float]]:

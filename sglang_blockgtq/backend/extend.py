@@ -268,20 +268,20 @@ class Workspace:
         q = _readable(q)
         if plan.task is not None:
             layer.unpacker(plan.task, k, v)
-            self._attend(q, plan.keys, plan.values, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k, sm_scale, terms, out)
+            self.dense(q, plan.keys, plan.values, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k, sm_scale, terms, out)
             return
         k, v = _readable(k), _readable(v)
         if not plan.prefix:
-            self._attend(q, k, v, plan.cu_q, plan.cu_q, plan.max_q, plan.max_q, sm_scale, terms, out)
+            self.dense(q, k, v, plan.cu_q, plan.cu_q, plan.max_q, plan.max_q, sm_scale, terms, out)
             return
         # A softmax of pieces has its sinks in the end.
         capped = Terms(cap=terms.cap)
-        part, lse = self._attend(q, k, v, plan.cu_q, plan.cu_q, plan.max_q, plan.max_q, sm_scale, capped, None)
+        part, lse = self.dense(q, k, v, plan.cu_q, plan.cu_q, plan.max_q, plan.max_q, sm_scale, capped, None)
         merged = part.float()  # float32 between the pieces: they shall not be rounded once each
         for piece in plan.pieces:
             mine = piece.queries
             layer.unpacker(piece.task)
-            part, part_lse = self._attend(
+            part, part_lse = self.dense(
                 q[mine],
                 piece.keys,
                 piece.values,
@@ -297,10 +297,12 @@ class Workspace:
             merge_into(merged[mine], lse[:, mine].T, part, part_lse.T)
         out.copy_(terms.with_sinks(merged, lse.T))
 
-    def _attend(
+    def dense(
         self, q, k, v, cu_q, cu_k, max_q, max_k, sm_scale, terms, out, causal=True
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """out ``[T, Hq, Dv]`` and lse ``[Hq, T]``, zeros and -inf for queries without keys.
+        """Queries ``q [T, Hq, D]`` over keys ``k [N, H, D]`` and values ``v [N, H, Dv]`` as they are, of the requests
+        that cu_q and cu_k ``[B + 1]`` int32 mark. Returns out ``[T, Hq, Dv]``, in ``out`` if that is given, and lse
+        ``[Hq, T]``, zeros and -inf for queries without keys.
 
         num_splits = 0 lets FlashAttention fill the device, as SGLang's own backend does.
         """

@@ -19,7 +19,8 @@ def test_expectations_are_those_of_each_place(tiny_subject, monkeypatch):
     model, ids, coarse = tiny_subject.model, tiny_subject.ids[:40], IntPerToken(2, 64, 64)
     monkeypatch.setattr(tails, "BEYOND", (0.05, 100))
     monkeypatch.setattr(tails, "PLACES", 7)
-    found = tails.tail(model, [ids], 10, coarse)
+    exactly = [perplexity.hidden_states(model, ids, None)]
+    found = tails.tail(model, [ids], exactly, 10, coarse)
     with torch.inference_mode():
         head = model.get_output_embeddings()
         true, read = (head(perplexity.hidden_states(model, ids, x)).log_softmax(-1) for x in (None, coarse))
@@ -32,7 +33,7 @@ def test_expectations_are_those_of_each_place(tiny_subject, monkeypatch):
     assert found["tokens"] == 30 and 0 < expected < 30
     assert found["beyond_0.05"] == pytest.approx(1e6 * expected / 30, rel=1e-3) and found["beyond_100"] == 0
     assert found["largest"] == pytest.approx(most, rel=1e-3) and found["kl"] > 0
-    same = tails.tail(model, [ids], 10, None)
+    same = tails.tail(model, [ids], exactly, 10, None)
     assert same["largest"] == same["beyond_0.05"] == 0
 
 
