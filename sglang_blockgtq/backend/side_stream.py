@@ -24,8 +24,8 @@ class SideStream:
 
     @classmethod
     def of(cls, runner: Any) -> SideStream | None:
-        """For a decode step. None where the model's forward ends without logits, which would wait, or a graph is cut at attention: a
-        graph cannot wait for what runs outside of it."""
+        """For a decode step. None where the model's forward ends without logits, which would wait, or a graph is cut at
+        attention: a graph cannot wait for what runs outside of it."""
         logits: Any = getattr(runner.model, "logits_processor", None)
         cut = check_cuda_graph_backend(Phase.DECODE, Backend.BREAKABLE)
         if (
