@@ -74,8 +74,7 @@ def backend():
     backend.buffers = SimpleNamespace(workspace=Recorder(), graph_slots=slots, verification=None)
     layers = {i: Layer(i) for i in LAYERS}
     backend.recent, backend.copies = None, {}
-    backend.encode_step, backend.last_layer, backend.rope = None, LAYERS[-1], None
-    backend.side = backend.chunk_side = None
+    backend.encode_step, backend.last_layer, backend.rope, backend.side = None, LAYERS[-1], None, None
     backend.pool = SimpleNamespace(layer=layers.__getitem__, check=None)  # which waits for loads; nothing else does
     backend.forward_metadata = metadata([3, 0], [2, 4])
     return backend
@@ -364,19 +363,6 @@ def test_a_step_is_encoded_at_its_end(stepping, room, save, side):
     assert run == [stepping.encode_step] * (side and later)
     assert len(done) == int(later) and all(x is batch.out_cache_loc and y is batch.positions for x, y in done)
     assert wrote == ([(i, int(later and i == LAYERS[-1])) for i in LAYERS] if save else [])
-
-
-@pytest.mark.parametrize("save", [True, False])
-def test_a_chunk_is_written_beside_its_attention(backend, save):
-    """And whatever comes behind the layer waits for it; where it is written already, nobody does."""
-    done, workspace = [], backend.buffers.workspace
-    backend.chunk_side = SimpleNamespace(
-        run=lambda work, *args: (work(*args), done.append(("run", len(workspace.calls)))),
-        join=lambda: done.append(("join", len(workspace.calls))),
-    )
-    extend(backend, 4, batch(), save_kv_cache=save)
-    assert done == ([("run", 0), ("join", 1)] if save else [])
-    assert len(backend.pool.layer(4).saved) == int(save)
 
 
 @pytest.mark.parametrize("lengths", [[5], [1, 6, 2], [3, 3, 3, 3]])

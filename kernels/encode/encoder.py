@@ -3,8 +3,8 @@
 The definition is :func:`..reference.encode`. A few tokens, those of a decode step, go to the kernel in :mod:`.few`. In
 that of :mod:`.many` a program holds 64 rows of one head, keys or values, and a row's channels lie within one warp, so
 that its sums need no barrier. For large batches a row is a token, whose program tries one factor of the scale search
-after the other; for smaller ones a token has two, four or eight rows, each of which tries a part of the factors, so
-that a handful of tokens keeps the whole GPU busy and takes one try's time.
+after the other; for small ones it is a token and one of the factors, so that a handful of tokens keeps the whole GPU
+busy and takes one try's time.
 
 Within a kernel a token's bytes do not depend on the batch it comes in with: all sums run over one token, and the best
 factor is chosen by comparing the same numbers. Between them values on a threshold to float32 rounding may differ.
@@ -26,8 +26,7 @@ from .few import encode_few_kernel
 from .many import encode_many_kernel
 
 ROWS = 64  # of a program of the kernel for many tokens
-PROGRAMS = 4  # of them on an SM, with
-REGISTERS = 128  # of each thread; wide heads need more
+REGISTERS = 128  # of its threads: four programs on an SM. Wide heads need more, and a batch of few programs has them
 FEW_REGISTERS = 168  # the same of the kernel for a few tokens, whose programs hold a matrix: three of them
 #: Channels of a batch's keys, up to which the kernel for a few tokens takes it: each of its programs reads a matrix.
 FEW_CHANNELS = 1 << 14
@@ -96,13 +95,14 @@ class Encoder:
             stride_qh=stride_qh,
             stride_rt=stride_rt,
             stride_rh=stride_rh,
+            **spread(per_token),
         )
 
     def bound(self, dtype: torch.dtype, group: int, per_token: int) -> dict[str, Any]:
         """The kernel and what of its arguments is the same in every launch for keys of this dtype, with ``group``
         queries for each of their heads, 0 for none. per_token: of :func:`rows_per_token`, 0 for the kernel for a few.
         """
-        own = self._many(dtype, per_token) if per_token else self._few()
+        own = self._many(dtype, per_token == 1) if per_token else self._few()
         return self._common(dtype, group) | own
 
     def _common(self, dtype: torch.dtype, group: int) -> dict[str, Any]:
@@ -135,6 +135,7 @@ class Encoder:
             "BINS": tables.k_plan.bins,
             "V_BINS": tables.v_plan.bins,
             "RULE": tables.scale_rule,
+            "TRIES": triton.next_power_of_2(tables.search.shape[0]),
             "GROUP": group,
             "num_warps": 4,
             "num_stages": 1,
@@ -152,15 +153,15 @@ class Encoder:
             "V_BITS": tables.v_plan.bits,
             "ROWS": QUERY_BLOCK,
             "CHANNELS": _channels(tables),
-            "TRIES": triton.next_power_of_2(tables.search.shape[0]),
             "DEPENDENT": chained,
             "launch_pdl": chained,
             "maxnreg": FEW_REGISTERS if max(tables.k.padded, tables.v.padded) <= 128 else None,
         }
 
-    def _many(self, dtype: torch.dtype, per_token: int) -> dict[str, Any]:
+    def _many(self, dtype: torch.dtype, full: bool) -> dict[str, Any]:
+        """full: whether the batch has more programs than run at a time."""
         tables, split = self.tables, dtype == torch.bfloat16
-        narrow = split and max(tables.k.padded, tables.v.padded) <= 128
+        narrow = full and split and max(tables.k.padded, tables.v.padded) <= 128
         return {
             "kernel": encode_many_kernel,
             "k_matrix": tables.k_plan.pieces if split else tables.k.into,
@@ -173,7 +174,6 @@ class Encoder:
             "BOOKS": tables.cells.magnitudes,
             "COUNT": tables.cells.count,
             "INTERPRET": triton.knobs.runtime.interpret,
-            "SPREAD": per_token,
             "ROWS": ROWS,
             "maxnreg": REGISTERS if narrow else None,
         }
@@ -186,6 +186,11 @@ def grid_of(tables: ColumnTables, tokens: int, group: int, per_token: int) -> tu
         return programs, tables.heads * (3 if group else 2)
     parts = tables.k.padded // _channels(tables)
     return (2 * tokens + -(-tokens * group // QUERY_BLOCK) * parts) * tables.heads, 1
+
+
+def spread(per_token: int) -> dict[str, Any]:
+    """What only the kernel for many tokens is told."""
+    return {"spread": per_token} if per_token else {}
 
 
 def _channels(tables: ColumnTables) -> int:
@@ -236,10 +241,9 @@ def few_tokens(tables: ColumnTables) -> int:
 
 
 def rows_per_token(tables: ColumnTables, tokens: int, device: torch.device, layers: int = 1) -> int:
-    """How many rows share the factors of a token's scale search: the most, up to one a factor, with which all programs
-    run at once. Asked at each call, so without triton's own arithmetic, which takes microseconds."""
-    rows, sides = 1 << (len(tables.search) - 1).bit_length(), 2 * tables.heads * layers
-    most = PROGRAMS * (multiprocessors(device) if device.type == "cuda" else 132)
-    while rows > 1 and -(-tokens * rows // ROWS) * sides > most:
-        rows >>= 1
-    return rows
+    """1, or a row for each factor of the scale search as long as all programs still run at once, or of several layers
+    twice as many. Asked at each call, so without triton's own arithmetic, which takes microseconds."""
+    tries = 1 << (len(tables.search) - 1).bit_length()
+    programs = -(-tokens * tries // ROWS) * 2 * tables.heads * layers
+    count = multiprocessors(device) if device.type == "cuda" else 132
+    return tries if tries <= ROWS and programs <= (4 if layers > 1 else 2) * count else 1

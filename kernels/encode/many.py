@@ -92,6 +92,7 @@ def _encode(
     cells,
     search,
     num_factors,
+    spread,  # rows per token: 1, or TRIES with a factor each
     num_tokens,
     places,  # of the tokens' vectors, or None: one after another
     positions,  # None without page means
@@ -114,12 +115,12 @@ def _encode(
     COUNT: tl.constexpr,
     INTERPRET: tl.constexpr,
     RULE: tl.constexpr,
-    SPREAD: tl.constexpr,  # rows of a token, which share the factors
+    TRIES: tl.constexpr,
     VALUES: tl.constexpr,  # whether these are values, which are also whose program writes the padding
     ROWS: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token, turn = row // SPREAD, row % SPREAD
+    token, trial = row // spread, row % spread
     live = token < num_tokens
     place = token
     if places is not None:
@@ -158,22 +159,22 @@ def _encode(
     best_error = tl.full([ROWS], float("inf"), tl.float32)
     best_factor = tl.full([ROWS], 1.0, tl.float32)
     best_scale = tl.zeros([ROWS], tl.float32)
-    tries = (num_factors + SPREAD - 1) // SPREAD
+    tries = tl.where(spread > 1, 1, num_factors)
     for i in range(tries):
-        which = turn * tries + i
-        listed = which < num_factors
-        factor = tl.load(search + which, mask=listed, other=1.0)
+        listed = trial + i < num_factors
+        factor = tl.load(search + trial + i, mask=listed, other=1.0)
         ee, ec = try_factor(us, factor, lookup, cells, TILES, PADDED, BOOKS, COUNT, INTERPRET)
         d, error = correct(ee, ec, total, RULE)
         better = listed & (error < best_error)
         best_error = tl.where(better, error, best_error)
         best_factor = tl.where(better, factor, best_factor)
         best_scale = tl.where(better, factor + factor * d, best_scale)
-    if SPREAD > 1:
-        best_factor = of_first_best(best_error, best_factor, SPREAD)
-        best_scale = of_first_best(best_error, best_scale, SPREAD)
+    if TRIES > 1:
+        if spread > 1:
+            best_factor = of_first_best(best_error, best_factor, TRIES)
+            best_scale = of_first_best(best_error, best_scale, TRIES)
 
-    live = live & (turn == 0)
+    live = live & (trial == 0)
     slot = tl.load(loc + token, mask=live, other=0).to(tl.int64)
     block, within = block_base(slot, row_bytes // 2), slot % _SLOTS
     most: tl.constexpr = _V_SCALE_MAX if VALUES else _SCALE_MAX
@@ -212,7 +213,7 @@ def _encode(
 
 
 # Numbers that differ between calls or layers are not specialised on: one binary serves them all.
-_FREE = ["num_factors", "num_tokens", "num_queries", "heads", "row_bytes", "norm_offset", "pad_at"]
+_FREE = ["num_factors", "spread", "num_tokens", "num_queries", "heads", "row_bytes", "norm_offset", "pad_at"]
 _FREE += ["k_code_bytes", "k_at", "v_code_bytes", "v_at"]
 
 
@@ -239,6 +240,7 @@ def encode_many_kernel(
     cells,
     search,  # [num_factors]
     num_factors,
+    spread,
     num_tokens,
     num_queries,  # num_tokens * GROUP
     heads,
@@ -269,7 +271,7 @@ def encode_many_kernel(
     COUNT: tl.constexpr,
     INTERPRET: tl.constexpr,
     RULE: tl.constexpr,
-    SPREAD: tl.constexpr,
+    TRIES: tl.constexpr,
     GROUP: tl.constexpr,  # 0: no query
     PAGE: tl.constexpr,  # 0: keys have no means
     ROWS: tl.constexpr,
@@ -281,18 +283,18 @@ def encode_many_kernel(
             means,
         )  # fmt: skip
     if side == 0:
-        if tl.program_id(0) * ROWS < num_tokens * SPREAD:
+        if tl.program_id(0) * ROWS < num_tokens * spread:
             _encode(
-                k, words, scales, loc, k_matrix, k_channels, k_pack, cells, search, num_factors, num_tokens,
+                k, words, scales, loc, k_matrix, k_channels, k_pack, cells, search, num_factors, spread, num_tokens,
                 places, positions, means, heads, stride_kt, stride_kh, row_bytes, k_at, k_code_bytes, norm_offset,
-                pad_at, head, DIM, PADDED, PAGE, TILES, BINS, BOOKS, COUNT, INTERPRET, RULE, SPREAD, False, ROWS,
+                pad_at, head, DIM, PADDED, PAGE, TILES, BINS, BOOKS, COUNT, INTERPRET, RULE, TRIES, False, ROWS,
             )  # fmt: skip
     elif side == 1:
-        if tl.program_id(0) * ROWS < num_tokens * SPREAD:
+        if tl.program_id(0) * ROWS < num_tokens * spread:
             _encode(
-                v, words, scales, loc, v_matrix, v_channels, v_pack, cells, search, num_factors, num_tokens,
+                v, words, scales, loc, v_matrix, v_channels, v_pack, cells, search, num_factors, spread, num_tokens,
                 places, None, None, heads, stride_vt, stride_vh, row_bytes, v_at, v_code_bytes, norm_offset,
-                pad_at, head, V_DIM, V_PADDED, 0, V_TILES, V_BINS, BOOKS, COUNT, INTERPRET, RULE, SPREAD, True, ROWS,
+                pad_at, head, V_DIM, V_PADDED, 0, V_TILES, V_BINS, BOOKS, COUNT, INTERPRET, RULE, TRIES, True, ROWS,
             )  # fmt: skip
     elif GROUP > 0:
         project_and_store(

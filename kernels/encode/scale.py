@@ -86,9 +86,9 @@ def correct(ee, ec, uu, RULE: tl.constexpr):
 
 
 @triton.jit
-def of_first_best(error, value, SPREAD: tl.constexpr):
-    """``value [R]`` of the first row with the least error among each SPREAD rows, in all of them."""
-    GROUPS: tl.constexpr = error.shape[0] // SPREAD
-    first = tl.argmin(tl.reshape(error, [GROUPS, SPREAD]), 1)[:, None] == tl.arange(0, SPREAD)[None, :]
-    best = tl.sum(tl.where(first, tl.reshape(value, [GROUPS, SPREAD]), 0.0), 1)
-    return tl.reshape(tl.broadcast_to(best[:, None], [GROUPS, SPREAD]), [GROUPS * SPREAD])
+def of_first_best(error, value, TRIES: tl.constexpr):
+    """``value [R]`` of the first row with the least error among each TRIES rows, in all of them."""
+    GROUPS: tl.constexpr = error.shape[0] // TRIES
+    first = tl.argmin(tl.reshape(error, [GROUPS, TRIES]), 1)[:, None] == tl.arange(0, TRIES)[None, :]
+    best = tl.sum(tl.where(first, tl.reshape(value, [GROUPS, TRIES]), 0.0), 1)
+    return tl.reshape(tl.broadcast_to(best[:, None], [GROUPS, TRIES]), [GROUPS * TRIES])

@@ -15,7 +15,7 @@ import triton
 
 from ..decode.recent import Recent
 from ..device.launch import Launch
-from .encoder import Encoder, grid_of, rows_per_token
+from .encoder import Encoder, grid_of, rows_per_token, spread
 from .layers import FIELDS
 
 #: Tokens up to which the kernel for a few takes a step: beyond, its programs read too many matrices.
@@ -28,8 +28,7 @@ class StepEncoder:
     def __init__(self, encoders: Sequence[Encoder], recent: Recent):
         self.recent, self.tables, self.layers = recent, encoders[0].tables, len(encoders)
         tries = triton.next_power_of_2(len(self.tables.search))
-        rows = [0, *(1 << i for i in range(tries.bit_length()))]
-        self._launches = {per_token: self._prepared(encoders, per_token) for per_token in rows}
+        self._launches = {per_token: self._prepared(encoders, per_token) for per_token in (0, 1, tries)}
 
     def __call__(self, loc: torch.Tensor, positions: torch.Tensor) -> None:
         """Into the rows ``loc [B]`` of each layer, its tokens at ``positions [B]`` of a step of up to ``recent.room``
@@ -46,7 +45,7 @@ class StepEncoder:
         grid = grid_of(self.tables, tokens, 0, per_token)
         for launch, layers in self._launches[per_token]:
             mean_at = positions if launch.bound["PAGE"] else None
-            launch((*grid, layers), loc=loc, positions=mean_at, num_tokens=tokens)
+            launch((*grid, layers), loc=loc, positions=mean_at, num_tokens=tokens, **spread(per_token))
 
     def takes(self, tokens: int) -> bool:
         """Whether so many are kept of a step."""

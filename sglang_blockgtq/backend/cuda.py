@@ -62,9 +62,6 @@ class TritonPackedBackend(TritonAttnBackend):
         self.rope = LeftRope.of(runner.model, pool.layers) if self.encode_step else None
         # Checksums of a step's rows are taken in its last layer.
         self.side = SideStream.of(runner) if self.encode_step and not pool.check else None
-        # A chunk's attention reads its own rows only where that was asked for.
-        beside = torch.device(runner.device).type == "cuda" and not (pool.check or self.quantized_chunk)
-        self.chunk_side = SideStream(runner.device) if beside else None
         self.buffers = self._buffers(runner)
         self._warm_up(runner)
         self._verify_mask = self._new_verify_mask(runner)
@@ -281,11 +278,10 @@ class TritonPackedBackend(TritonAttnBackend):
             return self._verify(q, k, v, layer, forward_batch, save_kv_cache, terms)
         packed = self.pool.layer(layer.layer_id)
         k3, v3 = _by_head(k, v, layer)
-        side = self.chunk_side if save_kv_cache else None
-        if side:
-            side.run(self._write, k3, v3, layer, forward_batch)
-        elif save_kv_cache:
-            self._write(k3, v3, layer, forward_batch)
+        if save_kv_cache:
+            packed.encode(k3, v3, forward_batch.out_cache_loc, forward_batch.positions)
+            self._wrote(layer, forward_batch)
+            self._remember(k3, v3, layer, forward_batch)
         if self.quantized_chunk:
             k3, v3 = packed.dense(forward_batch.out_cache_loc, forward_batch.positions, q.dtype)
         q3 = _heads(q, layer.tp_q_head_num, layer.qk_head_dim)
@@ -296,15 +292,7 @@ class TritonPackedBackend(TritonAttnBackend):
         out = target.view(-1, layer.tp_q_head_num, layer.v_head_dim)
         for new, plan in self._extend_plans(layer, forward_batch, terms.window):
             self.buffers.workspace(packed, plan, q3[new], k3[new], v3[new], layer.scaling, out[new], terms)
-        if side:
-            side.join()
         return target
-
-    def _write(self, k3: torch.Tensor, v3: torch.Tensor, layer: RadixAttention, forward_batch: Any) -> None:
-        """A chunk's keys and values, into rows and what is kept exact of them."""
-        self.pool.layer(layer.layer_id).encode(k3, v3, forward_batch.out_cache_loc, forward_batch.positions)
-        self._wrote(layer, forward_batch)
-        self._remember(k3, v3, layer, forward_batch)
 
     def _remember(self, k3, v3, layer: RadixAttention, forward_batch: Any) -> None:
         if self.recent is None:

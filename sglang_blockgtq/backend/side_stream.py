@@ -1,8 +1,7 @@
-"""Encode on a stream of its own beside what does not read its rows: it is bound by latency and does not fill the GPU.
+"""What a decode step does at the end of its attention, on a stream of its own beside the rest of the model.
 
-A prefill's layer encodes its chunk beside the unpacking of its prefix, and waits for both. A decode step encodes at the
-end of its attention, beside the last layer's MLP and the logits, which read weights. Whoever reads rows next comes
-behind the logits, which wait for the stream: so does the end of a captured graph.
+The last layer's MLP and the logits read weights, while encode is bound by its arithmetic and does not fill the GPU.
+Whoever reads rows next comes behind the logits, which wait for the stream: so does the end of a captured graph.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cu
 
 
 class SideStream:
-    """Tensors that :meth:`run` is given must live until :meth:`join`; a decode step's do until its logits are there."""
+    """Tensors that :meth:`run` is given must live until the model's logits are there, as a batch's do."""
 
     def __init__(self, device: torch.device | str):
         self.stream = torch.cuda.Stream(device)
@@ -24,8 +23,8 @@ class SideStream:
 
     @classmethod
     def of(cls, runner: Any) -> SideStream | None:
-        """For a decode step. None where the model's forward ends without logits, which would wait, or a graph is cut at
-        attention: a graph cannot wait for what runs outside of it."""
+        """None where the model's forward ends without logits, which would wait, or a graph is cut at attention: a
+        graph cannot wait for what runs outside of it."""
         logits: Any = getattr(runner.model, "logits_processor", None)
         cut = check_cuda_graph_backend(Phase.DECODE, Backend.BREAKABLE)
         if (

@@ -81,9 +81,10 @@ def encoded_at_once(layer: TritonLayer) -> set[int]:
     tables = layer.tables
     if not isinstance(tables, ColumnTables):
         return {1}
-    tokens = few_tokens(tables) + 1
-    sizes = {rows_per_token(tables, tokens << i, layer.rows.device): tokens << i for i in range(20, -1, -1)}
-    return {1, *sizes.values()}
+    several = most = few_tokens(tables) + 1
+    while rows_per_token(tables, most, layer.rows.device) > 1:
+        most *= 2
+    return {1, several, most}
 
 
 def _encode(layer: TritonLayer, num_heads: int, dtype: torch.dtype, tokens: int) -> None:

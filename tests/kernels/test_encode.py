@@ -207,17 +207,22 @@ def test_a_token_does_not_depend_on_its_batch(case):
 
 
 @over([TEMPLATE, CUT, TEMPLATES[1], MEANS])
-def test_rows_that_share_a_search_give_the_same_bytes(case, monkeypatch):
-    """Of small batches a token has several rows of the program, each with a part of the factors."""
+def test_a_row_for_each_factor_gives_the_same_bytes(case, monkeypatch):
+    """Small batches spread a token's scale search over rows of the program, large ones do not."""
     d = data(case)
     part = torch.arange(0, len(d.k), -(-len(d.k) // 20), device=DEVICE)
     want = rows_at(d, encoded(case, "many"), d.kv_indices[part])
-    most = encoder.rows_per_token(d.tables, 1, torch.device(DEVICE))
-    assert most == (1 if d.codec.scale_search == NO_SEARCH else 8)
-    for rows in {1, min(2, most), min(4, most), most}:
-        monkeypatch.setattr(encoder, "rows_per_token", lambda *_, rows=rows: rows)
+    slots = []
+    for spread in (False, True):
+
+        def rows_per_token(tables, tokens, device, spread=spread):
+            slots.append(1 << (len(tables.search) - 1).bit_length() if spread else 1)
+            return slots[-1]
+
+        monkeypatch.setattr(encoder, "rows_per_token", rows_per_token)
         got = run(d, tokens_of(d, part))
         assert torch.equal(rows_at(d, got, d.kv_indices[part]), want)
+    assert slots == [1, 1 if d.codec.scale_search == NO_SEARCH else 8]
 
 
 @over([TEMPLATE, BFLOAT16, *MEAN_CASES[:2], LLAMA, LARGE_HALF, LARGE_MEANS])
@@ -379,5 +384,6 @@ def test_a_wide_head_does_not_take_registers_that_it_needs():
     """The limit stands for heads whose matrix fits; that of 256 channels would spill."""
     for case, limited in ((TEMPLATE, True), (WIDE, False)):
         encode = Encoder(make_tables(data(case).codec), data(case).rows)
-        found = [encode.bound(torch.bfloat16, 0, per_token)["maxnreg"] is not None for per_token in (0, 1, 8)]
-        assert found == [limited] * 3
+        found = [encode.bound(torch.bfloat16, 0, per_token)["maxnreg"] is not None for per_token in (0, 1)]
+        assert found == [limited, limited]
+        assert encode.bound(torch.bfloat16, 0, 8)["maxnreg"] is None

@@ -245,6 +245,14 @@ def test_workspace_is_bounded():
     assert small.tokens == 7 and small.nbytes == 7 * per_token
 
 
+@pytest.mark.parametrize("device, gib", [("cpu", 0), ("cuda", 16), ("cuda", 80), ("cuda", 150)])
+def test_a_workspace_takes_its_share_of_a_large_device(device, gib, monkeypatch):
+    memory = gib << 30
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
+    want = int(0.004 * memory) if gib >= 80 else extend.WORKSPACE_BYTES
+    assert extend.workspace_bytes(device) == want >= 256 << 20
+
+
 def test_warm_up_reads_one_slot():
     """Rows may be anything but slot 0, which SGLang keeps for padding and the pool keeps zero."""
     d, layer = data(MIXED), layer_of(MIXED)

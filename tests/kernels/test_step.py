@@ -77,7 +77,7 @@ def test_layers_of_another_structure_have_a_launch_of_their_own():
     mine, alone = ([*layers_of(TEMPLATE), *layers_of(other)] for _ in range(2))
     recent, own, positions = kept(TEMPLATE, 3, len(mine))
     encode, loc = StepEncoder(mine, recent), torch.tensor([5, 40, 17], device=DEVICE)
-    assert [[layers for _, layers in launches] for launches in encode._launches.values()] == [[3, 3]] * 5
+    assert [[layers for _, layers in launches] for launches in encode._launches.values()] == [[3, 3]] * 3
     encode(loc, positions)
     for one, two, (k, v) in zip(mine, alone, own, strict=True):
         two(k, v, loc, positions)
@@ -91,8 +91,8 @@ def test_more_tokens_than_are_kept_are_refused():
         StepEncoder(layers_of(TEMPLATE), recent)(none, none)
 
 
-def test_a_few_tokens_and_rows_that_share_a_search():
+def test_a_few_tokens_many_and_a_row_for_each_factor():
     """What a step's tokens go to, by their number and that of programs that run at a time."""
     encode = StepEncoder(layers_of(TEMPLATE), kept(TEMPLATE, 3, 3)[0])
     ways = [encode.rows_per_token(n) for n in (1, step.FEW_TOKENS, step.FEW_TOKENS + 1, 352, 353)]
-    assert ways == [0, 0, 8, 8, 4]
+    assert ways == [0, 0, 8, 8, 1]
