@@ -11,6 +11,8 @@ method; answers are greedy and of a fixed length. Columns ms and tokens_per_s, b
                  than 3 %; prompt tokens per second
     extend       median of three times to the first token of a cached prefix of cached_tokens and new tokens,
                  input_tokens together; new tokens per second
+    forward      with --forwards: of those, what the forward pass took the GPU, the median; the rest is the way of the
+                 prompt's ids to it, which differs from server to server
     start        launch until the server answered its first request (start_s repeats it on every row)
     table        part of the start that getting the allocation table took: calibration, unless the note says otherwise
 """
@@ -64,6 +66,7 @@ EXTEND_TOKENS, EXTENDS = 512, 3
 AGREE = 1.03  # two fresh prompts further apart than this ask for a third
 TOKEN_IDS = range(100, 32000)  # every model's vocabulary has them
 PACKAGES = ("torch", "triton", "sglang", "sglang-kernel", "flashinfer-python", "transformers", "sglang-blockgtq")
+WATCH = Path(__file__).parent / "watch_forwards"
 #: name -> pattern over a server's log, seconds as its group
 PHASES = {
     "weights": r"Load weight end\. elapsed=([\d.]+) s",
@@ -190,6 +193,12 @@ def measure_length(server: Server, tokens: int, args: argparse.Namespace, budget
     seconds = median(first)
     note = samples(first)
     add("prefill", seconds, tokens_per_s=tokens / seconds, input_tokens=tokens, cached_tokens=0, note=note)
+    if args.forwards:
+        passes = forwards(server.output(), new, tokens + args.extend_tokens)[-EXTENDS:]  # the warm-up may have one
+        if not passes:
+            raise ServerError("--forwards: the server told of no forward pass that extends; it needs a GPU")
+        where = {"input_tokens": tokens + args.extend_tokens, "cached_tokens": extended[0].cached_tokens}
+        add("forward", median(passes), tokens_per_s=new / median(passes), **where, note=samples(passes))
 
 
 def warm_up(server: Server, args: argparse.Namespace, budget: Budget) -> None:
@@ -203,6 +212,11 @@ def warm_up(server: Server, args: argparse.Namespace, budget: Budget) -> None:
 def phases(log: str) -> dict[str, float]:
     """Seconds of the start-up's parts that the server logs."""
     return {name: float(found[-1]) for name, pattern in PHASES.items() if (found := re.findall(pattern, log))}
+
+
+def forwards(log: str, new: int, total: int) -> list[float]:
+    """Seconds on the GPU of the passes of ``new`` tokens of ``total`` that :mod:`.watch_forwards` has logged."""
+    return [float(ms) / 1e3 for ms in re.findall(rf"blockgtq_forwards: {new} tokens of {total} in ([\d.]+) ms", log)]
 
 
 def measure_server(
@@ -246,6 +260,13 @@ def method_args(model: Model, method: str, args: argparse.Namespace) -> list[str
     return [*out, *args.server_args]
 
 
+def watched(forwards: bool) -> dict[str, str]:
+    """Variables of a server; with the plugin that times its forward passes."""
+    if not forwards:
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(WATCH), os.environ.get("PYTHONPATH"))))}
+
+
 def summary(what: str) -> str:
     """An error's first line and the last exception of the server's words below it."""
     first, *rest = what.splitlines()
@@ -261,7 +282,7 @@ def measure_group(
         servers = {}
         for method in methods:
             log = args.log_dir / f"{model.name}_{method}.log" if args.log_dir else None
-            server = Server(model.path, *method_args(model, method, args), log=log)
+            server = Server(model.path, *method_args(model, method, args), log=log, env=watched(args.forwards))
             servers[method] = stack.enter_context(server)
         broken = wait_for(servers.values(), budget.left)
         note = f"started together with {len(methods) - 1} more" if len(methods) > 1 else ""
@@ -285,8 +306,8 @@ def missing(args: argparse.Namespace, rows: list[Row]) -> list[str]:
     for model in args.model:
         for method in args.method:
             for tokens in args.lengths:
-                for measure in ("decode_step", "extend", "prefill"):
-                    shown = tokens + args.extend_tokens if measure == "extend" else tokens
+                for measure in ("decode_step", "extend", "prefill", *(["forward"] if args.forwards else [])):
+                    shown = tokens + args.extend_tokens if measure in ("extend", "forward") else tokens
                     if (model.name, method, measure, shown) not in done:
                         out.append(f"{model.name}/{method}/{measure}/{shown}")
     return out
@@ -344,6 +365,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--quick-graphs", action="store_true", help="capture graphs only of the sizes that are measured")
     add("--together", action="store_true", help="start a model's servers at once; each then gets a small cache")
     add("--server-args", type=shlex.split, default=[], metavar="ARGS", help='for every server: --server-args="--a --b"')
+    add("--forwards", action="store_true", help="time the forward passes of extensions on the GPU, too")
     add("--budget", type=float, default=3600, help="seconds for everything (default 3600)")
     add("--log-dir", type=Path, help="keep the servers' logs here")
     add("--commit", help="commit to record, where there is no git")

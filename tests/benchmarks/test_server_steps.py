@@ -10,10 +10,12 @@ import textwrap
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import server_steps as steps
 from benchmarks.launch import Server, ServerError, Stream, shown, wait_for
 from benchmarks.models import Model
+from benchmarks.watch_forwards import blockgtq_forwards
 
 #: Answers like launch_server, with a prefix cache. fp8_e4m3 dies, FAKE=deaf never forgets, FAKE=slow never starts.
 FAKE_SERVER = textwrap.dedent(
@@ -46,6 +48,9 @@ FAKE_SERVER = textwrap.dedent(
                 n = next((i for i, (a, b) in enumerate(zip(old, ids)) if a != b), min(len(old), len(ids)))
                 cached = max(cached, min(n, len(ids) - 1))
             SEEN.append(ids)
+            if "watch_forwards" in os.environ.get("PYTHONPATH", "") and MODE != "cpu":
+                line = f"blockgtq_forwards: {len(ids) - cached} tokens of {len(ids)} in {10 + len(SEEN)}.5 ms"
+                print(line, flush=True)
             lines = b""
             new = body["sampling_params"]["max_new_tokens"]
             for n in [n for n in range(1, new + 1) if n != 2]:  # the second token comes with the third
@@ -105,6 +110,56 @@ def test_rows_of_a_server(fake, tmp_path):
         "prefill_graphs": 84.25,
         "decode_graphs": 3.75,
     }
+
+
+def test_forward_passes_are_timed_where_a_server_tells_of_them(fake, tmp_path, monkeypatch):
+    options = "--method", "bf16-fa3", "--lengths", "50", "--forwards"
+    code, rows, meta = run(tmp_path, *options)
+    assert code == 0 and meta["not_measured"] == []
+    extend, prefill, forward = rows[-3:]
+    assert [r["measure"] for r in (extend, prefill, forward)] == ["extend", "prefill", "forward"]
+    assert forward["note"] == "samples 12.5 13.5 14.5" and forward["ms"] == "13.5"
+    where = "input_tokens", "cached_tokens"
+    assert [forward[name] for name in where] == [extend[name] for name in where] == ["562", "50"]
+    monkeypatch.setenv("FAKE", "cpu")
+    code, _, meta = run(tmp_path, *options)
+    assert code == 1 and "--forwards: the server told of no forward pass" in meta["failed"]["tiny/bf16-fa3"]
+
+
+def test_a_pass_is_timed_once_a_later_one_begins(monkeypatch, caplog):
+    class Event:
+        clock = 0.0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            Event.clock += 1.25
+            self.at = Event.clock
+
+        def query(self):
+            return True
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    capturing = iter([False, True, False])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: next(capturing))
+    caplog.set_level("INFO")
+
+    def passes(mode, tokens, total, device="cuda"):
+        batch = SimpleNamespace(forward_mode=mode, input_ids=[0] * tokens, seq_lens_sum=total)
+        return blockgtq_forwards.time_forward(lambda *_: tokens, SimpleNamespace(device=device), batch)
+
+    extend, decode = (SimpleNamespace(is_extend=lambda yes=yes: yes) for yes in (True, False))
+    assert passes(extend, 8, 72) == 8 and not caplog.messages
+    assert passes(extend, 5, 6) == 5  # of a graph that is being captured
+    assert passes(decode, 1, 73) == 1 and passes(extend, 9, 9, "cpu") == 9
+    assert passes(extend, 3, 76) == 3
+    assert caplog.messages == ["blockgtq_forwards: 8 tokens of 72 in 1.250 ms"]
+    assert steps.forwards("\n".join(caplog.messages), 8, 72) == [0.00125]
+    blockgtq_forwards._under_way.clear()
 
 
 def test_prompts_are_random_fresh_and_the_same_for_every_method(fake, tmp_path, monkeypatch):
@@ -205,7 +260,7 @@ def test_bad_options(options, capsys):
 
 
 def test_missing_names_what_was_asked_for():
-    args = SimpleNamespace(model=[Model("m", "p")], method=["bf16-fa3"], lengths=[8], extend_tokens=4)
+    args = SimpleNamespace(model=[Model("m", "p")], method=["bf16-fa3"], lengths=[8], extend_tokens=4, forwards=False)
     row = steps.Row("m", "bf16-fa3", "extend", 1.0, 2.0, input_tokens=12)
     assert steps.missing(args, [row]) == ["m/bf16-fa3/decode_step/8", "m/bf16-fa3/prefill/8"]
 
