@@ -194,6 +194,7 @@ def measure_length(server: Server, tokens: int, args: argparse.Namespace, budget
     note = samples(first)
     add("prefill", seconds, tokens_per_s=tokens / seconds, input_tokens=tokens, cached_tokens=0, note=note)
     if args.forwards:
+        fresh(server, prompt("later", DROPPED), 1, budget)  # a pass is told of once a later one begins
         passes = forwards(server.output(), new, tokens + args.extend_tokens)[-EXTENDS:]  # the warm-up may have one
         if not passes:
             raise ServerError("--forwards: the server told of no forward pass that extends; it needs a GPU")
