@@ -45,9 +45,9 @@ class Bound:
 @dataclass
 class Replay:
     """gaps: mean of each answer, nats. far: tokens farther off than each of FAR; likely: those of them that one of
-    the two readings finds likely. outliers: in words; texts: up to each token that is shown. read: prompts and tokens
-    so far, in seconds. renamed: tokens of prompts that had the vocabulary's ``last`` id, which SGLang calls by another
-    name."""
+    the two readings finds likely. outliers: in words; texts: up to each token that is shown, and its log-probability
+    when they are read again. prompts, prompt_tokens: read so far, in seconds. renamed: tokens of prompts that had the
+    vocabulary's ``last`` id, which SGLang calls by another name."""
 
     url: str
     bound: Bound
@@ -82,7 +82,10 @@ class Replay:
     @property
     def shown(self) -> list[str]:
         """The texts' ends, in words."""
-        return [f"{text['said']}; up to it {text['ids'][-BEFORE - 1 :]}" for text in self.texts]
+        return [
+            f"{text['said']}, and then at {text.get('again', math.nan):.3f}; up to it {text['ids'][-BEFORE - 1 :]}"
+            for text in self.texts
+        ]
 
     @property
     def rate(self) -> float:
@@ -98,14 +101,18 @@ class Replay:
                 reading = todo.pop()
             try:
                 read = client.read(reading.ids)
+                with self._lock:
+                    texts = self.compare(reading, read)
+                for text in texts:
+                    text["again"] = client.read(text["ids"])[-1]
             except (WrongAnswer, requests.RequestException, KeyError) as e:
                 self.errors.append(f"session {reading.session}: {type(e).__name__}: {e}")
                 return
-            with self._lock:
-                self.compare(reading, read)
 
-    def compare(self, reading: Reading, read: list[float]) -> None:
-        """read: log-probabilities of all the text's tokens but the first."""
+    def compare(self, reading: Reading, read: list[float]) -> list[dict]:
+        """read: log-probabilities of all the text's tokens but the first. Returns the texts up to tokens that are shown,
+        which are to be read again: a step's fault or a reading's."""
+        known = len(self.texts)
         self.prompts += 1
         self.prompt_tokens += len(reading.ids)
         self.renamed += sum(a != b for a, b in zip(reading.ids, named(reading.ids, self.last), strict=True))
@@ -135,3 +142,4 @@ class Replay:
                 if gap > SHOWN:
                     ids = reading.ids[: answer.start + i + 1]
                     self.texts.append({"said": said, "generated": a, "read": b, "ids": ids})
+        return self.texts[known:]

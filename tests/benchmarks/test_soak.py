@@ -236,9 +236,18 @@ def test_answers_are_compared_token_by_token():
     replay.compare(Reading(ids, [Answer(5, ids[5:15], [-0.1] + [-1.0] * 9)], 3), read)
     assert replay.far == {0.5: 2} and replay.likely == {0.5: 1}
     replay.compare(Reading(ids, [Answer(20, ids[20:30], [-1.0] * 9 + [-5.5], "several")], 4), read)
-    said = "session 4, 10 tokens from 20 on (several): token 9 generated at -5.500, read at -1.000; up to it"
+    said = "session 4, 10 tokens from 20 on (several): token 9 generated at -5.500, read at -1.000, and then at nan; up to it"
     assert replay.shown == [f"{said} {[*range(13, 30)]}"]
     assert Bound(1, 0.3).allows(-8.0, -8.8) and not Bound(1, 0.3).allows(-0.2, -0.6)  # the likelier, the nearer
+
+
+def test_a_token_that_is_shown_is_read_again(monkeypatch):
+    asked, ids = [], [*range(30)]
+    monkeypatch.setattr(Client, "read", lambda _, ids: asked.append(len(ids)) or [-1.0] * (len(ids) - 2) + [-2.5])
+    replay = Replay("", Bound(1, 9))
+    replay.read([Reading(ids, [Answer(20, ids[20:29], [-1.0] * 8 + [-7.5], "plain")], 1)], 1)
+    assert asked == [30, 29] and [text["again"] for text in replay.texts] == [-2.5]
+    assert "token 8 generated at -7.500, read at -1.000, and then at -2.500; up to it" in replay.shown[0]
 
 
 def test_the_last_id_of_a_vocabulary_has_another_name():
