@@ -110,8 +110,8 @@ class Replay:
                 return
 
     def compare(self, reading: Reading, read: list[float]) -> list[dict]:
-        """read: log-probabilities of all the text's tokens but the first. Returns the texts up to tokens that are shown,
-        which are to be read again: a step's fault or a reading's."""
+        """read: log-probabilities of all the text's tokens but the first. Returns the texts up to tokens that are
+        shown, which are to be read again."""
         known = len(self.texts)
         self.prompts += 1
         self.prompt_tokens += len(reading.ids)

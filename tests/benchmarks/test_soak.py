@@ -236,8 +236,8 @@ def test_answers_are_compared_token_by_token():
     replay.compare(Reading(ids, [Answer(5, ids[5:15], [-0.1] + [-1.0] * 9)], 3), read)
     assert replay.far == {0.5: 2} and replay.likely == {0.5: 1}
     replay.compare(Reading(ids, [Answer(20, ids[20:30], [-1.0] * 9 + [-5.5], "several")], 4), read)
-    said = "session 4, 10 tokens from 20 on (several): token 9 generated at -5.500, read at -1.000, and then at nan; up to it"
-    assert replay.shown == [f"{said} {[*range(13, 30)]}"]
+    said = "session 4, 10 tokens from 20 on (several): token 9 generated at -5.500, read at -1.000"
+    assert replay.shown == [f"{said}, and then at nan; up to it {[*range(13, 30)]}"]
     assert Bound(1, 0.3).allows(-8.0, -8.8) and not Bound(1, 0.3).allows(-0.2, -0.6)  # the likelier, the nearer
 
 
