@@ -40,6 +40,11 @@ def missing_plugin(args: Iterable[str]) -> str | None:
     return "--kv-quant: sglang-blockgtq is not installed for this Python, so its servers cannot start; pip install it"
 
 
+def plugin_path(folder: Path) -> dict[str, str]:
+    """Variables of a server that finds what lies in ``folder``, too: an SGLang plugin, or modules in others' place."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}
+
+
 @dataclass(frozen=True)
 class Stream:
     """One streamed answer. arrivals: (seconds after the request was sent, tokens generated so far) of each event.

@@ -38,7 +38,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
 
-from .launch import Server, ServerError, Stream, shown, wait_for
+from .launch import Server, ServerError, Stream, plugin_path, shown, wait_for
 from .models import Model, add_models, check_models, with_ready
 
 
@@ -261,13 +261,6 @@ def method_args(model: Model, method: str, args: argparse.Namespace) -> list[str
     return [*out, *args.server_args]
 
 
-def watched(forwards: bool) -> dict[str, str]:
-    """Variables of a server; with the plugin that times its forward passes."""
-    if not forwards:
-        return {}
-    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(WATCH), os.environ.get("PYTHONPATH"))))}
-
-
 def summary(what: str) -> str:
     """An error's first line and the last exception of the server's words below it."""
     first, *rest = what.splitlines()
@@ -283,7 +276,8 @@ def measure_group(
         servers = {}
         for method in methods:
             log = args.log_dir / f"{model.name}_{method}.log" if args.log_dir else None
-            server = Server(model.path, *method_args(model, method, args), log=log, env=watched(args.forwards))
+            env = plugin_path(WATCH) if args.forwards else {}
+            server = Server(model.path, *method_args(model, method, args), log=log, env=env)
             servers[method] = stack.enter_context(server)
         broken = wait_for(servers.values(), budget.left)
         note = f"started together with {len(methods) - 1} more" if len(methods) > 1 else ""

@@ -24,7 +24,6 @@ another; where these answers part is what a server's rounding alone does.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
@@ -37,7 +36,7 @@ from statistics import fmean, median
 import requests
 
 from .compatibility.measure import ALONE
-from .launch import Server, ServerError, exit_on_sigterm, missing_plugin, shown, wait_for
+from .launch import Server, ServerError, exit_on_sigterm, missing_plugin, plugin_path, shown, wait_for
 from .server_agreement import gap
 from .server_steps import Record, lengths, provenance
 
@@ -211,7 +210,7 @@ class Row:
 @contextmanager
 def started(args: argparse.Namespace, servers: list[tuple[Named, Named]]) -> Iterator[dict[tuple[str, str], Server]]:
     """All at once; they share the GPUs, and each sizes its cache as if it were alone there."""
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, (str(ALONE), os.environ.get("PYTHONPATH"))))}
+    env = plugin_path(ALONE)
     with ExitStack() as stack:
         out = {}
         for cache, variant in servers:

@@ -16,7 +16,7 @@ from pathlib import Path
 import requests
 
 from .. import server_agreement
-from ..launch import Server, ServerError, shown
+from ..launch import Server, ServerError, plugin_path, shown
 from .families import Family
 
 COLUMNS = (
@@ -105,7 +105,7 @@ class Run:
     def environment(self, family: Family) -> dict[str, str]:
         env = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         if self.cuda:
-            env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ALONE), os.environ.get("PYTHONPATH"))))
+            env |= plugin_path(ALONE)
             env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "2")
         elif family.states:
             env["TRITON_INTERPRET"] = "1"

@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import shlex
 import sys
@@ -35,7 +34,7 @@ from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, quantiles
 
-from ..launch import Server, ServerError, exit_on_sigterm, missing_plugin, shown
+from ..launch import Server, ServerError, exit_on_sigterm, missing_plugin, plugin_path, shown
 from ..server_steps import provenance
 from .client import Client
 from .load import Load
@@ -267,8 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     # What SGLang expects an answer to need when it lets a request in: a turn's tokens. Else it would keep a place for
     # each token of an answer that has a fixed length, and never retract one.
     estimate = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": str(args.plan.essay[0])}
-    env = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"} | estimate
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(WATCH), os.environ.get("PYTHONPATH"))))
+    env = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"} | estimate | plugin_path(WATCH)
     arguments = server_arguments(args)
     try:
         with Server(args.model, *arguments, log=args.log, env=env) as server:
