@@ -158,7 +158,6 @@ def attend(
     sm_scale: float,
     terms: Terms,
     tree: torch.Tensor | None,
-    settled: bool,
     q_len: int,
     target: int,
     splits: int,

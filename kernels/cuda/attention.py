@@ -102,7 +102,6 @@ def shape_of(
     q_len: int,
     terms: Terms,
     tree: bool,
-    settled: bool,
     indptr64: bool,
     slots64: bool,
     tuning: Tuning | None = None,
@@ -125,7 +124,6 @@ def shape_of(
         window=terms.window,
         cap=terms.cap,
         tree=tree,
-        dry=settled,
         row_tiles=tiles,
         parts=tuning.parts,
         stages=tuning.stages,
@@ -163,12 +161,12 @@ _launches: dict[tuple, _Launch] = {}
 
 
 def _launch_of(
-    tables: ColumnTables, group: int, q_len: int, terms: Terms, tree: bool, settled: bool, wide: tuple[bool, bool]
+    tables: ColumnTables, group: int, q_len: int, terms: Terms, tree: bool, wide: tuple[bool, bool]
 ) -> _Launch:
-    key = id(tables), group, q_len, terms.window, terms.cap, tree, settled, wide
+    key = id(tables), group, q_len, terms.window, terms.cap, tree, wide
     found = _launches.get(key)
     if found is None or found.tables() is not tables:
-        shape = shape_of(tables, group, q_len, terms, tree, settled, *wide)
+        shape = shape_of(tables, group, q_len, terms, tree, *wide)
         several = len(tables.k_templates) > 1
         fixed = (
             tables.k_kinds.data_ptr() if several else 0,
@@ -194,7 +192,6 @@ def attend(
     sm_scale: float,
     terms: Terms,
     tree: torch.Tensor | None,
-    settled: bool,
     q_len: int,
     target: int,
     splits: int,
@@ -208,7 +205,7 @@ def attend(
     """
     group = rotated.shape[1] // tables.heads
     wide = kv_indptr.dtype == torch.int64, kv_indices.dtype == torch.int64
-    found = _launch_of(tables, group, q_len, terms, tree is not None, settled, wide)
+    found = _launch_of(tables, group, q_len, terms, tree is not None, wide)
     kinds, order, means = found.fixed
     args = (
         rotated.data_ptr(),

@@ -565,17 +565,7 @@ KERNEL decode(const float* q,                // [B * QUERIES, Hq, dim], rotated
     }
   }
   if (PAGE > 0) prefetch_mean(program, begin);
-  // Among a model's weights a loop's instructions are in no cache. So one program of each multiprocessor runs its first
-  // tile twice, once before it waits. What it read then of queries is forgotten, and the results are written over.
-  const bool dry = DRY && (int)(block_y() * grid_x() + block_x()) < num_multiprocessors;
-#pragma unroll 1
-  for (int run = dry ? 0 : 1; run < 2; run++) {
-    program.end = run > 0 ? end : smaller(end, begin + TILE);
-    if (run > 0) {
-      if (dry) syncwarp(), drop_l1();
-      wait_ahead();
-      release_next();
-    }
-    // EACH KIND
-  }
+  wait_ahead();
+  release_next();
+  // EACH KIND
 }

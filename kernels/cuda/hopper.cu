@@ -238,9 +238,6 @@ DEVICE u32 fma_f16x2(u32 a, u32 b, u32 c) {
 DEVICE void prefetch_l1(const void* global) { asm volatile("prefetch.global.L1 [%0];" ::"l"(global) : "memory"); }
 DEVICE void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory"); }
 
-// What was read so far lies in the multiprocessor's cache no longer.
-DEVICE void drop_l1() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-
 // Until the kernel ahead is complete and its writes are seen. Loads through const __restrict__ are moved before it:
 // what that kernel writes is read through other pointers.
 DEVICE void wait_ahead() { asm volatile("griddepcontrol.wait;" ::: "memory"); }

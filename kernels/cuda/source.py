@@ -42,8 +42,8 @@ _SCALES = 4 * PART
 
 @dataclass(frozen=True)
 class Shape:
-    """All that a binary is compiled for. dry: rows are older than the kernel ahead, and may be read before the wait.
-    row_tiles: of ROWS query rows, in one program. parts: of PART tokens, in a tile."""
+    """All that a binary is compiled for. row_tiles: of ROWS query rows, in one program. parts: of PART tokens, in a
+    tile."""
 
     row_bytes: int
     k_stride: int
@@ -59,7 +59,6 @@ class Shape:
     window: int
     cap: float
     tree: bool
-    dry: bool
     row_tiles: int
     parts: int
     stages: int
@@ -390,7 +389,6 @@ def source(shape: Shape) -> str:
         "CAP_OR_ONE": f"{shape.cap or 1.0:.9e}f",
         "CAPPED": int(shape.cap > 0),
         "TREE": int(shape.tree),
-        "DRY": int(shape.dry),
         "ROW_TILES": shape.row_tiles,
         "PARTS": shape.parts,
         "STAGES": shape.stages,

@@ -197,9 +197,8 @@ def decode_attention(
     attend: Callable[..., None] = _attend if isinstance(tables, ColumnTables) else any_layout.attend
     if cuda.serves(tables, num_heads // tables.heads * q_len):
         attend = cuda.attend
-    settled = recent is not None  # rows are read many steps after they are written
     where = q_len, target, splits, scratch.out, scratch.lse
-    attend(tables, rotated, rows, kv_indptr, kv_indices, sm_scale, terms, tree, settled, *where)
+    attend(tables, rotated, rows, kv_indptr, kv_indices, sm_scale, terms, tree, *where)
     # The tokens that all queries of a request see together.
     span = terms.window + q_len - 1 if terms.window else 0
     merge_splits(
@@ -218,10 +217,6 @@ def decode_attention(
     return out, lse
 
 
-def _reads_early(settled: bool, device: torch.device) -> bool:
-    return settled and dependent(device)
-
-
 def _attend(
     tables: ColumnTables,
     rotated: torch.Tensor,
@@ -231,15 +226,13 @@ def _attend(
     sm_scale: float,
     terms: Terms,
     tree: torch.Tensor | None,
-    settled: bool,
     q_len: int,
     target: int,
     splits: int,
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Partial results of all splits into out ``[splits, q_len, Hq, Dv]`` and lse ``[splits, q_len, Hq]``. settled: no
-    row is of the kernel ahead."""
+    """Partial results of all splits into out ``[splits, q_len, Hq, Dv]`` and lse ``[splits, q_len, Hq]``."""
     row, num_heads = tables.row, rotated.shape[1]
     group, requests = num_heads // tables.heads, kv_indptr.shape[0] - 1
     block_m = _block_m(tables, group * q_len)
@@ -294,7 +287,6 @@ def _attend(
         PREFETCH=tuning.prefetch,
         NEAR=rows.numel() // 2 < _NEAR_WORDS,
         ASM=rotated.is_cuda,
-        DRY=_reads_early(settled, tables.device),
         DEPENDENT=dependent(tables.device),
         launch_pdl=dependent(tables.device),
         num_warps=1,

@@ -213,7 +213,6 @@ def _attend_split(
     begin,
     end,
     length,
-    counts,
     ROW_BYTES: tl.constexpr,
     K_STRIDE: tl.constexpr,
     V_STRIDE: tl.constexpr,
@@ -244,10 +243,9 @@ def _attend_split(
     NEAR: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Tokens ``begin .. end - 1`` of one request for one KV head, whose keys are of the given template. Where it does
-    not count, neither queries are read nor results written."""
+    """Tokens ``begin .. end - 1`` of one request for one KV head, whose keys are of the given template."""
     m = first_row + tl.arange(0, BLOCK_M)
-    live_row = (m < QUERIES * GROUP) & counts
+    live_row = m < QUERIES * GROUP
     query = m // GROUP
     j = head * GROUP + m % GROUP
     # A query sees the tokens up to its own; the last of the request is that of the last query.
@@ -418,7 +416,6 @@ def decode_kernel(
     PREFETCH: tl.constexpr,  # tokens of a split that are asked for before the wait
     NEAR: tl.constexpr,  # whether 32 bits are enough to count the pool's 16-bit words in
     ASM: tl.constexpr,
-    DRY: tl.constexpr,  # whether the rows are older than the kernel ahead, and tiles may be read before the wait
     DEPENDENT: tl.constexpr,
 ):
     SPAN: tl.constexpr = WINDOW + QUERIES - 1 if WINDOW > 0 else 0
@@ -458,32 +455,21 @@ def decode_kernel(
         if PAGE > 0 and begin < end:
             lines = tl.arange(0, PADDED // _LINE) * _LINE
             prefetch(means + stored_at(begin, head, HEADS, PAGE, PADDED) + lines)
+    wait_and_release(DEPENDENT)
     if not live:
-        wait_and_release(DEPENDENT)
         return
 
-    # Among a model's weights the instructions of a loop are in no cache. So one program of each multiprocessor runs its
-    # first tile twice, once before the wait, in which it counts for nothing.
-    first = 1
-    if DRY:
-        first = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0) >= num_multiprocessors).to(tl.int32)
-    for run in tl.range(first, 2, num_stages=1):
-        upto = end
-        if DRY:
-            upto = tl.where(run > 0, end, tl.minimum(begin + 1, end))
-        if run > 0:
-            wait_and_release(DEPENDENT)
-        # A loop for each template and tile: which one runs is known to the whole program before its first tile.
-        short = end - begin <= TILES[0]
-        for i in tl.static_range(len(K_SEGMENTS)):
-            if len(K_SEGMENTS) == 1 or kind == i:
-                for t in tl.static_range(len(TILES)):
-                    if len(TILES) == 1 or short == (t == 0):
-                        _attend_split(
-                            q, rows16, rows32, slots, column_shifts, means, tree, partial_out, partial_lse, to_log2,
-                            stride_qt, stride_qh, head, first_row, split, request, begin, upto, length, run > 0,
-                            ROW_BYTES, K_STRIDE, V_STRIDE, V_OFFSET, NORM_OFFSET, HEADS, GROUP, QUERIES, DIM, V_DIM,
-                            PAGE, PADDED, WINDOW, CAP, pick(K_BINS, i), V_BINS, pick(K_REPEAT, i), V_REPEAT,
-                            pick(K_SEGMENTS, i), V_SEGMENTS, pick(K_POLY, i), V_POLY, pick(K_SLOPE, i), V_SLOPE,
-                            BLOCK_M, TILES[t], STAGES, NEAR, ASM,
-                        )  # fmt: skip
+    # A loop for each template and tile: which one runs is known to the whole program before its first tile.
+    short = end - begin <= TILES[0]
+    for i in tl.static_range(len(K_SEGMENTS)):
+        if len(K_SEGMENTS) == 1 or kind == i:
+            for t in tl.static_range(len(TILES)):
+                if len(TILES) == 1 or short == (t == 0):
+                    _attend_split(
+                        q, rows16, rows32, slots, column_shifts, means, tree, partial_out, partial_lse, to_log2,
+                        stride_qt, stride_qh, head, first_row, split, request, begin, end, length,
+                        ROW_BYTES, K_STRIDE, V_STRIDE, V_OFFSET, NORM_OFFSET, HEADS, GROUP, QUERIES, DIM, V_DIM,
+                        PAGE, PADDED, WINDOW, CAP, pick(K_BINS, i), V_BINS, pick(K_REPEAT, i), V_REPEAT,
+                        pick(K_SEGMENTS, i), V_SEGMENTS, pick(K_POLY, i), V_POLY, pick(K_SLOPE, i), V_SLOPE,
+                        BLOCK_M, TILES[t], STAGES, NEAR, ASM,
+                    )  # fmt: skip

@@ -236,7 +236,6 @@ def merge_row_kernel(
     STEP: tl.constexpr,  # splits from one part to the next: CHUNK behind the first launch
     REQUESTS: tl.constexpr,
     SPAN: tl.constexpr,
-    DRY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     j, token, first_column = tl.program_id(0), tl.program_id(1), tl.program_id(2) * COLUMNS
@@ -244,36 +243,29 @@ def merge_row_kernel(
     column = first_column + tl.arange(0, COLUMNS)
     weights = _weights(matrix, j // GROUP, channel, column, PADDED)
     first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS, SPAN)
-    # Once before the wait, too, with nothing read or written: among a model's weights its instructions are in no cache.
-    for run in tl.range(0 if DRY else 1, 2, num_stages=1):
-        real = run > 0
-        if real:
-            wait_and_release(DEPENDENT)
-        if exact_out is not None:
-            at, seen = token.to(tl.int64) * num_heads + j, (column < DIM) & real
-            exact = (
-                tl.load(exact_lse + at, mask=real, other=float("-inf")),
-                tl.load(exact_out + at * DIM + column, mask=seen, other=0.0),
-            )
-        peak = -1e30
-        total = 0.0
-        merged = tl.zeros([PADDED], tl.float32)
-        for start in range(0, tl.where(real, count, tl.minimum(count, 1)), PARTS * STEP):
-            split = start + tl.arange(0, PARTS) * STEP
-            live = (split < count) & real
-            row = ((first + split).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
-            peak, total, merged = _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM)
-        merged, merged_lse = _finish(peak, total, merged)
-        rotated = tl.sum(merged[:, None] * weights, 0)
-        if exact_out is not None:
-            packed_share, exact_share, merged_lse = _join(merged_lse, exact[0])
-            rotated = rotated * packed_share + exact[1] * exact_share
-        if sinks is not None:
-            rotated *= _beside_sinks(sinks, j, merged_lse, True)
-        to = out + token.to(tl.int64) * stride_ot + j * stride_oh
-        tl.store(to + column, rotated.to(out.dtype.element_ty), mask=(column < DIM) & real)
-        if first_column == 0:
-            tl.store(lse + token * num_heads + j, merged_lse, mask=real)
+    wait_and_release(DEPENDENT)
+    if exact_out is not None:
+        at = token.to(tl.int64) * num_heads + j
+        exact = tl.load(exact_lse + at), tl.load(exact_out + at * DIM + column, mask=column < DIM, other=0.0)
+    peak = -1e30
+    total = 0.0
+    merged = tl.zeros([PADDED], tl.float32)
+    for start in range(0, count, PARTS * STEP):
+        split = start + tl.arange(0, PARTS) * STEP
+        live = split < count
+        row = ((first + split).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
+        peak, total, merged = _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM)
+    merged, merged_lse = _finish(peak, total, merged)
+    rotated = tl.sum(merged[:, None] * weights, 0)
+    if exact_out is not None:
+        packed_share, exact_share, merged_lse = _join(merged_lse, exact[0])
+        rotated = rotated * packed_share + exact[1] * exact_share
+    if sinks is not None:
+        rotated *= _beside_sinks(sinks, j, merged_lse, True)
+    to = out + token.to(tl.int64) * stride_ot + j * stride_oh
+    tl.store(to + column, rotated.to(out.dtype.element_ty), mask=column < DIM)
+    if first_column == 0:
+        tl.store(lse + token * num_heads + j, merged_lse)
 
 
 @triton.jit(
@@ -405,7 +397,7 @@ def merge_splits(
         merge_row_kernel[(num_heads, tokens, side.padded // columns)](
             partial_out, partial_lse, side.back, sinks, exact_out, exact_lse, kv_indptr, out, lse, requests, target,
             num_heads, out.stride(0), out.stride(1), **shared, GROUP=group, COLUMNS=columns, PARTS=parts, STEP=step,
-            DRY=dependent(out.device), num_warps=4,
+            num_warps=4,
         )  # fmt: skip
     else:
         columns = min(64, side.padded)

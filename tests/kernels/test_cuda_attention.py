@@ -122,15 +122,6 @@ def decode(case: Case, q_len: int = 1, target: int = 8, **options):
     )
 
 
-@over(served([IN_COLUMNS[0], *TEMPLATES, *MEAN_CASES[:2], *OTHER_HEADS[:2], LARGE[0]]))
-def test_a_tile_that_is_read_early_counts_once(case, monkeypatch):
-    plain = decode(case)
-    attend = cuda.attend
-    monkeypatch.setattr(cuda, "attend", lambda *args: attend(*args[:8], True, *args[9:]))
-    for found, same in zip(decode(case), plain, strict=True):
-        assert torch.equal(found, same)
-
-
 @pytest.mark.parametrize("choice, dim, v_bits, rows, expected", [
     ("auto", 128, 3, 4, True), ("auto", 128, 4, 1, True), ("auto", 256, 3, 8, True),
     ("auto", 128, 3, 5, False), ("auto", 256, 3, 9, False), ("auto", 64, 3, 4, False),

@@ -24,7 +24,6 @@ KERNEL every(u32* out, const char* in, i64 rows, int seven, float half) {
   auto put = [&](u32 x) { out[(block_x() + grid_x() * block_y()) * rows * 32 + row++ * 32 + l] = x; };
   prefetch_l1(in);
   prefetch_l2(in);
-  drop_l1();
   wait_ahead();
   release_next();
   copy_async<16>(at + 16 * l, in + 16 * l);

@@ -5,7 +5,7 @@ import torch
 
 from sglang_blockgtq.kernels import reference
 from sglang_blockgtq.kernels.cuda import attention as cuda
-from sglang_blockgtq.kernels.decode import attention, merge
+from sglang_blockgtq.kernels.decode import merge
 from sglang_blockgtq.kernels.decode.attention import decode_attention
 from sglang_blockgtq.kernels.decode.gather import gather_slots
 from sglang_blockgtq.kernels.decode.recent import Recent, RecentLayer
@@ -131,15 +131,6 @@ def test_both_kernels_of_attention(case, choice, monkeypatch):
     if choice == "cuda" and not cuda.serves(data(case).tables, case.group):
         pytest.skip("no such kernel for these rows or this device")
     check(case, PLAIN, None, slack=2 if choice == "cuda" else 1)  # bytes in the place of levels
-
-
-@pytest.mark.parametrize("q_len", [1, 3])
-@over([TEMPLATE, TEMPLATES[0], MEANS, LARGE[0]])
-def test_a_tile_that_is_read_early_counts_once(case, q_len, monkeypatch):
-    """As on a GPU where launches depend on each other: what is written there has no NaN of the queries to come."""
-    monkeypatch.setattr(attention, "_reads_early", lambda settled, device: settled)
-    monkeypatch.setattr(attention, "multiprocessors", lambda device: 3)
-    check(case, PLAIN, 8, q_len=q_len)
 
 
 @pytest.mark.parametrize("q_len", [2, 5])

@@ -63,8 +63,6 @@ DEVICE void prefetch_l2(const void* p, LINE) {
 
 DEVICE void prefetch_l1(const void* p, LINE) { prefetch_l2(p, line); }
 
-DEVICE void drop_l1(LINE) { emulator::self(line); }
-
 DEVICE void wait_ahead(LINE) {
     emulator::self(line).waited = true;
     emulator::calls.waits++;
