@@ -4,9 +4,8 @@ Definition: :func:`..reference.merge_states`. :func:`merge_splits` merges decode
 result by ``v_out``. Both are linear in the splits' outputs, so the rotation comes last and once, and behind it the
 exact tokens (:mod:`.ahead`). One launch does it all where each request has a few splits, by a program for the heads of
 a group, which share the matrix, and where rows are few, by a program for a row and some of its columns. Else it takes
-two. The first one merges 64 splits at a time, in the place of the first of them, where a row has very many; where
-requests are many, all of a row's. The second one merges what is left and rotates it, 16 rows at a time where rows are
-many, so that the matrix is read a sixteenth as often.
+two: the first one merges a row's splits in the place of the first of them, the second one rotates the rows, 16 at a
+time, so that the matrix is read a sixteenth as often.
 
 :func:`merge_into` merges attention over a piece of a prefix into what there is.
 """
@@ -25,14 +24,13 @@ from ..device.launch import Launch
 from ..device.tables import Side
 from .splits import request_block, request_splits, splits_of
 
-CHUNK = 64  # splits that are merged into one by the first launch
-
-_GROUPS_AT_ONCE = 128  # tokens times KV heads up to which one launch merges and rotates
+_GROUPS_AT_ONCE = 128  # tokens times KV heads up to which one launch merges and rotates a group
 _GROUP_PARTS = 256  # rows of splits that such a launch takes at a time: what 8 warps hold in registers
-_SPLITS_AT_ONCE = 384  # splits of a request up to which such rows are merged without a first launch
-_ROWS_ALONE = 128  # output rows up to which each gets a merging program of its own
+_ROWS_ALONE = 128  # output rows up to which each gets programs of its own
+_MANY_SPLITS = 64  # of a request, beyond which it does
+_ROW_ELEMENTS = 32768  # of splits that such a program takes at a time: 64 of a thread of 16 warps
+_THREAD_ELEMENTS = 64
 _ELEMENTS = 4096  # of an output tile of merge_into
-_CHUNK = tl.constexpr(CHUNK)
 
 
 @triton.jit
@@ -87,30 +85,11 @@ def _join(lse, other):
     return a / some, b / some, tl.where(whole > 0, safe + tl.log(some), float("-inf"))
 
 
-@triton.jit
-def _merge_run(partial_out, partial_lse, first, begin, end, token, j, num_heads, QUERIES: tl.constexpr,
-               DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Splits ``begin .. end - 1`` of a request whose first one is ``first``, into the place of ``begin``."""
-    channel = tl.arange(0, PADDED)
-    peak = -1e30
-    total = 0.0
-    merged = tl.zeros([PADDED], tl.float32)
-    for start in range(begin, end, BLOCK):
-        split = start + tl.arange(0, BLOCK)
-        live = split < end
-        row = ((first + split).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
-        peak, total, merged = _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM)
-    merged, lse = _finish(peak, total, merged)
-    to = ((first + begin).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
-    tl.store(partial_out + to * DIM + channel, merged, mask=channel < DIM)
-    tl.store(partial_lse + to, lse)
-
-
 @triton.jit(
     do_not_specialize=["num_requests", "target", "num_heads"],
     do_not_specialize_on_alignment=["kv_indptr"],
 )
-def merge_chunk_kernel(
+def merge_run_kernel(
     partial_out,  # float16 or float32 [splits, QUERIES, Hq, DIM]
     partial_lse,  # float32 [splits, QUERIES, Hq]
     kv_indptr,
@@ -123,23 +102,27 @@ def merge_chunk_kernel(
     REQUESTS: tl.constexpr,
     SPAN: tl.constexpr,  # tokens that are seen of a request; 0: all
     BLOCK: tl.constexpr,  # splits taken at a time
-    WHOLE: tl.constexpr,  # all splits of the row; else 64
     DEPENDENT: tl.constexpr,
 ):
-    """The splits of a request and row, or each 64 of them, into the place of the first."""
-    j, token, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """The splits of a request and row, into the place of the first."""
+    j, token = tl.program_id(0), tl.program_id(1)
     first, count = splits_of(kv_indptr, num_requests, target, token // QUERIES, REQUESTS, SPAN)
     wait_and_release(DEPENDENT)
-    if WHOLE:
-        if count > 0:
-            _merge_run(partial_out, partial_lse, first, 0, count, token, j, num_heads, QUERIES, DIM, PADDED, BLOCK)
-    else:
-        # A request that is much longer than the others has more chunks than it has programs.
-        for i in range(chunk, tl.cdiv(count, _CHUNK), tl.num_programs(2)):
-            end = tl.minimum((i + 1) * _CHUNK, count)
-            _merge_run(
-                partial_out, partial_lse, first, i * _CHUNK, end, token, j, num_heads, QUERIES, DIM, PADDED, BLOCK
-            )
+    if count == 0:
+        return
+    channel = tl.arange(0, PADDED)
+    base = first.to(tl.int64) * QUERIES + token % QUERIES
+    peak = -1e30
+    total = 0.0
+    merged = tl.zeros([PADDED], tl.float32)
+    for start in range(0, count, BLOCK):
+        split = start + tl.arange(0, BLOCK)
+        row = (base + split.to(tl.int64) * QUERIES) * num_heads + j
+        peak, total, merged = _fold(partial_out, partial_lse, row, split < count, channel, peak, total, merged, DIM)
+    merged, lse = _finish(peak, total, merged)
+    to = base * num_heads + j
+    tl.store(partial_out + to * DIM + channel, merged, mask=channel < DIM)
+    tl.store(partial_lse + to, lse)
 
 
 @triton.jit(
@@ -232,8 +215,7 @@ def merge_row_kernel(
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     COLUMNS: tl.constexpr,  # of the output, per program: they share the reading of the matrix
-    PARTS: tl.constexpr,  # that are taken at a time
-    STEP: tl.constexpr,  # splits from one part to the next: CHUNK behind the first launch
+    BLOCK: tl.constexpr,  # splits taken at a time
     REQUESTS: tl.constexpr,
     SPAN: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -250,11 +232,10 @@ def merge_row_kernel(
     peak = -1e30
     total = 0.0
     merged = tl.zeros([PADDED], tl.float32)
-    for start in range(0, count, PARTS * STEP):
-        split = start + tl.arange(0, PARTS) * STEP
-        live = split < count
+    for start in range(0, count, BLOCK):
+        split = start + tl.arange(0, BLOCK)
         row = ((first + split).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
-        peak, total, merged = _fold(partial_out, partial_lse, row, live, channel, peak, total, merged, DIM)
+        peak, total, merged = _fold(partial_out, partial_lse, row, split < count, channel, peak, total, merged, DIM)
     merged, merged_lse = _finish(peak, total, merged)
     rotated = tl.sum(merged[:, None] * weights, 0)
     if exact_out is not None:
@@ -308,7 +289,7 @@ def merge_tile_kernel(
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = r < num_rows
     token, j = r // GROUP, head * GROUP + r % GROUP
-    # Behind merge_chunk_kernel each row has one part, at its first split.
+    # Behind merge_run_kernel each row has one part, at its first split.
     request = tl.where(live, token // QUERIES, -1)
     index = tl.arange(0, REQUESTS)
     _, count = request_splits(kv_indptr, num_requests, target, REQUESTS, SPAN)
@@ -370,8 +351,18 @@ def merge_splits(
     }
     exact_out, exact_lse = exact or (None, None)
     per_request, narrow = target // requests, side.padded <= 128
-    spread = narrow and tokens * num_heads <= _ROWS_ALONE and target > CHUNK * requests
-    if narrow and not spread and tokens * heads <= _GROUPS_AT_ONCE:
+    if tokens * num_heads <= _ROWS_ALONE and target > _MANY_SPLITS * requests:
+        # A quarter of a row's share of splits at a time or more, which leaves room beside attention for a program, and
+        # few columns, to fill the device.
+        columns, share = min(32, side.padded), triton.next_power_of_2(per_request) // 4
+        block = min(max(share, _MANY_SPLITS), _ROW_ELEMENTS // side.padded)
+        merge_row_kernel[(num_heads, tokens, side.padded // columns)](
+            partial_out, partial_lse, side.back, sinks, exact_out, exact_lse, kv_indptr, out, lse, requests, target,
+            num_heads, out.stride(0), out.stride(1), **shared, GROUP=group, COLUMNS=columns, BLOCK=block,
+            num_warps=max(4, block * side.padded // (32 * _THREAD_ELEMENTS)),
+        )  # fmt: skip
+        return
+    if narrow and tokens * heads <= _GROUPS_AT_ONCE:
         columns, rows = min(64, side.padded), max(8, triton.next_power_of_2(group))
         merge_group_kernel[(heads, tokens, side.padded // columns)](
             partial_out, partial_lse, side.back, sinks, exact_out, exact_lse, kv_indptr, out, lse, requests, target,
@@ -379,33 +370,18 @@ def merge_splits(
             BLOCK=max(4, min(_GROUP_PARTS // rows, triton.next_power_of_2(per_request))), num_warps=8,
         )  # fmt: skip
         return
-    # With few requests a row has many splits, which 64 at a time spread over the device; with many, one program
-    # goes through them. The row that has more than its share, a long request among short ones, is slower then.
-    # Twice the share of each: a program too many costs as much to start as one that is needed.
-    chunks = triton.cdiv(min(target, 2 * per_request), CHUNK) if spread else 1
-    block = max(4, min(CHUNK, triton.next_power_of_2(2 * per_request)))
-    step, parts = CHUNK, 16
-    if spread and per_request <= _SPLITS_AT_ONCE:
-        step, parts = 1, CHUNK
-    else:
-        merge_chunk_kernel[(num_heads, tokens, chunks)](
-            partial_out, partial_lse, kv_indptr, requests, target, num_heads, **shared,
-            BLOCK=block, WHOLE=not spread, num_warps=4 if block > 8 else 1,
-        )  # fmt: skip
-    if spread:
-        columns = min(32, side.padded)  # few rows share the matrix' columns out, to fill the device
-        merge_row_kernel[(num_heads, tokens, side.padded // columns)](
-            partial_out, partial_lse, side.back, sinks, exact_out, exact_lse, kv_indptr, out, lse, requests, target,
-            num_heads, out.stride(0), out.stride(1), **shared, GROUP=group, COLUMNS=columns, PARTS=parts, STEP=step,
-            num_warps=4,
-        )  # fmt: skip
-    else:
-        columns = min(64, side.padded)
-        merge_tile_kernel[(triton.cdiv(tokens * group, 16), heads, side.padded // columns)](
-            partial_out, partial_lse, side.back, sinks, exact_out, exact_lse, kv_indptr, out, lse, tokens * group,
-            requests, target, num_heads, out.stride(0), out.stride(1), **shared, GROUP=group, COLUMNS=columns, ROWS=16,
-            num_warps=4,
-        )  # fmt: skip
+    # A request that is much longer than the others has more splits than its share.
+    block = max(4, min(64, triton.next_power_of_2(2 * per_request)))
+    merge_run_kernel[(num_heads, tokens)](
+        partial_out, partial_lse, kv_indptr, requests, target, num_heads, **shared, BLOCK=block,
+        num_warps=4 if block > 8 else 1,
+    )  # fmt: skip
+    columns = min(64, side.padded)
+    merge_tile_kernel[(triton.cdiv(tokens * group, 16), heads, side.padded // columns)](
+        partial_out, partial_lse, side.back, sinks, exact_out, exact_lse, kv_indptr, out, lse, tokens * group,
+        requests, target, num_heads, out.stride(0), out.stride(1), **shared, GROUP=group, COLUMNS=columns, ROWS=16,
+        num_warps=4,
+    )  # fmt: skip
 
 
 # Numbers that differ between calls are not specialised on: one binary serves them all.

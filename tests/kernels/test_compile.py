@@ -189,9 +189,11 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
         ahead.ahead(tables, q, 4, chains.layer(0).read(k, v), 0.1, 0.0)
         ahead.ahead(tables, q, 1, exact.layer(0).read(k, v, torch.zeros(8, dim)), 0.1, 0.0)
         merge.merge_splits(tables.v, parts.out, parts.lse, indptr, 1, 32, q, lse, **beside)
-        for merge._ROWS_ALONE, merge._GROUPS_AT_ONCE, merge._SPLITS_AT_ONCE, target in (
-            (1 << 30, 0, 0, 600), (1 << 30, 0, 600, 600), (0, 1 << 30, 0, 32)
-        ):  # fmt: skip
+        for merge._ROWS_ALONE, merge._GROUPS_AT_ONCE, target in (
+            (1 << 30, 0, 600),
+            (1 << 30, 0, 2400),
+            (0, 1 << 30, 32),
+        ):
             parts = scratch(num_splits(8, target))
             merge.merge_splits(tables.v, parts.out, parts.lse, indptr, 1, target, q, lse, **beside)
     if one_template:  # the encode kernels again, of several layers
@@ -243,10 +245,10 @@ FIRST = [
     *("gather_slots_kernel", "encode_few_kernel", "encode_many_kernel", "encode_many_kernel"),
     *("_rotate_kernel", "decode_kernel", "merge_group_kernel"),
     *("_rotate_kernel", "decode_kernel", "merge_row_kernel"),
-    *("merge_chunk_kernel", "merge_tile_kernel", "_merge_into_kernel"),
+    *("merge_run_kernel", "merge_tile_kernel", "_merge_into_kernel"),
     *("gather_slots_kernel", "remember_kernel", "ahead_kernel", "ahead_kernel", "ahead_kernel"),
-    *("merge_chunk_kernel", "merge_tile_kernel"),
-    *("merge_chunk_kernel", "merge_row_kernel", "merge_row_kernel", "merge_group_kernel"),
+    *("merge_run_kernel", "merge_tile_kernel"),
+    *("merge_row_kernel", "merge_row_kernel", "merge_group_kernel"),
     *STEP,
     *["unpack_columns_kernel"] * 2,
     *("write_checksums_kernel", "compare_rows_kernel", "take_rows_kernel", "put_rows_kernel", "read_tree_kernel"),
@@ -277,7 +279,7 @@ def test_kernels_of_a_step_wait_for_each_other_on_hopper(compiled, kind):
     step = [
         "encode_few_kernel",
         "decode_kernel",
-        "merge_chunk_kernel",
+        "merge_run_kernel",
         "merge_group_kernel",
         "merge_row_kernel",
         "merge_tile_kernel",

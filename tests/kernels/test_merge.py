@@ -6,7 +6,7 @@ import torch
 from sglang_blockgtq.kernels import reference
 from sglang_blockgtq.kernels.decode import merge
 from sglang_blockgtq.kernels.decode.attention import DecodeScratch
-from sglang_blockgtq.kernels.decode.merge import CHUNK, merge_into, merge_splits
+from sglang_blockgtq.kernels.decode.merge import merge_into, merge_splits
 from sglang_blockgtq.kernels.decode.splits import num_splits, split_lengths
 
 from .matrix import DEVICE, LARGE, WIDE, Case, data, over, relative_error
@@ -42,12 +42,11 @@ def partial_results(
 
 
 #: Per way of merging ``_GROUPS_AT_ONCE`` and ``_ROWS_ALONE``, which choose it, and pairs of target and q_len: of few
-#: splits, of many, and of so many that one row has more chunks than there are programs for it.
+#: splits, of many, and of more than a program takes at a time.
 WAYS = {
-    "group": (1 << 30, 0, [(1, 1), (5, 3), (2 * CHUNK + 1, 1)]),
-    "tile": (0, 0, [(1, 1), (5, 3), (5 * CHUNK + 1, 1)]),
-    "row": (0, 1 << 30, [(5 * CHUNK + 1, 2)]),
-    "row at once": (0, 1 << 30, [(5 * CHUNK + 1, 2)]),
+    "group": (1 << 30, 0, [(1, 1), (5, 3), (129, 1)]),
+    "tile": (0, 0, [(1, 1), (5, 3), (321, 1)]),
+    "row": (0, 1 << 30, [(321, 2), (1600, 1)]),
 }
 #: Two heads, of a group and of channels that fill no tile.
 PARTLY = Case("uniform", 3, 3, 64, 2, 3, v_dim=48)
@@ -57,16 +56,15 @@ PARTLY = Case("uniform", 3, 3, 64, 2, 3, v_dim=48)
 def test_splits_are_merged(case, monkeypatch):
     names = "group", "tile", "row"
     kernels = {name: getattr(merge, f"merge_{name}_kernel") for name in names}
-    wide = data(case).tables.v.padded > 128  # rows of so many channels are merged in tiles
+    wide = data(case).tables.v.padded > 128  # a group's rows of so many channels are merged in tiles
     for way, (at_once, alone, sizes) in WAYS.items():
         monkeypatch.setattr(merge, "_GROUPS_AT_ONCE", at_once)
         monkeypatch.setattr(merge, "_ROWS_ALONE", alone)
-        monkeypatch.setattr(merge, "_SPLITS_AT_ONCE", 1 << 30 if "at once" in way else 0)
         for name in names:  # none but the one that is meant
-            kernel = kernels[name] if name == ("tile" if wide else way.split()[0]) else None
+            kernel = kernels[name] if name == ("tile" if wide and way == "group" else way) else None
             monkeypatch.setattr(merge, f"merge_{name}_kernel", kernel)
-        for target, q_len in sizes if case != WIDE else [(5, 1)]:
-            lengths = [0, 100_000 if target > 4 * CHUNK else 5000, 3]
+        for target, q_len in sizes if case != WIDE or way == "row" else [(5, 1)]:
+            lengths = [0, 100_000 if target > 256 else 5000, 3]
             scratch, want, want_lse = partial_results(case, lengths, target, q_len)
             kv_indptr = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
             out = torch.full((len(lengths) * q_len, *want.shape[1:]), torch.nan, device=DEVICE)
