@@ -28,8 +28,8 @@ _GROUPS_AT_ONCE = 128  # tokens times KV heads up to which one launch merges and
 _GROUP_PARTS = 256  # rows of splits that such a launch takes at a time: what 8 warps hold in registers
 _ROWS_ALONE = 128  # output rows up to which each gets programs of its own
 _MANY_SPLITS = 64  # of a request, beyond which it does
-_ROW_ELEMENTS = 32768  # of splits that such a program takes at a time: 64 of a thread of 16 warps
-_THREAD_ELEMENTS = 64
+_THREAD_ELEMENTS = 64  # of splits that such a program takes at a time
+_ROW_ELEMENTS = 16 * 32 * _THREAD_ELEMENTS  # the same of all its warps, at most
 _ELEMENTS = 4096  # of an output tile of merge_into
 
 
@@ -51,6 +51,21 @@ def _finish(peak, total, merged):
     """What :func:`_fold` leaves, as an output and its log-sum-exp; zeros and -inf of no part."""
     safe_total = tl.where(total > 0, total, 1.0)
     return merged / tl.expand_dims(safe_total, -1), tl.where(total > 0, peak + tl.log(safe_total), float("-inf"))
+
+
+@triton.jit
+def _merge_row(partial_out, partial_lse, first, count, token, j, num_heads, QUERIES: tl.constexpr,
+               DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """A row's output and log-sum-exp, of the ``count`` splits from ``first`` on."""
+    channel = tl.arange(0, PADDED)
+    peak = -1e30
+    total = 0.0
+    merged = tl.zeros([PADDED], tl.float32)
+    for start in range(0, count, BLOCK):
+        split = start + tl.arange(0, BLOCK)
+        row = ((first + split).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
+        peak, total, merged = _fold(partial_out, partial_lse, row, split < count, channel, peak, total, merged, DIM)
+    return _finish(peak, total, merged)
 
 
 @triton.jit
@@ -110,17 +125,8 @@ def merge_run_kernel(
     wait_and_release(DEPENDENT)
     if count == 0:
         return
-    channel = tl.arange(0, PADDED)
-    base = first.to(tl.int64) * QUERIES + token % QUERIES
-    peak = -1e30
-    total = 0.0
-    merged = tl.zeros([PADDED], tl.float32)
-    for start in range(0, count, BLOCK):
-        split = start + tl.arange(0, BLOCK)
-        row = (base + split.to(tl.int64) * QUERIES) * num_heads + j
-        peak, total, merged = _fold(partial_out, partial_lse, row, split < count, channel, peak, total, merged, DIM)
-    merged, lse = _finish(peak, total, merged)
-    to = base * num_heads + j
+    merged, lse = _merge_row(partial_out, partial_lse, first, count, token, j, num_heads, QUERIES, DIM, PADDED, BLOCK)
+    channel, to = tl.arange(0, PADDED), (first.to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
     tl.store(partial_out + to * DIM + channel, merged, mask=channel < DIM)
     tl.store(partial_lse + to, lse)
 
@@ -229,14 +235,9 @@ def merge_row_kernel(
     if exact_out is not None:
         at = token.to(tl.int64) * num_heads + j
         exact = tl.load(exact_lse + at), tl.load(exact_out + at * DIM + column, mask=column < DIM, other=0.0)
-    peak = -1e30
-    total = 0.0
-    merged = tl.zeros([PADDED], tl.float32)
-    for start in range(0, count, BLOCK):
-        split = start + tl.arange(0, BLOCK)
-        row = ((first + split).to(tl.int64) * QUERIES + token % QUERIES) * num_heads + j
-        peak, total, merged = _fold(partial_out, partial_lse, row, split < count, channel, peak, total, merged, DIM)
-    merged, merged_lse = _finish(peak, total, merged)
+    merged, merged_lse = _merge_row(
+        partial_out, partial_lse, first, count, token, j, num_heads, QUERIES, DIM, PADDED, BLOCK
+    )
     rotated = tl.sum(merged[:, None] * weights, 0)
     if exact_out is not None:
         packed_share, exact_share, merged_lse = _join(merged_lse, exact[0])

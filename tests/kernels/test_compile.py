@@ -191,7 +191,7 @@ def compile_all(dtype_name: str, allocator: str, dim: int, capability: int, page
         merge.merge_splits(tables.v, parts.out, parts.lse, indptr, 1, 32, q, lse, **beside)
         for merge._ROWS_ALONE, merge._GROUPS_AT_ONCE, target in (
             (1 << 30, 0, 600),
-            (1 << 30, 0, 2400),
+            (1 << 30, 0, 4400),
             (0, 1 << 30, 32),
         ):
             parts = scratch(num_splits(8, target))
